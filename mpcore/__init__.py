@@ -1,0 +1,15 @@
+"""Loss scaling and FP32 master weights for PyTorch. Importing this needs torch alone."""
+
+from mpcore.errors import ArgumentError as ArgumentError
+from mpcore.errors import ArgumentTypeError as ArgumentTypeError
+from mpcore.errors import BackendError as BackendError
+from mpcore.errors import MpcoreError as MpcoreError
+from mpcore.errors import StageError as StageError
+from mpcore.loss_scale import DynamicLossScale as DynamicLossScale
+from mpcore.loss_scale import LossScale as LossScale
+from mpcore.loss_scale import NoLossScale as NoLossScale
+from mpcore.loss_scale import StaticLossScale as StaticLossScale
+from mpcore.optimizer import MixedPrecisionOptimizer as MixedPrecisionOptimizer
+from mpcore.step_result import StepResult as StepResult
+
+__version__ = "0.1.0"

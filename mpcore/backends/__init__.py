@@ -1,0 +1,101 @@
+"""The backends, and the only place that chooses between them.
+
+A backend is a module with the functions of `Backend`, same names and signatures. `resolve` is a
+pure function of a name and the tensors' devices and dtypes: "auto" chooses, any other name is
+taken literally and raises if it cannot run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Iterable, Sequence
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from mpcore.backends import reference
+from mpcore.errors import ArgumentError, BackendError
+
+NAMES = ("auto", "reference", "triton")
+
+
+class Backend(Protocol):
+    """What a backend computes. Every argument is documented in `mpcore.backends.reference`."""
+
+    def unscale_(self, grads: Sequence[Tensor], coefficient: Tensor, nonfinite: Tensor) -> None:
+        """Multiplies in place and flags."""
+
+    def unscale_into(
+        self,
+        grads: Sequence[Tensor],
+        outs: Sequence[Tensor],
+        coefficient: Tensor,
+        nonfinite: Tensor,
+    ) -> None:
+        """Multiplies into float32 tensors and flags."""
+
+    def cast_into(
+        self,
+        masters: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        found_inf: Tensor,
+        saturated: Tensor,
+    ) -> None:
+        """Rounds masters into 16-bit weights unless `found_inf` is set."""
+
+
+def why_not_triton(
+    devices: Iterable[torch.device], dtypes: Iterable[torch.dtype] = ()
+) -> str | None:
+    """Returns why the Triton kernels cannot run on `devices` with `dtypes`, or None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return 'triton is not installed (pip install "mpcore[triton]")'
+    if torch.float64 in set(dtypes):
+        return "the kernels take 16-bit and float32 tensors, and some parameters are float64"
+    kinds = {device.type for device in devices}
+    if kinds == {"cuda"}:
+        return None if torch.cuda.is_available() else "no CUDA or ROCm device is usable here"
+    # Triton's own interpreter runs kernels on CPU tensors: slow, and exact enough for tests
+    interpreting = bool(importlib.import_module("triton").knobs.runtime.interpret)
+    if kinds == {"cpu"} and interpreting:
+        return None
+    return f"the kernels run on CUDA or ROCm devices, and the parameters are on {sorted(kinds)}"
+
+
+def resolve(
+    name: str, devices: Iterable[torch.device], dtypes: Iterable[torch.dtype] = ()
+) -> tuple[str, Backend]:
+    """Returns the name and the module of the backend to use; reads no tensor.
+
+    Args:
+        name: "auto" (Triton on a GPU where it can run, otherwise plain PyTorch), "reference" or
+            "triton".
+        devices: The devices of the tensors it will work on.
+        dtypes: The dtypes of those tensors.
+
+    Raises:
+        ArgumentError: There is no backend of that name.
+        BackendError: The backend that was asked for by name cannot run here.
+
+    Example:
+        >>> resolve("auto", [torch.device("cpu")])[0]
+        'reference'
+    """
+    devices, dtypes = list(devices), list(dtypes)
+    if name not in NAMES:
+        raise ArgumentError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}.")
+    if name == "reference":
+        return name, reference
+    if name == "auto" and {device.type for device in devices} != {"cuda"}:
+        return "reference", reference
+    reason = why_not_triton(devices, dtypes)
+    if reason is None:
+        return "triton", cast(Backend, importlib.import_module("mpcore_kernels"))
+    if name == "triton":
+        raise BackendError(
+            f'backend: expected one that can run here, got "triton": {reason}. '
+            'Pass backend="auto" or backend="reference".'
+        )
+    return "reference", reference

@@ -1,0 +1,250 @@
+"""The general path: any `torch.optim.Optimizer` steps over FP32 masters, then weights are cast.
+
+    unscale + check (one pass)  ->  inner.step() over masters  ->  masters rounded into weights
+
+Whether to skip is decided on the device if the inner optimizer takes `found_inf`, otherwise by
+one host sync.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpcore.backends import Backend
+from mpcore.errors import StageError
+from mpcore.gradients import StepGradients
+from mpcore.masters import Masters
+
+Closure = Callable[[], Any]
+
+
+class _Overflow(Exception):
+    """Leaves an inner optimizer's step from within its closure; never seen by a user."""
+
+
+class DirectStepGuard:
+    """A step hook of the inner optimizer: raises unless the wrapper is the one who steps.
+
+    Args:
+        path: The path that may step. The guard does not keep it alive.
+    """
+
+    def __init__(self, path: GeneralPath) -> None:
+        self._path = weakref.ref(path)
+
+    @property
+    def active(self) -> bool:
+        """Whether the wrapper still exists."""
+        return self._path() is not None
+
+    def __call__(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+        """Raises `StageError` if a user calls `step` on the wrapped optimizer."""
+        path = self._path()
+        if path is not None and not path.stepping:
+            raise StageError(
+                f"{type(optimizer).__name__}.step(): expected a step of the "
+                "MixedPrecisionOptimizer around it, got a direct call. Scaled gradients would "
+                "reach 16-bit weights; call step() of the wrapper."
+            )
+
+
+class GeneralPath:
+    """Steps an inner optimizer over FP32 masters.
+
+    Args:
+        inner: The wrapped optimizer; its groups hold the model's parameters between steps.
+        masters: Masters and state.
+        backend: Casts masters into weights.
+        saturated: 0-d int64, counts weights clamped to the finite maximum.
+    """
+
+    def __init__(
+        self,
+        inner: torch.optim.Optimizer,
+        masters: Masters,
+        backend: Backend,
+        saturated: Tensor,
+    ) -> None:
+        self.inner = inner
+        self.masters = masters
+        self.stepping = False
+        self._backend = backend
+        self._saturated = saturated
+        # optimizers of an older protocol take the scaler itself and ignore `found_inf`
+        self._takes_scaler = "grad_scaler" in inspect.signature(inner.step).parameters
+        self.guard_inner()
+
+    def guard_inner(self) -> None:
+        """Registers the hook that refuses a direct `inner.step()`."""
+        self.inner.register_step_pre_hook(DirectStepGuard(self))
+
+    def step(self, gradients: StepGradients) -> None:
+        """Unscales, then steps or skips; syncs with the host only if `inner` needs it."""
+        gradients.apply()
+        found_inf = gradients.found_inf()
+        if self._takes_found_inf(gradients.params):
+            self._step_on_device(found_inf)
+        elif bool(found_inf):
+            return
+        else:
+            self._step_inner()
+        self.write_weights(found_inf, self._saturated)
+        self.masters.link_state(self._params())
+
+    def step_without_gradients(self) -> None:
+        """Calls the inner optimizer for what it does without gradients: usually nothing."""
+        self._step_inner()
+        self.masters.link_state(self._params())
+
+    def initialise_state(self, gradients: StepGradients) -> None:
+        """Steps over all-zero gradients so that the inner state exists, and changes no weight."""
+        gradients.apply()
+        targets = [self.masters.of(param) for param in gradients.params]
+        before = [target.detach().clone() for target in targets]
+        self._step_inner()
+        with torch.no_grad():
+            for target, value in zip(targets, before, strict=True):
+                target.copy_(value)
+        gradients.release()
+        self.masters.link_state(self._params())
+
+    def step_with_closure(
+        self, closure: Closure, collect: Callable[[], StepGradients]
+    ) -> tuple[Any, StepGradients]:
+        """Lets the inner optimizer evaluate `closure` as often as it wants; syncs each time.
+
+        Before each evaluation the masters are rounded into the weights, after it the gradients
+        are unscaled into the masters. On the first overflow everything goes back to where it was
+        before the step.
+
+        Args:
+            closure: Clears gradients, computes the loss, calls `backward`, returns the loss.
+            collect: Returns the gradients that the closure left.
+
+        Returns:
+            What the inner step, or on an overflow the last closure, returned; and the gradients
+            of the last evaluation.
+        """
+        # such an optimizer may step parameters that the closure left without a gradient
+        self.masters.create_for(param for param in self._params() if param.requires_grad)
+        before = _Snapshot(self.inner, self.masters)
+        last: list[Any] = [None, None]  # loss and gradients of the latest evaluation
+
+        def evaluate() -> Any:
+            last[0], last[1] = self._evaluate(closure, collect, last[1])
+            if bool(last[1].found_inf()):
+                raise _Overflow
+            return last[0]
+
+        try:
+            result = self._step_inner(evaluate)
+        except _Overflow:
+            before.restore()
+            result = last[0]
+        except BaseException:
+            before.restore()
+            raise
+        else:
+            gradients: StepGradients = last[1]
+            self.write_weights(gradients.found_inf(), self._saturated)
+        finally:
+            self.masters.link_state(self._params())
+        return result, last[1]
+
+    def _evaluate(
+        self,
+        closure: Closure,
+        collect: Callable[[], StepGradients],
+        previous: StepGradients | None,
+    ) -> tuple[Any, StepGradients]:
+        if previous is not None:
+            previous.release()
+            nothing = torch.zeros_like(previous.found_inf())
+            self.write_weights(nothing, torch.zeros_like(self._saturated))
+        with self.masters.out_of_groups(), torch.enable_grad():
+            loss = closure()
+            gradients = collect()
+        gradients.apply()
+        return loss, gradients
+
+    def write_weights(self, found_inf: Tensor, saturated: Tensor) -> None:
+        """Rounds every master into its weight unless `found_inf` is set; no host sync."""
+        by_device: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
+        for param, master in self.masters.items():
+            by_device.setdefault(param.device, []).append((master, param))
+        for device, pairs in by_device.items():
+            count = torch.zeros_like(saturated, device=device)
+            self._backend.cast_into(
+                [master for master, _ in pairs],
+                [param for _, param in pairs],
+                found_inf.to(device, non_blocking=True),
+                count,
+            )
+            saturated.add_(count.to(saturated.device, non_blocking=True))
+
+    def _step_on_device(self, found_inf: Tensor) -> None:
+        # torch's fused kernels skip on exactly 1.0; the attributes are its GradScaler's protocol
+        inner: Any = self.inner
+        inner.found_inf, inner.grad_scale = found_inf.float(), None
+        try:
+            self._step_inner()
+        finally:
+            del inner.found_inf, inner.grad_scale
+
+    def _step_inner(self, closure: Closure | None = None) -> Any:
+        self.stepping = True
+        try:
+            with self.masters.in_groups():
+                # without a closure call step() bare: some optimizers' step takes no argument
+                return self.inner.step() if closure is None else self.inner.step(closure)
+        finally:
+            self.stepping = False
+
+    def _takes_found_inf(self, params: list[Tensor]) -> bool:
+        if self._takes_scaler or not getattr(self.inner, "_step_supports_amp_scaling", False):
+            return False
+        # torch's fused SGD leaves momentum buffers uninitialised when its first step overflows
+        makes_buffers = any(group.get("momentum", 0) for group in self.inner.param_groups)
+        if not isinstance(self.inner, torch.optim.SGD) or not makes_buffers:
+            return True
+        states = [self.inner.state.get(self.masters.of(param), {}) for param in params]
+        return all(state.get("momentum_buffer") is not None for state in states)
+
+    def _params(self) -> list[Tensor]:
+        return [param for group in self.inner.param_groups for param in group["params"]]
+
+
+class _Snapshot:
+    """Parameters, masters, inner state and group options before a step with a closure."""
+
+    def __init__(self, inner: torch.optim.Optimizer, masters: Masters) -> None:
+        self._inner = inner
+        params = [p for group in inner.param_groups for p in group["params"]]
+        tensors = [*params, *(master for _, master in masters.items())]
+        self._values = [(tensor, tensor.detach().clone()) for tensor in tensors]
+        self._state = {key: copy.deepcopy(value) for key, value in inner.state.items()}
+        self._options = [
+            {k: copy.deepcopy(v) for k, v in group.items() if k != "params"}
+            for group in inner.param_groups
+        ]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Puts everything back in place."""
+        for tensor, value in self._values:
+            tensor.copy_(value)
+        self._inner.state.clear()
+        self._inner.state.update(self._state)
+        for group, options in zip(self._inner.param_groups, self._options, strict=True):
+            for key, value in options.items():
+                if isinstance(value, Tensor) and isinstance(group[key], Tensor):
+                    group[key].copy_(value)
+                else:
+                    group[key] = value

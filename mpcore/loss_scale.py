@@ -1,0 +1,251 @@
+"""Loss scales as values, and the one rule by which a scale moves.
+
+A loss scale is a frozen description; what changes during training is a `LossScaleState`.
+`next_state` is the specification, in plain Python. `LossScaleTensors` holds the same state in
+device tensors and follows the same rule without a host sync.
+
+Scaling multiplies the loss so that small gradients survive in 16 bits (Micikevicius et al.,
+"Mixed Precision Training", ICLR 2018, section 3.2). The dynamic rule is "backoff" (Kuchaiev et
+al., "Mixed-Precision Training for NLP and Speech Recognition with OpenSeq2Seq", 2018).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mpcore._checks import check_count, check_number, check_scale, is_power_of_two
+from mpcore.errors import ArgumentError, ArgumentTypeError
+
+
+@dataclass(frozen=True)
+class DynamicLossScale:
+    """A scale that grows while training is clean and backs off when a gradient overflows.
+
+    ```
+    on overflow:  the step is skipped;  tracker = 0;  budget -= 1
+        if budget <= 0:
+            scale = max(scale * backoff_factor, min_scale)
+    on a clean step:  tracker += 1
+        if tracker == growth_interval:
+            scale = min(scale * growth_factor, max_scale);  tracker = 0;  budget = hysteresis
+    ```
+
+    Args:
+        init: First scale, a power of two within `[min_scale, max_scale]`.
+        growth_factor: What growth multiplies by, a power of two above 1.
+        backoff_factor: What an overflow multiplies by, a power of two below 1.
+        growth_interval: Clean steps in a row before the scale grows.
+        min_scale: Floor, a power of two of at least 2^-126. The scale never reaches 0.
+        max_scale: Ceiling, a power of two of at most 2^126. The scale never reaches infinity.
+        hysteresis: Overflows tolerated between two growths: the scale backs off at the
+            `hysteresis`-th one and at every later one, until it grows. 1 backs off at once.
+
+    Raises:
+        ArgumentError: A factor or bound is not a power of two, or the bounds are out of order.
+        ArgumentTypeError: An argument is not a number.
+
+    Example:
+        >>> scale = DynamicLossScale(init=2.0**10, growth_interval=2)
+        >>> state = initial_state(scale)
+        >>> state = next_state(scale, state, found_inf=True)
+        >>> state.scale
+        512.0
+        >>> for _ in range(2):
+        ...     state = next_state(scale, state, found_inf=False)
+        >>> state.scale
+        1024.0
+    """
+
+    init: float = 2.0**16
+    growth_factor: float = 2.0
+    backoff_factor: float = 0.5
+    growth_interval: int = 2000
+    min_scale: float = 1.0
+    max_scale: float = 2.0**24
+    hysteresis: int = 1
+
+    def __post_init__(self) -> None:
+        check_scale("min_scale", self.min_scale)
+        check_scale("max_scale", self.max_scale)
+        check_scale("init", self.init)
+        if not self.min_scale <= self.init <= self.max_scale:
+            raise ArgumentError(
+                f"init: expected a scale within [min_scale, max_scale] = [{self.min_scale:g}, "
+                f"{self.max_scale:g}], got {self.init:g}. Widen the bounds or move init."
+            )
+        growth = check_number("growth_factor", self.growth_factor)
+        if not (is_power_of_two(growth) and growth > 1):
+            raise ArgumentError(
+                f"growth_factor: expected a power of two above 1, got {growth:g}. Usually 2.0."
+            )
+        backoff = check_number("backoff_factor", self.backoff_factor)
+        if not (is_power_of_two(backoff) and backoff < 1):
+            raise ArgumentError(
+                f"backoff_factor: expected a power of two below 1, got {backoff:g}. Usually 0.5."
+            )
+        check_count("growth_interval", self.growth_interval)
+        check_count("hysteresis", self.hysteresis)
+
+
+@dataclass(frozen=True)
+class StaticLossScale:
+    """A scale that never moves. Gradients are still checked, and a step that overflows skipped.
+
+    Args:
+        scale: A power of two inside [2^-126, 2^126].
+
+    Raises:
+        ArgumentError: `scale` is not such a power of two.
+
+    Example:
+        >>> initial_state(StaticLossScale(1024)).scale
+        1024.0
+    """
+
+    scale: float
+
+    def __post_init__(self) -> None:
+        check_scale("scale", self.scale)
+
+
+@dataclass(frozen=True)
+class NoLossScale:
+    """No scaling: the loss is used as it is. Gradients are still checked, bad steps skipped.
+
+    Right for bfloat16, whose exponent range is that of float32, and for float32.
+
+    Example:
+        >>> initial_state(NoLossScale()).scale
+        1.0
+    """
+
+
+LossScale = DynamicLossScale | StaticLossScale | NoLossScale
+
+
+class LossScaleState(NamedTuple):
+    """What a loss scale remembers between steps.
+
+    Attributes:
+        scale: What the next loss is multiplied by.
+        growth_tracker: Clean steps since the last growth or overflow.
+        overflows_left: Overflows that are still tolerated before the scale backs off.
+        steps: Optimizer steps so far, skipped ones included.
+        skipped_steps: Steps that were skipped.
+    """
+
+    scale: float
+    growth_tracker: int
+    overflows_left: int
+    steps: int
+    skipped_steps: int
+
+
+def check_loss_scale(loss_scale: object) -> LossScale:
+    """Returns `loss_scale`; raises `ArgumentTypeError` if it is not one of the three kinds."""
+    if not isinstance(loss_scale, (DynamicLossScale, StaticLossScale, NoLossScale)):
+        raise ArgumentTypeError(
+            "loss_scale: expected DynamicLossScale(...), StaticLossScale(scale) or NoLossScale(), "
+            f"got {loss_scale!r}. For a fixed scale pass mpcore.StaticLossScale(1024.0)."
+        )
+    return loss_scale
+
+
+def initial_state(loss_scale: LossScale) -> LossScaleState:
+    """Returns the state before the first step."""
+    if isinstance(loss_scale, DynamicLossScale):
+        return LossScaleState(float(loss_scale.init), 0, loss_scale.hysteresis, 0, 0)
+    scale = loss_scale.scale if isinstance(loss_scale, StaticLossScale) else 1.0
+    return LossScaleState(float(scale), 0, 0, 0, 0)
+
+
+def next_state(loss_scale: LossScale, state: LossScaleState, *, found_inf: bool) -> LossScaleState:
+    """Returns the state after one step: the specification that every implementation follows.
+
+    Args:
+        loss_scale: The description; only a `DynamicLossScale` ever moves its scale.
+        state: The state before the step.
+        found_inf: Whether a gradient of the step was not finite.
+    """
+    counted = state._replace(
+        steps=state.steps + 1, skipped_steps=state.skipped_steps + int(found_inf)
+    )
+    if not isinstance(loss_scale, DynamicLossScale):
+        return counted
+    if found_inf:
+        left = max(state.overflows_left - 1, 0)
+        lower = max(state.scale * loss_scale.backoff_factor, loss_scale.min_scale)
+        return counted._replace(
+            scale=lower if left == 0 else state.scale, growth_tracker=0, overflows_left=left
+        )
+    if state.growth_tracker + 1 < loss_scale.growth_interval:
+        return counted._replace(growth_tracker=state.growth_tracker + 1)
+    return counted._replace(
+        scale=min(state.scale * loss_scale.growth_factor, loss_scale.max_scale),
+        growth_tracker=0,
+        overflows_left=loss_scale.hysteresis,
+    )
+
+
+@dataclass
+class LossScaleTensors:
+    """A `LossScaleState` in 0-d tensors on one device.
+
+    Attributes:
+        scale: float32.
+        growth_tracker: int32.
+        overflows_left: int32.
+        steps: int64.
+        skipped_steps: int64.
+    """
+
+    scale: Tensor
+    growth_tracker: Tensor
+    overflows_left: Tensor
+    steps: Tensor
+    skipped_steps: Tensor
+
+    @classmethod
+    def from_state(cls, state: LossScaleState, device: torch.device) -> LossScaleTensors:
+        """Returns `state` in tensors on `device`, without a host sync."""
+        dtypes = (torch.float32, torch.int32, torch.int32, torch.int64, torch.int64)
+        # torch.full fills on the device; torch.tensor would copy from the host
+        return cls(
+            *(torch.full((), v, dtype=t, device=device) for v, t in zip(state, dtypes, strict=True))
+        )
+
+    def to_state(self) -> LossScaleState:
+        """Returns the state as Python numbers; syncs with the host."""
+        return LossScaleState(*(getattr(self, field.name).item() for field in fields(self)))
+
+    def assign_(self, state: LossScaleState) -> None:
+        """Overwrites every tensor in place with `state`, without a host sync."""
+        for field, value in zip(fields(self), state, strict=True):
+            getattr(self, field.name).fill_(value)
+
+    @torch.no_grad()
+    def advance_(self, loss_scale: LossScale, found_inf: Tensor) -> None:
+        """Follows `next_state` in place on the device, without a host sync.
+
+        Args:
+            loss_scale: The description.
+            found_inf: 0-d, any dtype; non-zero means overflow.
+        """
+        bad = found_inf != 0
+        self.steps.add_(1)
+        self.skipped_steps.add_(bad)
+        if not isinstance(loss_scale, DynamicLossScale):
+            return
+        left = (self.overflows_left - bad.to(torch.int32)).clamp_(min=0)
+        tracker = torch.where(bad, 0, self.growth_tracker + 1)
+        grow = tracker >= loss_scale.growth_interval
+        lower = (self.scale * loss_scale.backoff_factor).clamp_(min=loss_scale.min_scale)
+        higher = (self.scale * loss_scale.growth_factor).clamp_(max=loss_scale.max_scale)
+        scale = torch.where(bad & (left == 0), lower, self.scale)
+        self.scale.copy_(torch.where(grow, higher, scale))
+        self.growth_tracker.copy_(torch.where(grow, 0, tracker))
+        self.overflows_left.copy_(torch.where(grow, loss_scale.hysteresis, left))

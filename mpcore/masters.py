@@ -1,0 +1,153 @@
+"""FP32 master weights: who has one, and how an inner optimizer comes to step over them.
+
+A 16-bit weight loses an update smaller than half its last place; a float32 master keeps it
+(Micikevicius et al., "Mixed Precision Training", ICLR 2018, section 3.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpcore._checks import SIXTEEN_BIT
+from mpcore.backends import Backend
+
+Groups = list[dict[str, Any]]
+
+
+def upcast(value: Any) -> Any:
+    """Returns optimizer state with every 16-bit tensor in it as float32; the rest as it is."""
+    if isinstance(value, Tensor):
+        return value.float() if value.dtype in SIXTEEN_BIT else value
+    if isinstance(value, dict):
+        return {key: upcast(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(upcast(item) for item in value)
+    return value
+
+
+class Masters:
+    """The FP32 masters of 16-bit parameters, and the optimizer state that goes with them.
+
+    The inner optimizer keeps its own state under the master, a key of the model's parameter in
+    `outer_state` shows the same tensors plus `"master"`.
+
+    Args:
+        inner: The wrapped optimizer.
+        outer_state: The wrapper's `state`, keyed by the model's parameters.
+    """
+
+    def __init__(self, inner: torch.optim.Optimizer, outer_state: dict[Tensor, Any]) -> None:
+        self._inner = inner
+        self._outer_state = outer_state
+        self._master_of: dict[Tensor, Tensor] = {}
+        self.link_state(param for group in inner.param_groups for param in group["params"])
+
+    def of(self, param: Tensor) -> Tensor:
+        """Returns the master of `param`, or `param` itself if it has none."""
+        return self._master_of.get(param, param)
+
+    def items(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """Returns (parameter, master) pairs in order of creation."""
+        return self._master_of.items()
+
+    def create(self, param: Tensor, value: Tensor | None = None) -> None:
+        """Makes `param`'s master; no host sync. Does nothing if it has one.
+
+        Args:
+            param: A float16 or bfloat16 parameter.
+            value: float32 tensor that becomes the master, not copied. By default the weight.
+        """
+        if param in self._master_of:
+            return
+        master = param.detach().float() if value is None else value.detach()
+        self._master_of[param] = master
+        if param in self._inner.state:
+            self._inner.state[master] = upcast(self._inner.state.pop(param))
+        self._outer_state[param] = {"master": master, **self._inner.state.get(master, {})}
+
+    def create_for(self, params: Iterable[Tensor]) -> None:
+        """Makes the masters of the 16-bit ones among `params` that have none; no host sync."""
+        for param in params:
+            if param.dtype in SIXTEEN_BIT:
+                self.create(param)
+
+    def link_state(self, params: Iterable[Tensor]) -> None:
+        """Shows the inner optimizer's state of `params` in the outer state; no host sync."""
+        inner_state = self._inner.state
+        for param in params:
+            master = self._master_of.get(param)
+            if master is not None:
+                shown = {"master": master, **inner_state.get(master, {})}
+                self._outer_state.setdefault(param, {}).clear()
+                self._outer_state[param].update(shown)
+            elif param in inner_state:
+                self._outer_state[param] = inner_state[param]
+
+    def replace_state(self, states: dict[Tensor, dict[str, Any]]) -> None:
+        """Makes `states` the whole optimizer state, masters included.
+
+        Args:
+            states: Per parameter what `outer_state` shows of it. Tensors are taken, not copied.
+        """
+        self._master_of.clear()
+        self._inner.state.clear()
+        self._outer_state.clear()
+        for param, state in states.items():
+            rest = {key: value for key, value in state.items() if key != "master"}
+            if "master" in state:
+                self._master_of[param] = state["master"]
+            if rest:
+                self._inner.state[self.of(param)] = rest
+        self.link_state(states)
+
+    @torch.no_grad()
+    def copy_from_weights(self) -> None:
+        """Overwrites every master with its weight; no host sync."""
+        for param, master in self._master_of.items():
+            master.copy_(param)
+
+    @torch.no_grad()
+    def stale(self, backend: Backend) -> list[Tensor]:
+        """Returns the weights that are not their rounded masters; syncs with the host."""
+        found = []
+        for param, master in self._master_of.items():
+            expected = param.detach().clone()
+            zero = torch.zeros((), dtype=torch.int32, device=param.device)
+            backend.cast_into([master], [expected], zero, zero.long())
+            if not torch.equal(expected.view(torch.int16), param.detach().view(torch.int16)):
+                found.append(param)
+        return found
+
+    @contextmanager
+    def in_groups(self) -> Iterator[None]:
+        """Puts masters in the place of their parameters in the inner optimizer's groups.
+
+        The lists are changed in place, since some optimizers (LBFGS) keep the list itself.
+        """
+        yield from self._swapped([self.of(p) for p in g["params"]] for g in self._groups)
+
+    @contextmanager
+    def out_of_groups(self) -> Iterator[None]:
+        """Within `in_groups`, puts the model's parameters back: for a user's closure."""
+        param_of = {master: param for param, master in self._master_of.items()}
+        yield from self._swapped([param_of.get(m, m) for m in g["params"]] for g in self._groups)
+
+    @property
+    def _groups(self) -> Groups:
+        return self._inner.param_groups
+
+    def _swapped(self, contents: Iterable[list[Tensor]]) -> Iterator[None]:
+        lists = [group["params"] for group in self._groups]
+        before = [list(params) for params in lists]
+        try:
+            for params, content in zip(lists, list(contents), strict=True):
+                params[:] = content
+            yield
+        finally:
+            for params, content in zip(lists, before, strict=True):
+                params[:] = content

@@ -1,0 +1,357 @@
+"""`MixedPrecisionOptimizer`: put it around a `torch.optim` optimizer and train in 16 bits."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from mpcore import checkpoint
+from mpcore._checks import check_number
+from mpcore._parameters import check_inner, check_params
+from mpcore._scaling import External, scale_outputs
+from mpcore.errors import ArgumentError, StageError
+from mpcore.general_path import GeneralPath
+from mpcore.gradients import StepGradients
+from mpcore.loss_scale import (
+    DynamicLossScale,
+    LossScale,
+    LossScaleTensors,
+    check_loss_scale,
+    initial_state,
+)
+from mpcore.stage import Stage
+from mpcore.step_result import StepResult
+from mpcore.wrapper import OptimizerWrapper
+
+PATHS = ("auto", "general")
+Outputs = TypeVar("Outputs")
+
+
+class MixedPrecisionOptimizer(OptimizerWrapper):
+    """Wraps an optimizer: FP32 masters for 16-bit parameters, loss scaling, skipped overflows.
+
+    It is a `torch.optim.Optimizer` and shares `param_groups` with the one it wraps, so LR
+    schedulers on either drive it. `state[p]["master"]` is the float32 master of a 16-bit `p`.
+
+    One step: unscale and check the gradients in one pass; skip if any is not finite; otherwise
+    step the wrapped optimizer over the masters and round them into the weights; last, move the
+    loss scale.
+
+    Args:
+        optimizer: Any `torch.optim.Optimizer` but SparseAdam; best made from
+            `model.named_parameters()`, so that reports can name parameters. State that it
+            already has is kept. Do not call its `step` yourself any more.
+        loss_scale: `DynamicLossScale(...)`, `StaticLossScale(scale)` or `NoLossScale()`.
+        backend: "auto", "reference" or "triton"; see `mpcore.backends.resolve`.
+        path: "auto" or "general".
+
+    Raises:
+        ArgumentTypeError: `optimizer` or `loss_scale` is something else.
+        ArgumentError: It is already wrapped, or a parameter is sparse, complex, integer or twice
+            there, or `backend` or `path` is unknown.
+        BackendError: The backend asked for cannot run here.
+
+    Example:
+        >>> import torch, mpcore
+        >>> model = torch.nn.Linear(4, 1).half()
+        >>> optimizer = mpcore.MixedPrecisionOptimizer(
+        ...     torch.optim.AdamW(model.parameters(), lr=1e-3),
+        ...     mpcore.DynamicLossScale(init=2.0**10),
+        ... )
+        >>> loss = model(torch.ones(8, 4).half()).float().square().mean()
+        >>> optimizer.backward(loss)
+        >>> norm = optimizer.clip_grad_norm_(1.0)
+        >>> optimizer.step()
+        >>> optimizer.zero_grad()
+        >>> optimizer.last_step.skipped
+        False
+        >>> optimizer.state[model.weight]["master"].dtype
+        torch.float32
+    """
+
+    _kept = (*OptimizerWrapper._kept, "loss_scaling", "_scale", "_saturated", "_began")
+
+    #: torch.amp.GradScaler then hands over `grad_scale` and `found_inf` and always calls `step`
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        loss_scale: LossScale = DynamicLossScale(),  # noqa: B008 - a frozen value
+        *,
+        backend: str = "auto",
+        path: str = "auto",
+    ) -> None:
+        check_inner(optimizer, MixedPrecisionOptimizer)
+        check_params(optimizer.param_groups)
+        check_loss_scale(loss_scale)
+        if path not in PATHS:
+            raise ArgumentError(f"path: expected one of {', '.join(PATHS)}, got {path!r}.")
+        super().__init__(optimizer, backend)
+        self.loss_scaling = loss_scale
+        params = self._params()
+        home = params[0].device if params else torch.device("cpu")
+        self._scale = LossScaleTensors.from_state(initial_state(loss_scale), home)
+        self._saturated = torch.zeros((), dtype=torch.int64, device=home)
+        self._began = False  # whether a step has counted
+        self._start()
+
+    def _start(self) -> None:
+        """Makes what does not outlive a step, or follows from the rest."""
+        self.path = "general"
+        self._general = GeneralPath(self.inner, self._masters, self._module, self._saturated)
+        self._stage = Stage(
+            self.param_groups,
+            self._device_of,
+            self._masters,
+            self._module,
+            self.loss_scaling,
+            self._scale,
+        )
+
+    # ------------------------------------------------------------------ the training loop
+
+    def scale(self, outputs: Outputs) -> Outputs:
+        """Returns `outputs` multiplied by the loss scale in float32, without a host sync.
+
+        Args:
+            outputs: A tensor, or a list or tuple of outputs. float16 and bfloat16 become
+                float32 (a scale of 2^16 is infinite in float16); float64 stays. With
+                `NoLossScale` tensors are returned as they are.
+
+        Raises:
+            ArgumentTypeError: Something else.
+            StageError: Gradients of this step are already unscaled; more would get lost.
+        """
+        if self._stage.gradients is not None:
+            raise StageError(
+                "scale(): expected to be called before unscale_() or clip_grad_norm_() of the same "
+                "step, got a call after. Run all backward passes first, or call zero_grad()."
+            )
+        if not self._stage.needs_scale:
+            return outputs
+        scaled: Outputs = scale_outputs(outputs, self._scale.scale)
+        self._stage.scaled = True
+        return scaled
+
+    def backward(
+        self,
+        loss: Tensor,
+        *,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        inputs: Sequence[Tensor] | None = None,
+    ) -> None:
+        """Runs `scale(loss).backward(...)`, without a host sync.
+
+        Args:
+            loss: 0-d, any floating dtype.
+            retain_graph: As in `Tensor.backward`.
+            create_graph: As in `Tensor.backward`.
+            inputs: As in `Tensor.backward`.
+        """
+        self.scale(loss).backward(  # type: ignore[no-untyped-call]
+            retain_graph=retain_graph, create_graph=create_graph, inputs=inputs
+        )
+
+    def unscale_(self) -> None:
+        """Unscales now instead of in `step`, and fixes whether it skips; no host sync.
+
+        Gradients of float32 parameters are unscaled in place. Those of 16-bit parameters stay
+        scaled in `p.grad` (unscaling them there would flush what the scale saved); `grads()`
+        has them in float32.
+
+        Raises:
+            StageError: Called twice in a step, or the gradients were never scaled.
+        """
+        gradients = self._stage.gradients
+        if gradients is not None and gradients.applied:
+            raise StageError(
+                "unscale_(): expected one call per step, got a second one. Call step() first."
+            )
+        gradients = self._collect("unscale_()")
+        if gradients is not None:
+            gradients.apply()
+
+    def grads(self) -> list[Tensor]:
+        """Returns the unscaled gradients in the order of the parameters; no host sync.
+
+        They are the tensors that `step` uses: editing them in place changes the step.
+
+        Returns:
+            float32 (float64 for float64 parameters); parameters without a gradient are left out.
+
+        Raises:
+            StageError: `unscale_()` was not called in this step.
+        """
+        gradients = self._stage.gradients
+        if gradients is None or not gradients.applied:
+            raise StageError("grads(): expected unscale_() to be called first in this step.")
+        gradients.apply()  # a clip may be pending
+        return gradients.final()
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Clips the global 2-norm of the unscaled gradients to `max_norm`; no host sync.
+
+        Nothing is written: the coefficient `min(1, max_norm / (norm + 1e-6))` joins the multiply
+        that unscales.
+
+        Args:
+            max_norm: Above 0.
+
+        Returns:
+            The norm before clipping, 0-d float32; not finite if the step will be skipped.
+
+        Raises:
+            ArgumentError: `max_norm` is not above 0.
+            StageError: The gradients were never scaled.
+        """
+        if not check_number("max_norm", max_norm) > 0:
+            raise ArgumentError(f"max_norm: expected a number above 0, got {max_norm}.")
+        gradients = self._collect("clip_grad_norm_()")
+        if gradients is None:
+            return torch.zeros((), device=self._scale.scale.device)
+        return gradients.clip(float(max_norm))
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Updates, or skips if a gradient is not finite; then moves the loss scale.
+
+        Syncs with the host once, or not at all if the wrapped optimizer takes `found_inf`
+        (`fused=True` ones do). With a closure, once per evaluation.
+
+        Args:
+            closure: Clears gradients, computes the loss, calls `backward(loss)` of this object,
+                returns the loss. An overflow in any evaluation undoes the whole step.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            StageError: The gradients were never scaled. (Checkpoint tools step once over all-zero
+                gradients before training to create state: that is accepted.)
+            ArgumentError: A gradient is sparse, or a parameter changed its device or dtype.
+        """
+        if closure is not None:
+            self._stage.forget()
+            result, gradients = self._general.step_with_closure(closure, self._collect_in_closure)
+            self._finish(gradients)
+            return result
+        zeros = None if self._began or External.of(self) else self._stage.collect_zeros()
+        if zeros is not None:
+            self._general.initialise_state(zeros)
+            return None
+        collected = self._collect("step()")
+        if collected is None:
+            self._general.step_without_gradients()
+            self._stage.scaled = False
+            return None
+        self._general.step(collected)
+        self._finish(collected)
+        return None
+
+    def _finish(self, gradients: StepGradients) -> None:
+        self._stage.finish(gradients, External.of(self))
+        self._began = True
+
+    @property
+    def last_step(self) -> StepResult | None:
+        """What the last step did, None before the first; reading it syncs only where it says so."""
+        return self._stage.result
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears every gradient and forgets an `unscale_` or clip that no step used; no host sync.
+
+        Args:
+            set_to_none: Set gradients to None instead of filling them with zeros.
+        """
+        super().zero_grad(set_to_none)
+        self._stage.forget()
+
+    # ------------------------------------------------------------------ numbers, each syncs
+
+    @property
+    def loss_scale(self) -> float:
+        """The scale of the next loss; reading it syncs with the host."""
+        return float(self._scale.scale)
+
+    @property
+    def steps(self) -> int:
+        """Steps so far, skipped ones included; reading it syncs with the host."""
+        return int(self._scale.steps)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that were skipped; reading it syncs with the host."""
+        return int(self._scale.skipped_steps)
+
+    @property
+    def saturated(self) -> int:
+        """How often a weight was clamped to the finite maximum; reading it syncs with the host."""
+        return int(self._saturated)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns torch's state_dict plus masters and loss scale; syncs with the host.
+
+        The layout is described in `mpcore.checkpoint`.
+        """
+        saved = super().state_dict()
+        saved["mpcore"] = checkpoint.section(self._scale.to_state(), self.saturated)
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned, in its dtypes; no host sync.
+
+        The loss scale's settings are those of this object; its state is the saved one. Load the
+        model's weights as well: masters come from here, weights from the model.
+
+        Args:
+            state_dict: Left as it is.
+
+        Raises:
+            ArgumentError: It does not fit; nothing has changed then.
+        """
+        state_dict = dict(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        scale, saturated = checkpoint.read_section(state_dict)
+        states = checkpoint.read_states(state_dict, self.param_groups)
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update(copy.deepcopy({k: v for k, v in saved.items() if k != "params"}))
+        self._masters.replace_state(states)
+        self._scale.assign_(scale)
+        self._saturated.fill_(saturated)
+        self._stage.forget()
+        self._began = True
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._start()
+
+    def __repr__(self) -> str:
+        head = (
+            f"MixedPrecisionOptimizer({type(self.inner).__name__}, {self.loss_scaling}, "
+            f"path={self.path!r}, backend={self.backend!r})"
+        )
+        return f"{head}\n{super().__repr__()}"
+
+    def _collect(self, caller: str) -> StepGradients | None:
+        return self._stage.collect(caller, External.of(self))
+
+    def _collect_in_closure(self) -> StepGradients:
+        """Returns the gradients of one evaluation of a user's closure, and readies the next."""
+        gradients = self._collect("step(closure)")
+        self._stage.gradients, self._stage.scaled = None, False
+        if gradients is None:
+            raise StageError(
+                "step(closure): expected the closure to call backward(), got no gradient at all."
+            )
+        return gradients

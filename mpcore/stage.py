@@ -1,0 +1,126 @@
+"""Where within a step an optimizer is: what was scaled, unscaled and clipped, and what ends it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from mpcore._parameters import name_of, with_gradient
+from mpcore._scaling import External
+from mpcore.backends import Backend
+from mpcore.errors import StageError
+from mpcore.gradients import StepGradients
+from mpcore.loss_scale import LossScale, LossScaleTensors, NoLossScale
+from mpcore.masters import Groups, Masters
+from mpcore.step_result import StepResult
+
+
+class Stage:
+    """The course of one step: scale -> backward -> collect -> (unscale, clip) -> finish.
+
+    Args:
+        groups: The optimizer's param groups.
+        device_of: Where each parameter was when it came to the optimizer.
+        masters: Makes and holds the masters.
+        backend: Does the passes over gradients.
+        loss_scaling: How the scale moves.
+        tensors: The scale and its counters.
+    """
+
+    def __init__(
+        self,
+        groups: Groups,
+        device_of: Mapping[Tensor, torch.device],
+        masters: Masters,
+        backend: Backend,
+        loss_scaling: LossScale,
+        tensors: LossScaleTensors,
+    ) -> None:
+        self.gradients: StepGradients | None = None
+        self.scaled = False  # whether scale() was called since the last step
+        self.result: StepResult | None = None
+        self._groups = groups
+        self._device_of = device_of
+        self._masters = masters
+        self._backend = backend
+        self._loss_scaling = loss_scaling
+        self._tensors = tensors
+        self._used_scale = tensors.scale
+
+    @property
+    def needs_scale(self) -> bool:
+        """Whether gradients are only right if `scale` came first."""
+        return not isinstance(self._loss_scaling, NoLossScale)
+
+    def collect(self, caller: str, external: External | None) -> StepGradients | None:
+        """Returns this step's gradients, checked, with masters made; None if there are none.
+
+        Args:
+            caller: The method that asks, for messages.
+            external: The outside scaler that drives this step, if one does.
+        """
+        if self.gradients is not None:
+            return self.gradients
+        params = with_gradient(self._groups, self._device_of, self._masters)
+        self._check_scaled(caller, external, bool(params))
+        if not params:
+            return None
+        scale = self._tensors.scale if external is None else external.scale
+        # latched: what unscales is what scaled, wherever the scale goes at the end of the step
+        self._used_scale = scale.clone()
+        self.gradients = self._gradients_of(params, scale, external)
+        return self.gradients
+
+    def collect_zeros(self) -> StepGradients | None:
+        """Returns the gradients if there are some, never scaled and all zero; syncs with the host.
+
+        `torch.distributed.checkpoint` steps over such gradients once, before training, to make
+        an optimizer create its state.
+        """
+        if self.scaled or self.gradients is not None or not self.needs_scale:
+            return None
+        params = with_gradient(self._groups, self._device_of, self._masters)
+        if not params or any(bool(torch.any(p.grad != 0)) for p in params):  # type: ignore[arg-type]
+            return None
+        return self._gradients_of(params, torch.ones_like(self._tensors.scale), None)
+
+    def _gradients_of(
+        self, params: list[Tensor], scale: Tensor, external: External | None
+    ) -> StepGradients:
+        self._masters.create_for(params)
+        found_inf = None if external is None else external.found_inf
+        # the reciprocal of a power of two is exact; outside scalers use other numbers as well
+        coefficient = scale.double().reciprocal().float()
+        return StepGradients(params, self._masters, self._backend, coefficient, found_inf)
+
+    def _check_scaled(self, caller: str, external: External | None, any_gradient: bool) -> None:
+        if external is not None and self.scaled:
+            raise StageError(
+                f"{caller}: expected one scaler, got two: the loss went through this optimizer's "
+                "scale() and a torch.amp.GradScaler steps it. Use one of them."
+            )
+        if external is None and any_gradient and not self.scaled and self.needs_scale:
+            raise StageError(
+                f"{caller}: expected gradients of a scaled loss, got no scale() since the last "
+                "step. Write optimizer.backward(loss), or pass loss_scale=mpcore.NoLossScale()."
+            )
+
+    def finish(self, gradients: StepGradients, external: External | None) -> None:
+        """Records the step and, last of all, moves the scale; no host sync."""
+        found_inf = gradients.found_inf()
+        self.result = StepResult(
+            found_inf, self._used_scale, gradients, lambda p: name_of(p, self._groups)
+        )
+        moving = self._loss_scaling if external is None else NoLossScale()
+        self._tensors.advance_(moving, found_inf)
+        self.forget()
+        gradients.release()
+        self.scaled = False
+
+    def forget(self) -> None:
+        """Drops gradients that were collected and not stepped."""
+        if self.gradients is not None:
+            self.gradients.release()
+        self.gradients = None

@@ -1,0 +1,71 @@
+"""What a step did, read lazily: nothing syncs with the host until it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from mpcore.gradients import StepGradients
+
+
+class StepResult:
+    """The outcome of one `step()`. Each attribute syncs with the host when it is first read.
+
+    Args:
+        found_inf: 0-d; non-zero if the step was skipped.
+        scale: 0-d float32, the scale that the gradients carried.
+        gradients: The step's gradients, for their flags and norm.
+        name_of: Names a parameter.
+
+    Example:
+        >>> import torch, mpcore
+        >>> weight = torch.nn.Parameter(torch.ones(2).half())
+        >>> optimizer = mpcore.MixedPrecisionOptimizer(torch.optim.SGD([weight], lr=0.5))
+        >>> optimizer.backward((weight * torch.inf).sum())
+        >>> optimizer.step()
+        >>> optimizer.last_step.skipped, optimizer.last_step.overflowed()
+        (True, ['group 0, parameter 0, [2]'])
+    """
+
+    def __init__(
+        self,
+        found_inf: Tensor,
+        scale: Tensor,
+        gradients: StepGradients,
+        name_of: Callable[[Tensor], str],
+    ) -> None:
+        self._found_inf = found_inf
+        self._scale = scale
+        self._gradients = gradients
+        self._name_of = name_of
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the step was skipped because a gradient was not finite; syncs."""
+        return bool(self._found_inf != 0)
+
+    @property
+    def grad_norm(self) -> float | None:
+        """The unscaled gradients' 2-norm before clipping, None without clipping; syncs."""
+        norm = self._gradients.norm
+        return None if norm is None else float(norm)
+
+    @property
+    def loss_scale(self) -> float:
+        """The scale that the step's gradients were unscaled by; syncs."""
+        return float(self._scale)
+
+    def overflowed(self) -> list[str]:
+        """Returns the names of the parameters whose gradient was not finite; syncs.
+
+        Parameters have names if the optimizer was made from `model.named_parameters()`.
+        Otherwise they read "group 0, parameter 17, [768, 768]".
+        """
+        return [self._name_of(param) for param, flag in self._gradients.flags() if int(flag)]
+
+    def __repr__(self) -> str:
+        return (
+            f"StepResult(skipped={self.skipped}, loss_scale={self.loss_scale:g}, "
+            f"grad_norm={self.grad_norm})"
+        )

@@ -1,0 +1,111 @@
+"""What torch.optim asks of an optimizer, and the masters: everything but the step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpcore._parameters import check_group, check_original, name_of
+from mpcore.backends import resolve
+from mpcore.masters import Masters
+
+
+class OptimizerWrapper(torch.optim.Optimizer):
+    """A `torch.optim.Optimizer` around another one, with FP32 masters for 16-bit parameters.
+
+    It shares its `param_groups` list with the wrapped optimizer, so that schedulers on either
+    drive both. Users meet its subclass, `mpcore.MixedPrecisionOptimizer`.
+
+    Args:
+        optimizer: The wrapped optimizer, checked.
+        backend: The name that was asked for.
+    """
+
+    #: What copies and pickles carry; a subclass adds to it, the rest follows from it.
+    _kept: tuple[str, ...] = (
+        *("inner", "param_groups", "defaults", "state"),
+        *("_backend_asked", "_device_of", "_masters"),
+    )
+
+    def __init__(self, optimizer: torch.optim.Optimizer, backend: str) -> None:
+        # torch's constructor copies the groups it is given; the shared ones replace them
+        super().__init__([{"params": []}], {})
+        self.inner = optimizer
+        self.param_groups = optimizer.param_groups
+        self.defaults = optimizer.defaults
+        self._device_of = {param: param.device for param in self._params()}
+        self._masters = Masters(optimizer, self.state)
+        self._choose_backend(backend)
+
+    def _choose_backend(self, asked: str) -> None:
+        params = self._params()
+        devices, dtypes = {p.device for p in params}, {p.dtype for p in params}
+        self._backend_asked = asked
+        self.backend, self._module = resolve(asked, devices, dtypes)
+
+    def _params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def _name_of(self, param: Tensor) -> str:
+        return name_of(param, self.param_groups)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group to this optimizer and the wrapped one, without a host sync.
+
+        Args:
+            param_group: As for `torch.optim.Optimizer.add_param_group`.
+
+        Raises:
+            ArgumentError: A parameter is complex, integer or there already.
+            BackendError: The backend asked for by name cannot work on it.
+        """
+        if not hasattr(self, "inner"):  # torch's constructor, before the groups are shared
+            super().add_param_group(param_group)
+            return
+        group, params = check_group(param_group, self._params())
+        everything = [*self._params(), *params]
+        devices, dtypes = {p.device for p in everything}, {p.dtype for p in everything}
+        resolve(self._backend_asked, devices, dtypes)
+        self.inner.add_param_group(group)
+        self._device_of.update({param: param.device for param in params})
+        self._masters.link_state(params)
+
+    def adopt_masters(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Makes float32 originals the masters of parameters that are 16-bit now; no host sync.
+
+        `mpcore.cast_model(model, dtype, optimizer)` calls this.
+
+        Args:
+            pairs: (parameter, original): a float16 or bfloat16 parameter of this optimizer and
+                the float32 tensor of its shape and device that becomes its master, not copied.
+
+        Raises:
+            ArgumentError: A pair is not like that, or the parameter has a master already.
+        """
+        pairs = list(pairs)
+        for param, original in pairs:
+            check_original(param, original, self._device_of, self._masters)
+        for param, original in pairs:
+            self._masters.create(param, original)
+
+    def sync_masters_from_model(self) -> None:
+        """Overwrites every master with its weight, without a host sync.
+
+        Call it after writing to the weights by other means (`model.load_state_dict`, an EMA
+        swap): otherwise the next step overwrites what was written.
+        """
+        self._masters.copy_from_weights()
+
+    def check_masters(self) -> list[str]:
+        """Returns the names of weights that are not their rounded masters; syncs with the host."""
+        return [self._name_of(param) for param in self._masters.stale(self._module)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: self.__dict__[key] for key in self._kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._choose_backend(self._backend_asked)
