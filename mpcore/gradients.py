@@ -124,7 +124,7 @@ class StepGradients:
             grads = self._grads(bucket.params) if self.applied else list(map(_grad, bucket.params))
             per_tensor = tensor_norms(grads, coefficient)
             # unscaled infinity times a tiny clip coefficient would look finite in `apply`
-            bucket.nonfinite.bitwise_or_((~torch.isfinite(per_tensor)).int())
+            bucket.nonfinite.bitwise_or_(torch.isfinite(per_tensor).logical_not().int())
             norms.append(per_tensor.to(self._coefficient.device, non_blocking=True))
         total = torch.linalg.vector_norm(torch.cat(norms))
         # torch.nn.utils.clip_grad_norm_ adds the same 1e-6

@@ -20,7 +20,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 def _raise_flags(nonfinite: Tensor, results: list[Tensor]) -> None:
     if results:
-        flags = torch.stack([~torch.isfinite(result).all() for result in results])
+        flags = torch.stack([torch.isfinite(result).all().logical_not() for result in results])
         nonfinite.bitwise_or_(flags.to(nonfinite.dtype))
 
 
@@ -44,7 +44,7 @@ def unscale_(grads: Sequence[Tensor], coefficient: Tensor, nonfinite: Tensor) ->
         ([1.0, 2.0], [0])
     """
     for grad in grads:
-        grad.copy_(_wide(grad) * coefficient)
+        torch.mul(_wide(grad), coefficient, out=grad)
     _raise_flags(nonfinite, list(grads))
 
 
@@ -67,7 +67,7 @@ def unscale_into(
         [1.0, 32752.0]
     """
     for grad, out in zip(grads, outs, strict=True):
-        out.copy_(_wide(grad) * coefficient)
+        torch.mul(_wide(grad), coefficient, out=out)
     _raise_flags(nonfinite, list(outs))
 
 
@@ -97,5 +97,5 @@ def cast_into(
         clamped = torch.isinf(rounded) & torch.isfinite(master)
         largest = torch.finfo(weight.dtype).max
         rounded = torch.where(clamped, rounded.clamp(-largest, largest), rounded)
-        weight.copy_(torch.where(keep, weight, rounded))
-        saturated.add_((clamped & ~keep).sum())
+        torch.where(keep, weight, rounded, out=weight)
+        saturated.add_((clamped & keep.logical_not()).sum())
