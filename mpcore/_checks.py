@@ -32,11 +32,16 @@ def check_scale(name: str, value: float) -> float:
     return number
 
 
-def check_number(name: str, value: float) -> float:
+def check_number(name: str, value: int | float) -> float:
     """Returns `value` as a float; raises unless it is a real number (a bool is not)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ArgumentTypeError(f"{name}: expected a number, got {type(value).__name__}.")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ArgumentError(
+            f"{name}: expected a number that fits a float, got an integer beyond 2**1024."
+        ) from None
 
 
 def check_count(name: str, value: int) -> int:

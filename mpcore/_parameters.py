@@ -59,7 +59,7 @@ def check_params(groups: Groups) -> None:
             if param.dtype not in (*SIXTEEN_BIT, *FULL_PRECISION):
                 raise ArgumentError(
                     f"{name_of(param, groups)}: expected float16, bfloat16, float32 or float64, "
-                    f"got {param.dtype}."
+                    f"got {param.dtype}. Keep it out of this optimizer."
                 )
             if param in seen:
                 raise ArgumentError(
@@ -76,6 +76,11 @@ def check_group(
     if not isinstance(param_group, dict) or "params" not in param_group:
         raise ArgumentTypeError('param_group: expected a dict with the key "params".')
     params = param_group["params"]
+    if isinstance(params, set):
+        raise ArgumentTypeError(
+            "param_group: expected ordered parameters, got a set. Pass a list: the order of a set "
+            "changes between runs."
+        )
     entries = [params] if isinstance(params, Tensor) else list(params)
     tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in entries]
     if not all(isinstance(tensor, Tensor) for tensor in tensors):
@@ -117,9 +122,11 @@ def with_gradient(
             grad = param.grad
             if grad is None:
                 continue
-            if param.device != device_of[param]:
+            # a parameter that came through the inner optimizer is where it is
+            device = device_of.get(param, param.device)
+            if param.device != device:
                 raise ArgumentError(
-                    f"{name_of(param, groups)}: expected it on {device_of[param]}, where it was "
+                    f"{name_of(param, groups)}: expected it on {device}, where it was "
                     f"when the optimizer was wrapped, got {param.device}. Move the model first, "
                     "then make the optimizer."
                 )

@@ -25,7 +25,9 @@ def scale_outputs(outputs: Any, scale: Tensor) -> Any:
         wide = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
         return wide * scale.to(outputs.device, non_blocking=True)
     if isinstance(outputs, (list, tuple)):
-        return type(outputs)(scale_outputs(output, scale) for output in outputs)
+        scaled = [scale_outputs(output, scale) for output in outputs]
+        is_named = hasattr(outputs, "_fields")  # a named tuple takes its fields one by one
+        return type(outputs)(*scaled) if is_named else type(outputs)(scaled)
     got = f"a tensor of {outputs.dtype}" if isinstance(outputs, Tensor) else type(outputs).__name__
     raise ArgumentTypeError(
         f"outputs: expected a floating tensor, or a list or tuple of them, got {got}."

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpcore._checks import SIXTEEN_BIT, check_scale
 from mpcore.errors import ArgumentError
 from mpcore.loss_scale import LossScaleState
 
@@ -44,8 +45,20 @@ def read_section(state_dict: State) -> tuple[LossScaleState, int]:
             f'state_dict["mpcore"]["loss_scale"]: expected the keys {LossScaleState._fields}, '
             f"got {numbers!r}."
         )
-    if not isinstance(found.get("saturated"), int):
-        raise ArgumentError('state_dict["mpcore"]["saturated"]: expected an integer.')
+    if not isinstance(numbers["scale"], float):
+        raise ArgumentError(
+            'state_dict["mpcore"]["loss_scale"]["scale"]: expected a float, '
+            f"got {numbers['scale']!r}."
+        )
+    check_scale('state_dict["mpcore"]["loss_scale"]["scale"]', numbers["scale"])
+    counts = {**numbers, "saturated": found.get("saturated")}
+    del counts["scale"]
+    for name, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise ArgumentError(
+                f'state_dict["mpcore"]: expected {name!r} to be an integer of at least 0, '
+                f"got {count!r}."
+            )
     return LossScaleState(**numbers), found["saturated"]
 
 
@@ -87,6 +100,11 @@ def _check_master(master: Any, param: Tensor, index: int) -> None:
         return
     if not isinstance(master, Tensor) or master.dtype != torch.float32:
         raise ArgumentError(f'state_dict["state"][{index}]["master"]: expected a float32 tensor.')
+    if param.dtype not in SIXTEEN_BIT:
+        raise ArgumentError(
+            f'state_dict["state"][{index}]["master"]: expected none, since the parameter is '
+            f"{param.dtype}, got one. Cast the model to the 16-bit dtype that was saved first."
+        )
     if master.shape != param.shape:
         raise ArgumentError(
             f'state_dict["state"][{index}]["master"]: expected shape {list(param.shape)}, '

@@ -90,7 +90,7 @@ class GeneralPath:
         gradients.apply()
         found_inf = gradients.found_inf()
         if self._takes_found_inf(gradients.params):
-            self._step_on_device(found_inf)
+            self._step_on_device(found_inf, gradients.params)
         elif bool(found_inf):
             return
         else:
@@ -136,6 +136,10 @@ class GeneralPath:
         self.masters.create_for(param for param in self._params() if param.requires_grad)
         before = _Snapshot(self.inner, self.masters)
         last: list[Any] = [None, None]  # loss and gradients of the latest evaluation
+        called = StageError(
+            f"step(closure): expected {type(self.inner).__name__} to call the closure, got a step "
+            "that ignored it. Run backward() first and call step() without a closure."
+        )
 
         def evaluate() -> Any:
             last[0], last[1] = self._evaluate(closure, collect, last[1])
@@ -145,6 +149,8 @@ class GeneralPath:
 
         try:
             result = self._step_inner(evaluate)
+            if last[1] is None:
+                raise called
         except _Overflow:
             before.restore()
             result = last[0]
@@ -189,7 +195,7 @@ class GeneralPath:
             )
             saturated.add_(count.to(saturated.device, non_blocking=True))
 
-    def _step_on_device(self, found_inf: Tensor) -> None:
+    def _step_on_device(self, found_inf: Tensor, params: list[Tensor]) -> None:
         # torch's fused kernels skip on exactly 1.0; the attributes are its GradScaler's protocol
         inner: Any = self.inner
         inner.found_inf, inner.grad_scale = found_inf.float(), None
@@ -197,6 +203,8 @@ class GeneralPath:
             self._step_inner()
         finally:
             del inner.found_inf, inner.grad_scale
+        # torch's fused kernels write parameters without telling autograd
+        torch.autograd.graph.increment_version([p for p in params if self.masters.of(p) is p])
 
     def _step_inner(self, closure: Closure | None = None) -> Any:
         self.stepping = True

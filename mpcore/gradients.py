@@ -102,7 +102,10 @@ class StepGradients:
             first, rest = bucket.nonfinite.tensor_split([len(bucket.with_master)])
             if not self.applied:
                 buffers = [torch.empty_like(self._masters.of(p)) for p in bucket.with_master]
-                grads = [_grad(p) for p in bucket.with_master]
+                halves = [_grad(p) for p in bucket.with_master]
+                grads = [_laid_out_like(b, g) for b, g in zip(buffers, halves, strict=True)]
+                for param in bucket.without:
+                    _own_memory(param)
                 self._backend.unscale_into(grads, buffers, coefficient, first)
                 for param, buffer in zip(bucket.with_master, buffers, strict=True):
                     self._masters.of(param).grad = buffer
@@ -126,9 +129,14 @@ class StepGradients:
             # unscaled infinity times a tiny clip coefficient would look finite in `apply`
             bucket.nonfinite.bitwise_or_(torch.isfinite(per_tensor).logical_not().int())
             norms.append(per_tensor.to(self._coefficient.device, non_blocking=True))
+        if not norms:
+            self.norm = torch.zeros_like(self._coefficient)
+            return self.norm
         total = torch.linalg.vector_norm(torch.cat(norms))
-        # torch.nn.utils.clip_grad_norm_ adds the same 1e-6
+        # torch.nn.utils.clip_grad_norm_ adds the same 1e-6; a norm that is not finite must not
+        # reach the coefficient, or every gradient would look bad instead of the one that is
         shrink = (max_norm / (total + 1e-6)).clamp(max=1.0)
+        shrink = torch.where(torch.isfinite(total), shrink, torch.ones_like(shrink))
         self._coefficient = (self._factor.double() * shrink).float()
         self._pending = True
         self.norm = total.float()
@@ -141,6 +149,8 @@ class StepGradients:
     def found_inf(self) -> Tensor:
         """Returns 0-d int32: 1 if any gradient, loaded or unscaled, was not finite, else 0."""
         home = self._coefficient.device
+        if not self._buckets:
+            return torch.zeros((), dtype=torch.int32, device=home)
         flags = [b.nonfinite.amax().to(home, non_blocking=True) for b in self._buckets]
         if self._external is not None:
             flags.append((self._external != 0).int().reshape(()).to(home, non_blocking=True))
@@ -151,9 +161,11 @@ class StepGradients:
         return self._grads(self.params)
 
     def flags(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields (parameter, 0-d int32 flag) for every gradient."""
+        """Yields (parameter, 0-d int32 flag) for every gradient, in the order of `params`."""
+        flag_of: dict[Tensor, Tensor] = {}
         for bucket in self._buckets:
-            yield from zip(bucket.params, bucket.nonfinite.unbind(), strict=True)
+            flag_of.update(zip(bucket.params, bucket.nonfinite.unbind(), strict=True))
+        yield from ((param, flag_of[param]) for param in self.params)
 
     def release(self) -> None:
         """Drops the masters' gradients: a parameter without one next time must not reuse them."""
@@ -163,6 +175,21 @@ class StepGradients:
 
     def _grads(self, params: Sequence[Tensor]) -> list[Tensor]:
         return [_grad(self._masters.of(param)) for param in params]
+
+
+def _laid_out_like(buffer: Tensor, grad: Tensor) -> Tensor:
+    """Returns `grad`, or a copy of it with the strides of `buffer`: backends want equal layouts."""
+    if grad.stride() == buffer.stride():
+        return grad
+    return torch.empty_like(buffer, dtype=grad.dtype).copy_(grad)
+
+
+def _own_memory(param: Tensor) -> None:
+    """Replaces an expanded gradient, which nothing can be written to, by a copy of its own."""
+    grad = _grad(param)
+    shape = zip(grad.shape, grad.stride(), strict=True)
+    if any(stride == 0 and size > 1 for size, stride in shape):
+        param.grad = grad.contiguous()
 
 
 def _grad(tensor: Tensor) -> Tensor:

@@ -163,6 +163,20 @@ def initial_state(loss_scale: LossScale) -> LossScaleState:
     return LossScaleState(float(scale), 0, 0, 0, 0)
 
 
+def resumed_state(loss_scale: LossScale, saved: LossScaleState) -> LossScaleState:
+    """Returns `saved` as `loss_scale` goes on from it: its own scale, or the saved one in bounds.
+
+    The settings of a run may change between saving and loading, and they win.
+    """
+    own = initial_state(loss_scale)
+    if not isinstance(loss_scale, DynamicLossScale):
+        return own._replace(steps=saved.steps, skipped_steps=saved.skipped_steps)
+    return saved._replace(
+        scale=min(max(saved.scale, loss_scale.min_scale), loss_scale.max_scale),
+        overflows_left=min(saved.overflows_left, loss_scale.hysteresis),
+    )
+
+
 def next_state(loss_scale: LossScale, state: LossScaleState, *, found_inf: bool) -> LossScaleState:
     """Returns the state after one step: the specification that every implementation follows.
 

@@ -22,6 +22,7 @@ from mpcore.loss_scale import (
     LossScaleTensors,
     check_loss_scale,
     initial_state,
+    resumed_state,
 )
 from mpcore.stage import Stage
 from mpcore.step_result import StepResult
@@ -102,6 +103,7 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
 
     def _start(self) -> None:
         """Makes what does not outlive a step, or follows from the rest."""
+        self.register_state_dict_post_hook(_add_section)
         self.path = "general"
         self._general = GeneralPath(self.inner, self._masters, self._module, self._saturated)
         self._stage = Stage(
@@ -173,9 +175,7 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
             raise StageError(
                 "unscale_(): expected one call per step, got a second one. Call step() first."
             )
-        gradients = self._collect("unscale_()")
-        if gradients is not None:
-            gradients.apply()
+        self._collect("unscale_()").apply()
 
     def grads(self) -> list[Tensor]:
         """Returns the unscaled gradients in the order of the parameters; no host sync.
@@ -212,10 +212,7 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
         """
         if not check_number("max_norm", max_norm) > 0:
             raise ArgumentError(f"max_norm: expected a number above 0, got {max_norm}.")
-        gradients = self._collect("clip_grad_norm_()")
-        if gradients is None:
-            return torch.zeros((), device=self._scale.scale.device)
-        return gradients.clip(float(max_norm))
+        return self._collect("clip_grad_norm_()").clip(float(max_norm))
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates, or skips if a gradient is not finite; then moves the loss scale.
@@ -236,22 +233,30 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
             ArgumentError: A gradient is sparse, or a parameter changed its device or dtype.
         """
         if closure is not None:
-            self._stage.forget()
-            result, gradients = self._general.step_with_closure(closure, self._collect_in_closure)
-            self._finish(gradients)
-            return result
+            return self._step_with_closure(closure)
         zeros = None if self._began or External.of(self) else self._stage.collect_zeros()
         if zeros is not None:
             self._general.initialise_state(zeros)
             return None
         collected = self._collect("step()")
-        if collected is None:
+        if not collected.params:
+            self._stage.forget()
             self._general.step_without_gradients()
             self._stage.scaled = False
             return None
         self._general.step(collected)
         self._finish(collected)
         return None
+
+    def _step_with_closure(self, closure: Callable[[], Any]) -> Any:
+        self._stage.forget()
+        try:
+            result, gradients = self._general.step_with_closure(closure, self._collect_in_closure)
+        finally:  # also of a closure that raised
+            self._stage.forget()
+            self._stage.scaled = False
+        self._finish(gradients)
+        return result
 
     def _finish(self, gradients: StepGradients) -> None:
         self._stage.finish(gradients, External.of(self))
@@ -295,20 +300,12 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
 
     # ------------------------------------------------------------------ checkpoints
 
-    def state_dict(self) -> dict[str, Any]:
-        """Returns torch's state_dict plus masters and loss scale; syncs with the host.
-
-        The layout is described in `mpcore.checkpoint`.
-        """
-        saved = super().state_dict()
-        saved["mpcore"] = checkpoint.section(self._scale.to_state(), self.saturated)
-        return saved
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` returned, in its dtypes; no host sync.
 
-        The loss scale's settings are those of this object; its state is the saved one. Load the
-        model's weights as well: masters come from here, weights from the model.
+        The settings of the loss scale stay those of this object: a saved scale outside its bounds
+        is moved into them, and a scale that never moves stays. Load the model's weights as
+        well: masters come from here, weights from the model.
 
         Args:
             state_dict: Left as it is.
@@ -320,14 +317,15 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        scale, saturated = checkpoint.read_section(state_dict)
+        saved_scale, saturated = checkpoint.read_section(state_dict)
         states = checkpoint.read_states(state_dict, self.param_groups)
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update(copy.deepcopy({k: v for k, v in saved.items() if k != "params"}))
         self._masters.replace_state(states)
-        self._scale.assign_(scale)
+        self._scale.assign_(resumed_state(self.loss_scaling, saved_scale))
         self._saturated.fill_(saturated)
         self._stage.forget()
+        self._stage.scaled = False
         self._began = True
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
@@ -343,15 +341,20 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
         )
         return f"{head}\n{super().__repr__()}"
 
-    def _collect(self, caller: str) -> StepGradients | None:
+    def _collect(self, caller: str) -> StepGradients:
         return self._stage.collect(caller, External.of(self))
 
     def _collect_in_closure(self) -> StepGradients:
         """Returns the gradients of one evaluation of a user's closure, and readies the next."""
         gradients = self._collect("step(closure)")
         self._stage.gradients, self._stage.scaled = None, False
-        if gradients is None:
+        if not gradients.params:
             raise StageError(
                 "step(closure): expected the closure to call backward(), got no gradient at all."
             )
         return gradients
+
+
+def _add_section(optimizer: Any, saved: dict[str, Any]) -> None:
+    """A hook of `state_dict`: adds what torch's does not know of; syncs with the host."""
+    saved["mpcore"] = checkpoint.section(optimizer._scale.to_state(), optimizer.saturated)

@@ -54,8 +54,8 @@ class Stage:
         """Whether gradients are only right if `scale` came first."""
         return not isinstance(self._loss_scaling, NoLossScale)
 
-    def collect(self, caller: str, external: External | None) -> StepGradients | None:
-        """Returns this step's gradients, checked, with masters made; None if there are none.
+    def collect(self, caller: str, external: External | None) -> StepGradients:
+        """Returns this step's gradients, checked, with masters made; there may be none at all.
 
         Args:
             caller: The method that asks, for messages.
@@ -65,8 +65,6 @@ class Stage:
             return self.gradients
         params = with_gradient(self._groups, self._device_of, self._masters)
         self._check_scaled(caller, external, bool(params))
-        if not params:
-            return None
         scale = self._tensors.scale if external is None else external.scale
         # latched: what unscales is what scaled, wherever the scale goes at the end of the step
         self._used_scale = scale.clone()

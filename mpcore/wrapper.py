@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mpcore._parameters import check_group, check_original, name_of
 from mpcore.backends import resolve
+from mpcore.errors import ArgumentError
 from mpcore.masters import Masters
 
 
@@ -86,6 +87,10 @@ class OptimizerWrapper(torch.optim.Optimizer):
             ArgumentError: A pair is not like that, or the parameter has a master already.
         """
         pairs = list(pairs)
+        if len({param for param, _ in pairs}) < len(pairs):
+            raise ArgumentError(
+                "adopt_masters: expected every parameter once, got one in several pairs."
+            )
         for param, original in pairs:
             check_original(param, original, self._device_of, self._masters)
         for param, original in pairs:
