@@ -1,0 +1,123 @@
+"""Inputs for the kernels, made of raw bits, and comparisons that look at bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from hypothesis import strategies as st
+
+HALVES = [torch.float16, torch.bfloat16]
+FLOATS = [*HALVES, torch.float32]
+INTEGER = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
+# a NaN, so that a value read from outside a tensor shows in the result and in the flags
+POISON = {torch.float16: 0x7E5A, torch.bfloat16: 0x7FDA, torch.float32: 0x7FDA5A5A}
+
+
+def bits_of(tensor):
+    """The bits of a float tensor as integers, all NaNs made equal: payloads are no contract."""
+    bits = tensor.detach().cpu().contiguous().view(INTEGER[tensor.dtype])
+    return torch.where(tensor.detach().cpu().isnan(), POISON[tensor.dtype], bits)
+
+
+def assert_same_bits(actual, expected):
+    """Fails unless both tensors hold the same bits, up to the payload of NaNs."""
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    differs = (bits_of(actual) != bits_of(expected)).nonzero()
+    if len(differs):
+        where = tuple(differs[0].tolist())
+        raise AssertionError(
+            f"{len(differs)} of {actual.numel()} elements differ; the first is {where}: "
+            f"got {actual.cpu()[where].item()!r}, expected {expected.cpu()[where].item()!r}"
+        )
+
+
+def all_patterns(dtype):
+    """All 65,536 values of a 16-bit dtype."""
+    return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+
+
+def random_bits(size, dtype, seed):
+    """Values with uniformly drawn bits: all exponents, infinities and NaNs among them."""
+    generator = torch.Generator().manual_seed(seed)
+    info = torch.iinfo(INTEGER[dtype])
+    bits = torch.randint(info.min, info.max + 1, (size,), generator=generator, dtype=torch.int64)
+    return bits.to(INTEGER[dtype]).view(dtype)
+
+
+def random_finite(size, dtype, seed):
+    """Values with uniformly drawn bits, but 1 in place of those that are not below 256."""
+    values = random_bits(size, dtype, seed)
+    return torch.where(values.isfinite() & (values.abs() < 256), values, 1.0).to(dtype)
+
+
+def rounding_boundaries():
+    """FP32 values around every place where a cast to a narrower format could round.
+
+    For each sign and exponent and each number of dropped bits: just below, at and just above half
+    of the last place, and the ends, under a last place that is even, odd, and carries.
+    """
+    mantissas = {0, 1, 2**23 - 1}
+    for dropped in range(1, 24):
+        half = 1 << (dropped - 1)
+        kept_ones = (2**23 - 1) >> dropped << dropped
+        for high in (0, (1 << dropped) & kept_ones, kept_ones):
+            mantissas |= {high + low for low in (0, half - 1, half, half + 1, 2 * half - 1)}
+    mantissas = torch.tensor(sorted(m for m in mantissas if m < 2**23), dtype=torch.int64)
+    high_bits = torch.arange(-256, 256, dtype=torch.int64) << 23
+    return (high_bits[:, None] + mantissas).flatten().to(torch.int32).view(torch.float32)
+
+
+@dataclass
+class Guarded:
+    """A tensor in the middle of a larger, poisoned buffer."""
+
+    tensor: torch.Tensor
+    buffer: torch.Tensor
+    start: int
+
+    def assert_margins_intact(self):
+        """Fails if anything outside the tensor was written."""
+        raw = self.buffer.cpu().view(INTEGER[self.buffer.dtype])
+        after = self.start + self.tensor.numel()
+        assert (raw[: self.start] == POISON[self.buffer.dtype]).all()
+        assert (raw[after:] == POISON[self.buffer.dtype]).all()
+
+
+def guarded(values, device, offset=0):
+    """Places 1-d `values` on `device`, `offset` elements past an aligned address, with margins."""
+    start = 64 + offset
+    raw = torch.full((start + values.numel() + 64,), POISON[values.dtype])
+    buffer = raw.to(INTEGER[values.dtype]).view(values.dtype).to(device)
+    tensor = buffer[start : start + values.numel()]
+    tensor.copy_(values)
+    return Guarded(tensor, buffer, start)
+
+
+def flags(count, device):
+    """The `nonfinite` argument for `count` tensors."""
+    return torch.zeros(count, dtype=torch.int32, device=device)
+
+
+def float32_bits():
+    """A strategy: FP32 values of any bits, rounding boundaries and specials made likely."""
+    near_zero = [0, 1, 0x007FFFFF, 0x00800000, 0x33000000, 0x387FC000, 0x387FE000]
+    near_float16_max = [0x477FE000, 0x477FEFFF, 0x477FF000]
+    near_bfloat16_max = [0x7F7F0000, 0x7F7F7FFF, 0x7F7F8000, 0x7F7FFFFF]
+    specials = [0x7F800000, 0x7F800001, 0x7FC00000, 0x7FFFFFFF]
+    edges = st.sampled_from(near_zero + near_float16_max + near_bfloat16_max + specials)
+    magnitude = st.one_of(edges, st.integers(0, 2**31 - 1))
+    return st.tuples(magnitude, st.booleans()).map(lambda pair: pair[0] - (pair[1] << 31))
+
+
+@st.composite
+def tensors(draw, dtypes=tuple(FLOATS), max_tensors=4, max_size=40):
+    """A strategy: a list of 1-d tensors of mixed dtypes with raw bits."""
+    result = []
+    for _ in range(draw(st.integers(0, max_tensors))):
+        dtype = draw(st.sampled_from(dtypes))
+        element = float32_bits() if dtype == torch.float32 else st.integers(-(2**15), 2**15 - 1)
+        bits = draw(st.lists(element, max_size=max_size))
+        result.append(torch.tensor(bits, dtype=INTEGER[dtype]).view(dtype))
+    return result
