@@ -90,7 +90,7 @@ class GeneralPath:
         gradients.apply()
         found_inf = gradients.found_inf()
         if self._takes_found_inf(gradients.params):
-            self._step_on_device(found_inf, gradients.params)
+            self._step_on_device(found_inf)
         elif bool(found_inf):
             return
         else:
@@ -195,7 +195,7 @@ class GeneralPath:
             )
             saturated.add_(count.to(saturated.device, non_blocking=True))
 
-    def _step_on_device(self, found_inf: Tensor, params: list[Tensor]) -> None:
+    def _step_on_device(self, found_inf: Tensor) -> None:
         # torch's fused kernels skip on exactly 1.0; the attributes are its GradScaler's protocol
         inner: Any = self.inner
         inner.found_inf, inner.grad_scale = found_inf.float(), None
@@ -203,17 +203,20 @@ class GeneralPath:
             self._step_inner()
         finally:
             del inner.found_inf, inner.grad_scale
-        # torch's fused kernels write parameters without telling autograd
-        torch.autograd.graph.increment_version([p for p in params if self.masters.of(p) is p])
 
     def _step_inner(self, closure: Closure | None = None) -> Any:
         self.stepping = True
         try:
             with self.masters.in_groups():
                 # without a closure call step() bare: some optimizers' step takes no argument
-                return self.inner.step() if closure is None else self.inner.step(closure)
+                result = self.inner.step() if closure is None else self.inner.step(closure)
         finally:
             self.stepping = False
+        # torch's fused kernels write parameters without telling autograd
+        torch.autograd.graph.increment_version(
+            [p for p in self._params() if p.grad is not None and self.masters.of(p) is p]
+        )
+        return result
 
     def _takes_found_inf(self, params: list[Tensor]) -> bool:
         if self._takes_scaler or not getattr(self.inner, "_step_supports_amp_scaling", False):
