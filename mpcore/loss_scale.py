@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mpcore._checks import check_count, check_number, check_scale, is_power_of_two
+from mpcore.backends.reference import update_scale_
 from mpcore.errors import ArgumentError, ArgumentTypeError
 
 
@@ -249,18 +250,21 @@ class LossScaleTensors:
             loss_scale: The description.
             found_inf: 0-d, any dtype; non-zero means overflow.
         """
-        bad = found_inf != 0
-        self.steps.add_(1)
-        self.skipped_steps.add_(bad)
         if not isinstance(loss_scale, DynamicLossScale):
+            self.steps.add_(1)
+            self.skipped_steps.add_(found_inf != 0)
             return
-        left = (self.overflows_left - bad.to(torch.int32)).clamp_(min=0)
-        tracker = torch.where(bad, 0, self.growth_tracker + 1)
-        grow = tracker >= loss_scale.growth_interval
-        lower = (self.scale * loss_scale.backoff_factor).clamp_(min=loss_scale.min_scale)
-        higher = (self.scale * loss_scale.growth_factor).clamp_(max=loss_scale.max_scale)
-        scale = torch.where(bad & (left == 0), lower, self.scale)
-        refilled = torch.full_like(left, loss_scale.hysteresis)
-        torch.where(grow, higher, scale, out=self.scale)
-        torch.where(grow, torch.zeros_like(tracker), tracker, out=self.growth_tracker)
-        torch.where(grow, refilled, left, out=self.overflows_left)
+        update_scale_(
+            self.scale,
+            self.growth_tracker,
+            self.overflows_left,
+            self.steps,
+            self.skipped_steps,
+            found_inf,
+            growth_factor=loss_scale.growth_factor,
+            backoff_factor=loss_scale.backoff_factor,
+            growth_interval=loss_scale.growth_interval,
+            min_scale=loss_scale.min_scale,
+            max_scale=loss_scale.max_scale,
+            hysteresis=loss_scale.hysteresis,
+        )

@@ -115,6 +115,12 @@ def _upload(
     return both[: entries.numel()].view(-1, _COLUMNS), both[entries.numel() :]
 
 
+def upload(values: Tensor, device: torch.device) -> Tensor:
+    """Returns a copy of host `values` on `device` that the host does not wait for."""
+    pinned = values.pin_memory() if device.type == "cuda" else values
+    return pinned.to(device, non_blocking=True)
+
+
 def mark_written(*tensors: Tensor) -> None:
     """Tells autograd that `tensors` were written, which a write by address does not do itself."""
     for tensor in tensors:
@@ -141,6 +147,10 @@ def is_aligned(address, FORMAT: tl.constexpr, OTHER: tl.constexpr):
 
 
 @triton.jit
-def aligned_pointer(address, FORMAT: tl.constexpr, OTHER: tl.constexpr):
-    """Turns an address for which `is_aligned` holds into a pointer that promises so."""
-    return tl.multiple_of(pointer(address, FORMAT), access_bytes(FORMAT, OTHER))
+def aligned_pointer(address, start, FORMAT: tl.constexpr, OTHER: tl.constexpr):
+    """Returns a pointer to element `start`, a multiple of CHUNK, that promises its alignment.
+
+    `is_aligned` must hold for `address`. The promise is made for the sum, because Triton 3.7 forgets
+    one that is made for an address turned into a pointer.
+    """
+    return tl.multiple_of(pointer(address, FORMAT) + start, access_bytes(FORMAT, OTHER))

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mpcore_kernels._cache import TableCache, cached
 from mpcore_kernels._checks import (
     check_device,
     check_no_overlap,
@@ -25,6 +26,7 @@ from mpcore_kernels._checks import (
     check_tensors,
 )
 from mpcore_kernels._dtypes import FORMATS, narrow, pointer, saturate, widen
+from mpcore_kernels._launch import Variant
 from mpcore_kernels._table import (
     CHUNK,
     WARPS,
@@ -77,8 +79,8 @@ def _cast_kernel(
         master, weight, start, size, _ = locate(entries_ptr, owners_ptr, CHUNK)
         aligned = is_aligned(master, MASTER, WEIGHT) & is_aligned(weight, WEIGHT, MASTER)
         if aligned & (start + CHUNK <= size):
-            master_ptr = aligned_pointer(master, MASTER, WEIGHT) + start
-            weight_ptr = aligned_pointer(weight, WEIGHT, MASTER) + start
+            master_ptr = aligned_pointer(master, start, MASTER, WEIGHT)
+            weight_ptr = aligned_pointer(weight, start, WEIGHT, MASTER)
             clamped = _cast_block(master_ptr, weight_ptr, None, MASTER, WEIGHT, CHUNK)
         else:
             master_ptr = pointer(master, MASTER) + start
@@ -90,25 +92,46 @@ def _cast_kernel(
             tl.atomic_add(saturated_ptr, clamped.to(tl.int64), sem="relaxed")
 
 
+def variant(source: torch.dtype, destination: torch.dtype) -> Variant:
+    """Returns how the kernel is launched on a table of these dtypes."""
+    return Variant(
+        kernel=_cast_kernel,
+        arguments=("*i64", "*i64", "*i32", "*i64"),
+        constants=(
+            ("MASTER", FORMATS[source]),
+            ("WEIGHT", FORMATS[destination]),
+            ("CHUNK", CHUNK),
+        ),
+        num_warps=WARPS,
+        # no floating-point arithmetic but the conversion: nothing to fuse, and nothing may appear
+        enable_fp_fusion=False,
+        reads=(source,),
+        writes=(destination,),
+        chunk=CHUNK,
+        reductions=1,
+    )
+
+
+def variants() -> list[Variant]:
+    """Returns every variant that `cast_into` can use."""
+    return [variant(torch.float32, dtype) for dtype in FORMATS if dtype.itemsize < 4]
+
+
 def _launch(tables: list[Table], found_inf: Tensor, saturated: Tensor) -> None:
     """Queues one launch per table on the current stream of the tensors' device."""
-    with torch.cuda.device_of(found_inf):
-        for table in tables:
-            _cast_kernel[(table.programs,)](
-                table.entries,
-                table.owners,
-                found_inf,
-                saturated,
-                MASTER=FORMATS[table.source],
-                WEIGHT=FORMATS[table.destination],
-                CHUNK=CHUNK,
-                num_warps=WARPS,
-                enable_fp_fusion=False,
-            )
+    for table in tables:
+        variant(table.source, table.destination).launch(
+            table.programs, table.entries, table.owners, found_inf, saturated
+        )
 
 
 def cast_into(
-    masters: Sequence[Tensor], weights: Sequence[Tensor], found_inf: Tensor, saturated: Tensor
+    masters: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    found_inf: Tensor,
+    saturated: Tensor,
+    *,
+    tables: TableCache | None = None,
 ) -> None:
     """Rounds FP32 masters into 16-bit weights on their device, without a host sync.
 
@@ -124,11 +147,13 @@ def cast_into(
             with its sign; infinities and NaNs are kept.
         found_inf: `[]`, int32. If not 0, no weight is written and nothing is counted.
         saturated: `[]`, int64. The number of clamped values is added to it.
+        tables: Where to keep what describes the tensors to the device; None: nowhere.
 
     Raises:
         TypeError: If an argument that should be a tensor is none.
         ValueError: If a dtype, shape, layout or device is not one of the above, or the device
             cannot run the kernels. Nothing is written then.
+        RuntimeError: If a CUDA graph is being captured and `tables` does not know the tensors.
 
     Example:
         >>> masters = [torch.tensor([1.0, 65519.0, -1.0e6])]
@@ -142,10 +167,14 @@ def cast_into(
     check_state("found_inf", found_inf, torch.int32, ())
     device = found_inf.device
     check_device(_cast_kernel, device)
-    check_tensors("masters", masters, (torch.float32,), device)
-    check_tensors("weights", weights, (torch.float16, torch.bfloat16), device)
-    check_pairs("masters", masters, "weights", weights)
-    check_no_overlap("weights", weights, "masters", masters)
     check_state("saturated", saturated, torch.int64, (), device)
-    _launch(build(masters, weights), found_inf, saturated)
+
+    def make() -> list[Table]:
+        check_tensors("masters", masters, (torch.float32,), device)
+        check_tensors("weights", weights, (torch.float16, torch.bfloat16), device)
+        check_pairs("masters", masters, "weights", weights)
+        check_no_overlap("weights", weights, "masters", masters)
+        return build(masters, weights)
+
+    _launch(cached(tables, "cast_into", [masters, weights], device, make), found_inf, saturated)
     mark_written(*weights, saturated)

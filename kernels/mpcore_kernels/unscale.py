@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mpcore_kernels._cache import TableCache, cached
 from mpcore_kernels._checks import (
     check_device,
     check_no_overlap,
@@ -29,6 +30,7 @@ from mpcore_kernels._checks import (
     check_tensors,
 )
 from mpcore_kernels._dtypes import FORMATS, is_nonfinite, narrow, pointer, widen
+from mpcore_kernels._launch import Variant
 from mpcore_kernels._table import (
     CHUNK,
     WARPS,
@@ -87,8 +89,8 @@ def _unscale_kernel(
     grad, out, start, size, index = locate(entries_ptr, owners_ptr, CHUNK)
     coefficient = tl.load(coefficient_ptr)
     if is_aligned(grad, GRAD, OUT) & is_aligned(out, OUT, GRAD) & (start + CHUNK <= size):
-        grad_ptr = aligned_pointer(grad, GRAD, OUT) + start
-        out_ptr = aligned_pointer(out, OUT, GRAD) + start
+        grad_ptr = aligned_pointer(grad, start, GRAD, OUT)
+        out_ptr = aligned_pointer(out, start, OUT, GRAD)
         bad = _unscale_block(grad_ptr, out_ptr, None, coefficient, GRAD, OUT, CHUNK)
     else:
         grad_ptr = pointer(grad, GRAD) + start
@@ -99,33 +101,51 @@ def _unscale_kernel(
         tl.store(nonfinite_ptr + index, 1)
 
 
+def variant(source: torch.dtype, destination: torch.dtype) -> Variant:
+    """Returns how the kernel is launched on a table of these dtypes."""
+    return Variant(
+        kernel=_unscale_kernel,
+        arguments=("*i64", "*i64", "*fp32", "*i32"),
+        constants=(("GRAD", FORMATS[source]), ("OUT", FORMATS[destination]), ("CHUNK", CHUNK)),
+        num_warps=WARPS,
+        # one multiplication, no addition: there is nothing to fuse, and nothing may appear
+        enable_fp_fusion=False,
+        reads=(source,),
+        writes=(destination,),
+        chunk=CHUNK,
+        reductions=1,
+    )
+
+
+def variants() -> list[Variant]:
+    """Returns every variant that the launchers below can use: in place, then into FP32."""
+    in_place = [variant(dtype, dtype) for dtype in FORMATS]
+    return in_place + [variant(dtype, torch.float32) for dtype in FORMATS if dtype.itemsize < 4]
+
+
 def _launch(tables: list[Table], coefficient: Tensor, nonfinite: Tensor) -> None:
     """Queues one launch per table on the current stream of the tensors' device."""
-    with torch.cuda.device_of(coefficient):
-        for table in tables:
-            _unscale_kernel[(table.programs,)](
-                table.entries,
-                table.owners,
-                coefficient,
-                nonfinite,
-                GRAD=FORMATS[table.source],
-                OUT=FORMATS[table.destination],
-                CHUNK=CHUNK,
-                num_warps=WARPS,
-                enable_fp_fusion=False,
-            )
+    for table in tables:
+        variant(table.source, table.destination).launch(
+            table.programs, table.entries, table.owners, coefficient, nonfinite
+        )
 
 
-def _check_arguments(grads: Sequence[Tensor], coefficient: Tensor, nonfinite: Tensor) -> None:
-    """Raises unless the arguments that both launchers share are as documented there."""
+def _check_state(grads: Sequence[Tensor], coefficient: Tensor, nonfinite: Tensor) -> None:
+    """Raises unless what belongs to no single gradient is as documented for both launchers."""
     check_state("coefficient", coefficient, torch.float32, ())
     device = coefficient.device
     check_device(_unscale_kernel, device)
-    check_tensors("grads", grads, tuple(FORMATS), device)
     check_state("nonfinite", nonfinite, torch.int32, (len(grads),), device)
 
 
-def unscale_(grads: Sequence[Tensor], coefficient: Tensor, nonfinite: Tensor) -> None:
+def unscale_(
+    grads: Sequence[Tensor],
+    coefficient: Tensor,
+    nonfinite: Tensor,
+    *,
+    tables: TableCache | None = None,
+) -> None:
     """Multiplies gradients by `coefficient` in place, on their device, without a host sync.
 
     One launch per dtype among `grads`, whatever their number. The launch writes by address;
@@ -139,11 +159,13 @@ def unscale_(grads: Sequence[Tensor], coefficient: Tensor, nonfinite: Tensor) ->
         nonfinite: `[len(grads)]`, int32, contiguous. Element `i` is set to 1 if tensor `i` holds
             a value that is infinite or NaN before or after the multiplication or after rounding
             to 16 bits; never cleared.
+        tables: Where to keep what describes the tensors to the device; None: nowhere.
 
     Raises:
         TypeError: If an argument that should be a tensor is none.
         ValueError: If a dtype, shape, layout or device is not one of the above, or the device
             cannot run the kernels. Nothing is written then.
+        RuntimeError: If a CUDA graph is being captured and `tables` does not know the tensors.
 
     Example:
         >>> grads = [torch.tensor([2.0, 6.0], dtype=torch.float16), torch.tensor([float("inf")])]
@@ -152,14 +174,25 @@ def unscale_(grads: Sequence[Tensor], coefficient: Tensor, nonfinite: Tensor) ->
         >>> grads[0].tolist(), nonfinite.tolist()
         ([1.0, 3.0], [0, 1])
     """
-    _check_arguments(grads, coefficient, nonfinite)
-    check_no_overlap("grads", grads)
-    _launch(build(grads, grads), coefficient, nonfinite)
+    _check_state(grads, coefficient, nonfinite)
+    device = coefficient.device
+
+    def make() -> list[Table]:
+        check_tensors("grads", grads, tuple(FORMATS), device)
+        check_no_overlap("grads", grads)
+        return build(grads, grads)
+
+    _launch(cached(tables, "unscale_", [grads], device, make), coefficient, nonfinite)
     mark_written(*grads, nonfinite)
 
 
 def unscale_into(
-    grads: Sequence[Tensor], outs: Sequence[Tensor], coefficient: Tensor, nonfinite: Tensor
+    grads: Sequence[Tensor],
+    outs: Sequence[Tensor],
+    coefficient: Tensor,
+    nonfinite: Tensor,
+    *,
+    tables: TableCache | None = None,
 ) -> None:
     """Writes gradients times `coefficient` as FP32, on their device, without a host sync.
 
@@ -174,11 +207,13 @@ def unscale_into(
         coefficient: `[]`, float32. The factor, `1 / loss_scale`.
         nonfinite: `[len(grads)]`, int32, contiguous. Element `i` is set to 1 if tensor `i` holds
             a value that is infinite or NaN before or after the multiplication; never cleared.
+        tables: Where to keep what describes the tensors to the device; None: nowhere.
 
     Raises:
         TypeError: If an argument that should be a tensor is none.
         ValueError: If a dtype, shape, layout or device is not one of the above, or the device
             cannot run the kernels. Nothing is written then.
+        RuntimeError: If a CUDA graph is being captured and `tables` does not know the tensors.
 
     Example:
         >>> grads = [torch.tensor([2.0, 6.0e-8], dtype=torch.float16)]
@@ -188,9 +223,15 @@ def unscale_into(
         >>> outs[0].tolist(), nonfinite.tolist()
         ([1.0, 2.9802322387695312e-08], [0])
     """
-    _check_arguments(grads, coefficient, nonfinite)
-    check_tensors("outs", outs, (torch.float32,), coefficient.device)
-    check_pairs("grads", grads, "outs", outs)
-    check_no_overlap("outs", outs, "grads", grads)
-    _launch(build(grads, outs), coefficient, nonfinite)
+    _check_state(grads, coefficient, nonfinite)
+    device = coefficient.device
+
+    def make() -> list[Table]:
+        check_tensors("grads", grads, tuple(FORMATS), device)
+        check_tensors("outs", outs, (torch.float32,), device)
+        check_pairs("grads", grads, "outs", outs)
+        check_no_overlap("outs", outs, "grads", grads)
+        return build(grads, outs)
+
+    _launch(cached(tables, "unscale_into", [grads, outs], device, make), coefficient, nonfinite)
     mark_written(*outs, nonfinite)

@@ -45,6 +45,37 @@ class Backend(Protocol):
     ) -> None:
         """Rounds masters into 16-bit weights unless `found_inf` is set."""
 
+    def widen_into(self, weights: Sequence[Tensor], masters: Sequence[Tensor]) -> None:
+        """Writes 16-bit weights as float32 masters."""
+
+    def inspect(
+        self,
+        grads: Sequence[Tensor],
+        coefficient: Tensor,
+        max_norm: float | None,
+        *,
+        statistics: bool = False,
+    ) -> reference.Inspection:
+        """Finds overflow, norms and the clip; returns these attributes, whatever the class."""
+
+    def update_scale_(
+        self,
+        scale: Tensor,
+        growth_tracker: Tensor,
+        overflows_left: Tensor,
+        steps: Tensor,
+        skipped_steps: Tensor,
+        found_inf: Tensor,
+        *,
+        growth_factor: float,
+        backoff_factor: float,
+        growth_interval: int,
+        min_scale: float,
+        max_scale: float,
+        hysteresis: int,
+    ) -> None:
+        """Moves a dynamic loss scale by one step."""
+
 
 def why_not_triton(
     devices: Iterable[torch.device], dtypes: Iterable[torch.dtype] = ()

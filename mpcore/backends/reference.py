@@ -2,8 +2,11 @@
 
     unscale:  x = float32(g) * coefficient              one multiply, rounded to nearest even
     cast:     w = clamp(round_to_nearest_even(master))  clamped to the finite maximum of w's dtype
+    widen:    master = float32(w)                       exact
+    inspect:  overflow, norms and the clip factor       in `_inspection.py`
+    scale:    the rule of `mpcore.loss_scale`           on tensors
 
-Float64 tensors are computed in float64.
+Float64 tensors are computed in float64, but by `inspect`, which takes none.
 """
 
 from __future__ import annotations
@@ -12,6 +15,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from mpcore.backends._inspection import Inspection as Inspection
+from mpcore.backends._inspection import inspect as inspect
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -99,3 +105,76 @@ def cast_into(
         rounded = torch.where(clamped, rounded.clamp(-largest, largest), rounded)
         torch.where(keep, weight, rounded, out=weight)
         saturated.add_((clamped & keep.logical_not()).sum())
+
+
+@torch.no_grad()
+def widen_into(weights: Sequence[Tensor], masters: Sequence[Tensor]) -> None:
+    """Writes 16-bit weights as float32 masters, which is exact; no host sync.
+
+    Args:
+        weights: float16 / bfloat16, any shape. Left as they are.
+        masters: float32, shapes of `weights`. Overwritten.
+
+    Example:
+        >>> master = torch.empty(2)
+        >>> widen_into([torch.tensor([1.0, 6e-8]).half()], [master])
+        >>> master.tolist()
+        [1.0, 5.960464477539063e-08]
+    """
+    for weight, master in zip(weights, masters, strict=True):
+        master.copy_(weight)
+
+
+@torch.no_grad()
+def update_scale_(
+    scale: Tensor,
+    growth_tracker: Tensor,
+    overflows_left: Tensor,
+    steps: Tensor,
+    skipped_steps: Tensor,
+    found_inf: Tensor,
+    *,
+    growth_factor: float,
+    backoff_factor: float,
+    growth_interval: int,
+    min_scale: float,
+    max_scale: float,
+    hysteresis: int,
+) -> None:
+    """Follows `mpcore.loss_scale.next_state` in place on the device, without a host sync.
+
+    Args:
+        scale: 0-d float32.
+        growth_tracker: 0-d int32.
+        overflows_left: 0-d int32.
+        steps: 0-d int64.
+        skipped_steps: 0-d int64.
+        found_inf: 0-d; non-zero means overflow.
+        growth_factor: See `mpcore.DynamicLossScale`, also for the others.
+        backoff_factor: Likewise.
+        growth_interval: Likewise.
+        min_scale: Likewise.
+        max_scale: Likewise.
+        hysteresis: Likewise.
+
+    Example:
+        >>> scale, steps, skipped = torch.tensor(1024.0), torch.tensor(0), torch.tensor(0)
+        >>> tracker, left = (torch.tensor(n, dtype=torch.int32) for n in (0, 1))
+        >>> update_scale_(scale, tracker, left, steps, skipped, torch.tensor(1), growth_factor=2.0,
+        ...               backoff_factor=0.5, growth_interval=2000, min_scale=1.0,
+        ...               max_scale=2.0**24, hysteresis=1)
+        >>> scale.item(), steps.item(), skipped.item()
+        (512.0, 1, 1)
+    """
+    bad = found_inf != 0
+    steps.add_(1)
+    skipped_steps.add_(bad)
+    left = (overflows_left - bad.to(torch.int32)).clamp_(min=0)
+    tracker = torch.where(bad, 0, growth_tracker + 1)
+    grow = tracker >= growth_interval
+    lower = (scale * backoff_factor).clamp_(min=min_scale)
+    higher = (scale * growth_factor).clamp_(max=max_scale)
+    held = torch.where(bad & (left == 0), lower, scale)
+    torch.where(grow, higher, held, out=scale)
+    torch.where(grow, torch.zeros_like(tracker), tracker, out=growth_tracker)
+    torch.where(grow, torch.full_like(left, hysteresis), left, out=overflows_left)

@@ -1,9 +1,11 @@
-"""The device that the kernels run on here."""
+"""The device that the kernels run on here, and a watch over what is launched."""
 
 import pytest
 import torch
 import triton
 
+from mpcore_kernels._launch import Variant, argument_type
+from mpcore_kernels._variants import variants
 from mpcore_kernels.unscale import _unscale_kernel
 
 
@@ -15,3 +17,19 @@ def device():
     if not torch.cuda.is_available():
         pytest.fail("the kernels were imported before TRITON_INTERPRET was set: tests/conftest.py")
     return torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def launched(monkeypatch):
+    """The variants that a test launched; fails on one that the audit does not compile."""
+    found = []
+    launch = Variant.launch
+
+    def watched(variant, programs, *arguments):
+        assert variant in variants(), f"the audit does not compile {variant}"
+        assert tuple(map(argument_type, arguments)) == variant.arguments
+        found.append(variant)
+        launch(variant, programs, *arguments)
+
+    monkeypatch.setattr(Variant, "launch", watched)
+    return found

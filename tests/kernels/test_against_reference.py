@@ -6,17 +6,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from mpcore.backends import reference
+from mpcore.backends import Backend, reference
+from mpcore.loss_scale import LossScaleState, LossScaleTensors
 
 import mpcore_kernels
 from mpcore_kernels._table import CHUNK
+from mpcore_testing.inspections import assert_same_inspection
 from mpcore_testing.kernels import (
     FLOATS,
     HALVES,
+    all_patterns,
     assert_same_bits,
     flags,
     float32_bits,
     random_bits,
+    random_finite,
     tensors,
 )
 
@@ -34,11 +38,22 @@ def assert_all_same(actual, expected):
         assert_same_bits(a, e)
 
 
-@pytest.mark.parametrize("name", mpcore_kernels.__all__)
+FUNCTIONS = [name for name in mpcore_kernels.__all__ if name[0].islower()]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_backends_share_names_and_signatures(name):
-    assert inspect.signature(getattr(mpcore_kernels, name)) == inspect.signature(
-        getattr(reference, name)
-    )
+    expected = inspect.signature(getattr(reference, name))
+    assert inspect.signature(getattr(mpcore_kernels.Launcher(), name)) == expected
+    function = inspect.signature(getattr(mpcore_kernels, name))
+    parameters = [p for p in function.parameters.values() if p.name != "tables"]
+    assert function.replace(parameters=parameters) == expected
+
+
+def test_backends_offer_all_functions_of_the_protocol():
+    promised = {name for name in vars(Backend) if not name.startswith("_")}
+    assert promised == set(FUNCTIONS)
+    assert all(callable(getattr(reference, name)) for name in promised)
 
 
 @given(values=tensors(), bits=float32_bits())
@@ -101,3 +116,84 @@ def test_backends_agree_on_tensors_of_several_chunks(device):
     assert_all_same(results[0][0], results[1][0])
     assert_all_same(results[0][1], results[1][1])
     assert results[0][2:] == results[1][2:]
+
+
+def assert_inspect_alike(values, coefficient, max_norm, device):
+    grads = copies(values, device)
+    found = [
+        backend.inspect(grads, coefficient, max_norm, statistics=True)
+        for backend in (mpcore_kernels, reference)
+    ]
+    assert_same_inspection(*found)
+    plain = reference.inspect(grads, coefficient, max_norm)
+    assert plain.counts is None
+    assert plain.histogram is None
+
+
+@given(
+    values=tensors(),
+    bits=float32_bits(),
+    max_norm=st.one_of(st.none(), st.floats(min_value=0.0, width=32)),
+)
+def test_backends_inspect_alike(values, bits, max_norm, device):
+    assert_inspect_alike(values, any_float(bits, device), max_norm, device)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("exponent", range(-14, 25))
+def test_backends_inspect_all_patterns_alike_at_every_power_of_two(dtype, exponent, device):
+    patterns = all_patterns(dtype)
+    values = [patterns, patterns[patterns.isfinite()]]
+    grads, coefficient = copies(values, device), torch.tensor(2.0**exponent, device=device)
+    found = [b.inspect(grads, coefficient, 1.0) for b in (mpcore_kernels, reference)]
+    assert_same_inspection(*found)
+
+
+@pytest.mark.parametrize("make", [random_bits, random_finite])
+def test_backends_inspect_tensors_of_several_chunks_alike(make, device):
+    sizes = [0, 1, CHUNK, CHUNK + 1, 3 * CHUNK - 1, 5 * CHUNK]
+    values = [make(n, FLOATS[i % 3], seed=i) for i, n in enumerate(sizes)]
+    for coefficient in (0.37, 2.0**-30, 2.0**80):
+        assert_inspect_alike(values, torch.tensor(coefficient, device=device), 1.0, device)
+    finite = [random_finite(n, torch.float32, seed=n) * 2.0 ** (n % 90 - 60) for n in sizes]
+    assert_inspect_alike(finite, torch.tensor(1.0, device=device), 1.0, device)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_backends_inspect_dense_tensors_alike_in_the_order_of_memory(dtype, device):
+    base = random_bits(3 * 40 * 5 * 7, dtype, seed=1).to(device).view(3, 40, 5, 7)
+    grads = [base.to(memory_format=torch.channels_last), base.permute(3, 0, 2, 1)]
+    grads.append(torch.empty_strided((1, 3, 4), (999, 1, 3), dtype=dtype, device=device).fill_(3.0))
+    one = torch.tensor(1.0, device=device)
+    found = [b.inspect(grads, one, 1.0, statistics=True) for b in (mpcore_kernels, reference)]
+    assert_same_inspection(*found)
+
+
+@given(values=tensors(dtypes=tuple(HALVES)))
+def test_backends_widen_alike(values, device):
+    results = []
+    for backend in (mpcore_kernels, reference):
+        masters = [torch.full(v.shape, 3.0, device=device) for v in values]
+        backend.widen_into(copies(values, device), masters)
+        results.append(masters)
+    assert_all_same(*results)
+
+
+@given(history=st.lists(st.sampled_from([0, 0, 0, 1]), max_size=12), hysteresis=st.integers(1, 3))
+def test_backends_update_the_scale_alike(history, hysteresis, device):
+    results = []
+    for backend in (mpcore_kernels, reference):
+        state = LossScaleTensors.from_state(LossScaleState(8.0, 0, hysteresis, 0, 0), device)
+        for found_inf in history:
+            backend.update_scale_(
+                *(getattr(state, name) for name in LossScaleState._fields),
+                torch.tensor(found_inf, dtype=torch.int32, device=device),
+                growth_factor=3.0,
+                backoff_factor=0.3,
+                growth_interval=2,
+                min_scale=0.7,
+                max_scale=100.1,
+                hysteresis=hysteresis,
+            )
+        results.append(state.to_state())
+    assert results[0] == results[1]

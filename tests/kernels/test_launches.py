@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mpcore_kernels import cast, unscale
+from mpcore_kernels import _chunks, _finish, cast, inspect, scale, unscale, widen
 from mpcore_kernels._dtypes import FORMATS
 from mpcore_testing.kernels import FLOATS, HALVES, flags
 
@@ -26,6 +26,10 @@ def recorded(monkeypatch):
     recorder = Recorder()
     monkeypatch.setattr(unscale, "_unscale_kernel", recorder)
     monkeypatch.setattr(cast, "_cast_kernel", recorder)
+    monkeypatch.setattr(widen, "_widen_kernel", recorder)
+    monkeypatch.setattr(_chunks, "_inspect_kernel", recorder)
+    monkeypatch.setattr(_finish, "_finish_kernel", recorder)
+    monkeypatch.setattr(scale, "_update_scale_kernel", recorder)
     return recorder
 
 
@@ -53,10 +57,41 @@ def test_cast_launches_once_per_dtype_whatever_the_number_of_tensors(recorded):
     assert recorded.formats("MASTER", "WEIGHT") == [(full, FORMATS[d]) for d in HALVES]
 
 
+def test_widen_launches_once_per_dtype_whatever_the_number_of_tensors(recorded):
+    widen.widen_into(tensors(100, HALVES), tensors(100, [torch.float32]))
+    full = FORMATS[torch.float32]
+    assert recorded.formats("WEIGHT", "MASTER") == [(FORMATS[d], full) for d in HALVES]
+
+
+@pytest.mark.parametrize("statistics", [False, True])
+def test_inspect_launches_once_per_dtype_and_once_for_all_tensors(recorded, statistics):
+    inspect(tensors(100, FLOATS), torch.tensor(1.0), None, statistics=statistics)
+    assert [grid for grid, _ in recorded.launches] == [(34,), (33,), (33,), (101,)]
+    assert [options.get("GRAD") for _, options in recorded.launches[:3]] == [
+        FORMATS[d] for d in FLOATS
+    ]
+    assert {options["STATISTICS"] for _, options in recorded.launches[:3]} == {statistics}
+
+
+def test_update_scale_launches_one_program(recorded):
+    ints = [torch.zeros((), dtype=d) for d in (torch.int32, torch.int32, torch.int64, torch.int64)]
+    scale.update_scale_(
+        *(torch.tensor(1.0), *ints, flags(1, "cpu")[0]),
+        growth_factor=2.0,
+        backoff_factor=0.5,
+        growth_interval=1,
+        min_scale=1.0,
+        max_scale=2.0,
+        hysteresis=1,
+    )
+    assert [grid for grid, _ in recorded.launches] == [(1,)]
+
+
 def test_nothing_to_do_is_no_launch(recorded):
     empty = tensors(3, FLOATS, size=0)
     unscale.unscale_(empty, torch.tensor(1.0), flags(3, "cpu"))
     cast.cast_into([], [], flags(1, "cpu")[0], torch.tensor(0))
+    widen.widen_into([], [])
     assert recorded.launches == []
 
 
@@ -64,5 +99,6 @@ def test_every_launch_switches_contraction_off(recorded):
     unscale.unscale_(tensors(3, FLOATS), torch.tensor(1.0), flags(3, "cpu"))
     masters = tensors(2, [torch.float32])
     cast.cast_into(masters, tensors(2, HALVES), flags(1, "cpu")[0], torch.tensor(0))
-    assert len(recorded.launches) == 5
-    assert [options["enable_fp_fusion"] for _, options in recorded.launches] == [False] * 5
+    inspect(tensors(3, FLOATS), torch.tensor(1.0), None)
+    widen.widen_into(tensors(2, HALVES), tensors(2, [torch.float32]))
+    assert [options["enable_fp_fusion"] for _, options in recorded.launches] == [False] * 11

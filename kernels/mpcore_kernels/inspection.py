@@ -1,0 +1,212 @@
+"""Read every gradient once: is it finite, how large is it, and by what must it be multiplied.
+
+    x           = float32(grad) * coefficient               the unscaled gradient, never stored
+    square_sum  = sum of x^2                                of each tensor
+    grad_norm   = sqrt(sum of all square_sum)
+    found_inf   = any x infinite or NaN
+    latched     = coefficient * min(1, max_norm / (grad_norm + 1e-6))
+
+`latched` unscales and clips in one multiply; the 1e-6 is that of `torch.nn.utils.clip_grad_norm_`.
+
+Two launches follow each other: one over chunks (one per dtype among the gradients), which writes
+what it found to a buffer, and one that puts the chunks of each tensor and of all together.
+
+Reference: Micikevicius et al., "Mixed Precision Training", ICLR 2018, section 3.2; Pascanu et al.,
+"On the difficulty of training recurrent neural networks", ICML 2013, algorithm 1 (clipping).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mpcore_kernels import _chunks, _finish
+from mpcore_kernels._cache import TableCache, cached
+from mpcore_kernels._checks import check_device, check_state, check_tensors
+from mpcore_kernels._dtypes import FORMATS
+from mpcore_kernels._launch import Variant
+from mpcore_kernels._statistics import CATEGORIES, EXPONENTS
+from mpcore_kernels._table import CHUNK, Table, build, upload
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect` found; tensors on the device of the gradients.
+
+    Attributes:
+        kinds: `[len(grads)]`, int32. A set of bits: 1 for NaN, 2 for +inf, 4 for -inf, 8 for a
+            finite value whose product with the coefficient is not finite. 0: all is finite.
+        first_bad: `[len(grads)]`, int64. Place of the first value that set a bit of `kinds`,
+            counted in the order of memory; -1 if there is none.
+        square_sum: `[len(grads)]`, float64. Sum of squares of unscaled values; NaN if the gradient
+            holds a NaN, infinity if something else in `kinds` is set.
+        largest: `[len(grads)]`, float32. Largest magnitude among finite unscaled values, or 0.
+        found_inf: `[]`, int32. 1 if any element of `kinds` is not 0, else 0.
+        grad_norm: `[]`, float32. Square root of the sum of all squares, NaN or infinity like them.
+        coefficient: `[]`, float32. The coefficient times the clip factor.
+        counts: `[len(grads), 6]`, int64. How many values, before unscaling, are NaN, +inf, -inf,
+            zero, subnormal in the gradient's own format, and normal. None without statistics.
+        histogram: `[len(grads), 256]`, int64. How many values, before unscaling, have the biased
+            float32 exponent 0 to 255: bin 127 counts magnitudes in [1, 2), bin 0 zeros and
+            subnormal float32 numbers, bin 255 infinities and NaNs. None without statistics.
+    """
+
+    kinds: Tensor
+    first_bad: Tensor
+    square_sum: Tensor
+    largest: Tensor
+    found_inf: Tensor
+    grad_norm: Tensor
+    coefficient: Tensor
+    counts: Tensor | None = None
+    histogram: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Tables of gradients, and where the chunks of each gradient are: first one and number."""
+
+    tables: list[Table]
+    segments: Tensor
+
+    @property
+    def chunks(self) -> int:
+        return sum(table.programs for table in self.tables)
+
+
+def variants() -> list[Variant]:
+    """Returns every variant that `inspect` can use."""
+    chunks = [
+        _chunks.variant(dtype, statistics) for statistics in (False, True) for dtype in FORMATS
+    ]
+    return [*chunks, _finish.variant()]
+
+
+def _plan(grads: Sequence[Tensor], device: torch.device) -> _Plan:
+    """Describes `grads` on their device, without a host sync."""
+    tables = build(grads, grads)
+    segments = [(0, 0)] * len(grads)
+    first = 0
+    for table in tables:
+        for index, grad in enumerate(grads):
+            if grad.dtype == table.source and grad.numel() != 0:
+                segments[index] = (first, -(-grad.numel() // CHUNK))
+                first += segments[index][1]
+    host = torch.tensor(segments, dtype=torch.int64, device="cpu").view(-1, 2)
+    return _Plan(tables, upload(host, device))
+
+
+def _launch(
+    plan: _Plan, result: Inspection, given: Tensor, max_norm: float, counters: Tensor
+) -> None:
+    """Queues the launches that fill `result`; `given` is the coefficient before the clip."""
+    chunks, base = plan.chunks, 0
+    sums = torch.empty(chunks, dtype=torch.int64, device=given.device)
+    facts = torch.empty(3, chunks, dtype=torch.int32, device=given.device)
+    statistics = result.counts is not None
+    for table in plan.tables:
+        _chunks.variant(table.source, statistics).launch(
+            table.programs,
+            table.entries,
+            table.owners,
+            given,
+            sums,
+            facts,
+            chunks,
+            base,
+            counters,
+        )
+        base += table.programs
+    _finish.variant().launch(
+        1 + result.kinds.numel(),
+        plan.segments,
+        sums,
+        facts,
+        chunks,
+        given,
+        max_norm,
+        result.kinds,
+        result.first_bad,
+        result.square_sum,
+        result.largest,
+        result.found_inf,
+        result.grad_norm,
+        result.coefficient,
+    )
+
+
+def inspect(
+    grads: Sequence[Tensor],
+    coefficient: Tensor,
+    max_norm: float | None,
+    *,
+    statistics: bool = False,
+    tables: TableCache | None = None,
+) -> Inspection:
+    """Reads every gradient once and finds overflow, norms and the clip, without a host sync.
+
+    One launch per dtype among `grads` and one more, whatever their number. Nothing that is passed
+    is written.
+
+    Args:
+        grads: Gradients of one device, any shape, float16, bfloat16 or float32 in any mixture,
+            dense in any order of dimensions. May be empty.
+        coefficient: `[]`, float32. The factor that unscales, `1 / loss_scale`.
+        max_norm: Clip to this norm of the unscaled gradients, at least 0, rounded to float32;
+            None: do not clip. A norm that is not finite clips nothing.
+        statistics: Whether to fill `counts` and `histogram`.
+        tables: Where to keep what describes `grads` to the device; None: nowhere.
+
+    Returns:
+        New tensors on the device; reading one waits for the device.
+
+    Raises:
+        TypeError: If an argument that should be a tensor is none.
+        ValueError: If a dtype, layout or device is not one of the above, the device cannot run the
+            kernels, or `max_norm` is negative or NaN.
+        RuntimeError: If a CUDA graph is being captured and `tables` does not know `grads`.
+
+    Example:
+        >>> grads = [torch.tensor([6.0, 8.0]).half(), torch.tensor([1.0, float("nan")])]
+        >>> first = inspect(grads[:1], torch.tensor(0.5), 1.0)
+        >>> first.found_inf.item(), first.grad_norm.item(), round(first.coefficient.item(), 4)
+        (0, 5.0, 0.1)
+        >>> both = inspect(grads, torch.tensor(0.5), 1.0)
+        >>> both.kinds.tolist(), both.first_bad.tolist(), both.coefficient.item()
+        ([0, 1], [-1, 1], 0.5)
+    """
+    check_state("coefficient", coefficient, torch.float32, ())
+    device = coefficient.device
+    check_device(_chunks.variant(torch.float32, statistics).kernel, device)
+    limit = float("inf") if max_norm is None else float(max_norm)
+    if not limit >= 0:
+        raise ValueError(
+            f"max_norm: expected a number of at least 0 or None, got {max_norm!r}. "
+            "Pass None to leave gradients as they are."
+        )
+
+    def make() -> _Plan:
+        check_tensors("grads", grads, tuple(FORMATS), device)
+        return _plan(grads, device)
+
+    plan = cached(tables, "inspect", [grads], device, make)
+    size = len(grads)
+    counters = torch.zeros(
+        size if statistics else 0, CATEGORIES + EXPONENTS, dtype=torch.int64, device=device
+    )
+    result = Inspection(
+        kinds=torch.empty(size, dtype=torch.int32, device=device),
+        first_bad=torch.empty(size, dtype=torch.int64, device=device),
+        square_sum=torch.empty(size, dtype=torch.float64, device=device),
+        largest=torch.empty(size, dtype=torch.float32, device=device),
+        found_inf=torch.empty((), dtype=torch.int32, device=device),
+        grad_norm=torch.empty((), dtype=torch.float32, device=device),
+        coefficient=torch.empty((), dtype=torch.float32, device=device),
+        counts=counters[:, :CATEGORIES] if statistics else None,
+        histogram=counters[:, CATEGORIES:] if statistics else None,
+    )
+    _launch(plan, result, coefficient, limit, counters)
+    return result

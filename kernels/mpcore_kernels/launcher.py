@@ -1,0 +1,110 @@
+"""The functions of this package with tables that stay on the device from call to call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from mpcore_kernels._cache import TableCache
+from mpcore_kernels.cast import cast_into
+from mpcore_kernels.inspection import Inspection, inspect
+from mpcore_kernels.scale import update_scale_
+from mpcore_kernels.unscale import unscale_, unscale_into
+from mpcore_kernels.widen import widen_into
+
+
+class Launcher:
+    """Launches kernels over many tensors and remembers the tables it built. One per engine.
+
+    Each method is the function of the same name, which documents it. Called again with tensors at
+    the same addresses, it skips the checks of those tensors and uploads nothing. That also makes it
+    fit for a CUDA graph: call it once before the capture, with the tensors that the graph will use,
+    and keep the launcher for as long as the graph.
+
+    Args:
+        capacity: How many tables to keep, those of CUDA graphs not counted.
+
+    Example:
+        >>> import torch
+        >>> launcher = Launcher()
+        >>> grad, flags = torch.tensor([2.0]), torch.zeros(1, dtype=torch.int32)
+        >>> for _ in range(3):
+        ...     launcher.unscale_([grad], torch.tensor(0.5), flags)
+        >>> grad.item()
+        0.25
+    """
+
+    def __init__(self, capacity: int = 32) -> None:
+        self._tables = TableCache(capacity)
+
+    def unscale_(self, grads: Sequence[Tensor], coefficient: Tensor, nonfinite: Tensor) -> None:
+        """See `mpcore_kernels.unscale_`; no host sync."""
+        unscale_(grads, coefficient, nonfinite, tables=self._tables)
+
+    def unscale_into(
+        self,
+        grads: Sequence[Tensor],
+        outs: Sequence[Tensor],
+        coefficient: Tensor,
+        nonfinite: Tensor,
+    ) -> None:
+        """See `mpcore_kernels.unscale_into`; no host sync."""
+        unscale_into(grads, outs, coefficient, nonfinite, tables=self._tables)
+
+    def cast_into(
+        self,
+        masters: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        found_inf: Tensor,
+        saturated: Tensor,
+    ) -> None:
+        """See `mpcore_kernels.cast_into`; no host sync."""
+        cast_into(masters, weights, found_inf, saturated, tables=self._tables)
+
+    def widen_into(self, weights: Sequence[Tensor], masters: Sequence[Tensor]) -> None:
+        """See `mpcore_kernels.widen_into`; no host sync."""
+        widen_into(weights, masters, tables=self._tables)
+
+    def inspect(
+        self,
+        grads: Sequence[Tensor],
+        coefficient: Tensor,
+        max_norm: float | None,
+        *,
+        statistics: bool = False,
+    ) -> Inspection:
+        """See `mpcore_kernels.inspect`; no host sync."""
+        return inspect(grads, coefficient, max_norm, statistics=statistics, tables=self._tables)
+
+    def update_scale_(
+        self,
+        scale: Tensor,
+        growth_tracker: Tensor,
+        overflows_left: Tensor,
+        steps: Tensor,
+        skipped_steps: Tensor,
+        found_inf: Tensor,
+        *,
+        growth_factor: float,
+        backoff_factor: float,
+        growth_interval: int,
+        min_scale: float,
+        max_scale: float,
+        hysteresis: int,
+    ) -> None:
+        """See `mpcore_kernels.update_scale_`; no host sync."""
+        update_scale_(
+            scale,
+            growth_tracker,
+            overflows_left,
+            steps,
+            skipped_steps,
+            found_inf,
+            growth_factor=growth_factor,
+            backoff_factor=backoff_factor,
+            growth_interval=growth_interval,
+            min_scale=min_scale,
+            max_scale=max_scale,
+            hysteresis=hysteresis,
+        )

@@ -1,0 +1,183 @@
+"""The loss scale's transition, on the device.
+
+    on overflow:    steps += 1;  skipped_steps += 1;  tracker = 0;  left = max(left - 1, 0)
+                    if left == 0:  scale = max(scale * backoff_factor, min_scale)
+    on a good step: steps += 1;  tracker += 1
+                    if tracker >= growth_interval:
+                        scale = min(scale * growth_factor, max_scale)
+                        tracker = 0;  left = hysteresis
+
+Reference: Micikevicius et al., "Mixed Precision Training", ICLR 2018, section 3.2; Kuchaiev et al.,
+"Mixed-Precision Training for NLP and Speech Recognition with OpenSeq2Seq", 2018 (backoff).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mpcore_kernels._checks import check_device, check_state
+from mpcore_kernels._launch import Variant
+from mpcore_kernels._table import mark_written
+
+_LARGEST_INT32 = 2**31 - 1
+
+
+@triton.jit(
+    do_not_specialize=["growth_interval", "hysteresis"],
+    do_not_specialize_on_alignment=[
+        "scale_ptr",
+        "growth_tracker_ptr",
+        "overflows_left_ptr",
+        "steps_ptr",
+        "skipped_steps_ptr",
+        "found_inf_ptr",
+    ],
+)
+def _update_scale_kernel(
+    scale_ptr,  # *f32  []  in/out
+    growth_tracker_ptr,  # *i32  []  in/out
+    overflows_left_ptr,  # *i32  []  in/out
+    steps_ptr,  # *i64  []  in/out
+    skipped_steps_ptr,  # *i64  []  in/out
+    found_inf_ptr,  # *i32  []  in
+    growth_factor,  # f32
+    backoff_factor,  # f32
+    growth_interval,  # i32
+    min_scale,  # f32
+    max_scale,  # f32
+    hysteresis,  # i32
+):
+    """Moves the loss scale and its counters by one step.
+
+    Grid:     (1,); one program, which works on scalars.
+    Masks:    none.
+    Numerics: one FP32 multiply, exact for powers of two, and a comparison with a bound.
+    Order:    it must follow whatever multiplies by the scale or its reciprocal in this step.
+    """
+    bad = tl.load(found_inf_ptr) != 0
+    scale = tl.load(scale_ptr)
+    tracker = tl.where(bad, 0, tl.load(growth_tracker_ptr) + 1)
+    left = tl.load(overflows_left_ptr)
+    left = tl.where(bad, tl.maximum(left - 1, 0), tl.maximum(left, 0))
+    grow = tracker >= growth_interval
+    lower = tl.maximum(scale * backoff_factor, min_scale)
+    higher = tl.minimum(scale * growth_factor, max_scale)
+    scale = tl.where(bad & (left == 0), lower, scale)
+    tl.store(scale_ptr, tl.where(grow, higher, scale))
+    tl.store(growth_tracker_ptr, tl.where(grow, 0, tracker))
+    tl.store(overflows_left_ptr, tl.where(grow, hysteresis, left))
+    tl.store(steps_ptr, tl.load(steps_ptr) + 1)
+    tl.store(skipped_steps_ptr, tl.load(skipped_steps_ptr) + bad.to(tl.int64))
+
+
+def variant() -> Variant:
+    """Returns how the kernel is launched."""
+    return Variant(
+        kernel=_update_scale_kernel,
+        arguments=(
+            *("*fp32", "*i32", "*i32", "*i64", "*i64", "*i32"),
+            *("fp32", "fp32", "i32", "fp32", "fp32", "i32"),
+        ),
+        constants=(),
+        num_warps=1,
+        # products are compared, never added to: there is nothing to fuse
+        enable_fp_fusion=False,
+    )
+
+
+def variants() -> list[Variant]:
+    """Returns every variant that `update_scale_` can use."""
+    return [variant()]
+
+
+def _check_factor(name: str, value: float, lowest: float, highest: float) -> float:
+    """Returns `value` as a float; raises unless it is strictly between the bounds."""
+    if not lowest < value < highest:
+        raise ValueError(
+            f"{name}: expected a number above {lowest:g} and below {highest:g}, got {value!r}."
+        )
+    return float(value)
+
+
+def _check_count(name: str, value: int) -> int:
+    """Returns `value`; raises unless it is an integer from 1 to 2^31 - 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}.")
+    if not 1 <= value <= _LARGEST_INT32:
+        raise ValueError(f"{name}: expected an integer from 1 to 2**31 - 1, got {value}.")
+    return value
+
+
+def update_scale_(
+    scale: Tensor,
+    growth_tracker: Tensor,
+    overflows_left: Tensor,
+    steps: Tensor,
+    skipped_steps: Tensor,
+    found_inf: Tensor,
+    *,
+    growth_factor: float,
+    backoff_factor: float,
+    growth_interval: int,
+    min_scale: float,
+    max_scale: float,
+    hysteresis: int,
+) -> None:
+    """Moves a dynamic loss scale by one step in place on its device, without a host sync.
+
+    One launch of one program. Queue it after everything that uses this step's scale.
+
+    Args:
+        scale: `[]`, float32. Changed, see the top of this module.
+        growth_tracker: `[]`, int32. Good steps since the scale moved or a step overflowed.
+        overflows_left: `[]`, int32. Overflows from which on the scale backs off; at least 0.
+        steps: `[]`, int64. Raised by 1.
+        skipped_steps: `[]`, int64. Raised by 1 if `found_inf` is not 0.
+        found_inf: `[]`, int32. Not 0: the step overflowed.
+        growth_factor: Above 1. A power of two keeps the scale one.
+        backoff_factor: Above 0, below 1.
+        growth_interval: Good steps in a row before the scale grows, from 1 to 2^31 - 1.
+        min_scale: Floor, above 0.
+        max_scale: Ceiling, above 0 and finite.
+        hysteresis: What `overflows_left` becomes when the scale grows, from 1 to 2^31 - 1.
+
+    Raises:
+        TypeError: If an argument that should be a tensor or an integer is none.
+        ValueError: If a dtype, shape, device or number is not one of the above, or the device
+            cannot run the kernels. Nothing is written then.
+
+    Example:
+        >>> scale, steps, skipped = torch.tensor(1024.0), torch.tensor(0), torch.tensor(0)
+        >>> tracker, left = (torch.tensor(n, dtype=torch.int32) for n in (0, 1))
+        >>> state = (scale, tracker, left, steps, skipped, torch.tensor(1, dtype=torch.int32))
+        >>> update_scale_(*state, growth_factor=2.0, backoff_factor=0.5, growth_interval=2000,
+        ...               min_scale=1.0, max_scale=2.0**24, hysteresis=1)
+        >>> scale.item(), steps.item(), skipped.item()
+        (512.0, 1, 1)
+    """
+    check_state("scale", scale, torch.float32, ())
+    device = scale.device
+    check_device(_update_scale_kernel, device)
+    check_state("growth_tracker", growth_tracker, torch.int32, (), device)
+    check_state("overflows_left", overflows_left, torch.int32, (), device)
+    check_state("steps", steps, torch.int64, (), device)
+    check_state("skipped_steps", skipped_steps, torch.int64, (), device)
+    check_state("found_inf", found_inf, torch.int32, (), device)
+    state = (scale, growth_tracker, overflows_left, steps, skipped_steps)
+    variant().launch(
+        1,
+        *state,
+        found_inf,
+        _check_factor("growth_factor", growth_factor, 1.0, math.inf),
+        _check_factor("backoff_factor", backoff_factor, 0.0, 1.0),
+        _check_count("growth_interval", growth_interval),
+        _check_factor("min_scale", min_scale, 0.0, math.inf),
+        _check_factor("max_scale", max_scale, 0.0, math.inf),
+        _check_count("hysteresis", hysteresis),
+    )
+    mark_written(*state)

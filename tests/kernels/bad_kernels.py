@@ -1,0 +1,174 @@
+"""Compiles kernels that break a rule each and prints what the audit finds, as JSON.
+
+Run by test_audit.py in a process of its own, in which the kernels are not interpreted.
+"""
+
+import dataclasses
+import json
+import sys
+
+import torch
+import triton
+import triton.language as tl
+
+from mpcore_kernels._facts import examine
+from mpcore_kernels._launch import Variant
+from mpcore_kernels._table import CHUNK, WARPS
+from mpcore_kernels._verdict import findings
+from mpcore_kernels.audit import TARGETS
+
+NAMES = ["x_ptr", "y_ptr"]
+
+
+@triton.jit
+def at_chunk(pointer, CHUNK: tl.constexpr):
+    """Pointers to this program's elements, with the promise that they start at 16 bytes."""
+    return tl.multiple_of(pointer + tl.program_id(0) * CHUNK, 16) + tl.arange(0, CHUNK)
+
+
+@triton.jit(do_not_specialize_on_alignment=NAMES)
+def good(x_ptr, y_ptr, CHUNK: tl.constexpr):
+    """Doubles, in the widest pieces."""
+    x_ptr = at_chunk(x_ptr, CHUNK)
+    y_ptr = at_chunk(y_ptr, CHUNK)
+    tl.store(y_ptr, tl.load(x_ptr) * 2)
+
+
+@triton.jit(do_not_specialize_on_alignment=NAMES)
+def narrow(x_ptr, y_ptr, CHUNK: tl.constexpr):
+    """Promises no alignment."""
+    offsets = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    tl.store(y_ptr + offsets, tl.load(x_ptr + offsets) * 2)
+
+
+@triton.jit(do_not_specialize_on_alignment=[*NAMES, "n_ptr"])
+def masked(x_ptr, y_ptr, n_ptr, CHUNK: tl.constexpr):
+    """Has a mask everywhere."""
+    mask = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK) < tl.load(n_ptr)
+    x_ptr = at_chunk(x_ptr, CHUNK)
+    y_ptr = at_chunk(y_ptr, CHUNK)
+    tl.store(y_ptr, tl.load(x_ptr, mask=mask) * 2, mask=mask)
+
+
+@triton.jit(do_not_specialize_on_alignment=NAMES)
+def contracted(x_ptr, y_ptr, CHUNK: tl.constexpr):
+    """Asks for a fused multiply-add."""
+    x_ptr = at_chunk(x_ptr, CHUNK)
+    y_ptr = at_chunk(y_ptr, CHUNK)
+    x = tl.load(x_ptr)
+    tl.store(y_ptr, tl.fma(x, x, x))
+
+
+@triton.jit(do_not_specialize_on_alignment=NAMES)
+def contracted_beside_a_division(x_ptr, y_ptr, CHUNK: tl.constexpr):
+    """Asks for a fused multiply-add where a division brings others along."""
+    x_ptr = at_chunk(x_ptr, CHUNK)
+    y_ptr = at_chunk(y_ptr, CHUNK)
+    x = tl.load(x_ptr)
+    tl.store(y_ptr, tl.fma(x, x, tl.div_rn(x + 1, x)))
+
+
+@triton.jit(do_not_specialize_on_alignment=NAMES)
+def exact_division(x_ptr, y_ptr, CHUNK: tl.constexpr):
+    """Divides and takes a square root by IEEE's rules, and adds."""
+    x_ptr = at_chunk(x_ptr, CHUNK)
+    y_ptr = at_chunk(y_ptr, CHUNK)
+    x = tl.load(x_ptr)
+    tl.store(y_ptr, tl.div_rn(x + 1, x) * x + tl.sqrt_rn(x))
+
+
+@triton.jit(do_not_specialize_on_alignment=NAMES)
+def approximate(x_ptr, y_ptr, CHUNK: tl.constexpr):
+    """Divides as Triton's `/` does."""
+    x_ptr = at_chunk(x_ptr, CHUNK)
+    y_ptr = at_chunk(y_ptr, CHUNK)
+    x = tl.load(x_ptr)
+    tl.store(y_ptr, (x + 1) / x)
+
+
+@triton.jit(do_not_specialize_on_alignment=NAMES)
+def twice(x_ptr, y_ptr, CHUNK: tl.constexpr):
+    """Reads what it has read."""
+    x_ptr = at_chunk(x_ptr, CHUNK)
+    y_ptr = at_chunk(y_ptr, CHUNK)
+    x = tl.load(x_ptr)
+    tl.store(y_ptr, x * 2)
+    tl.store(y_ptr, x * 2 + tl.load(x_ptr, volatile=True))
+
+
+@triton.jit(do_not_specialize_on_alignment=NAMES)
+def barrier(x_ptr, y_ptr, CHUNK: tl.constexpr):
+    """Exchanges elements between threads."""
+    x_ptr = at_chunk(x_ptr, CHUNK)
+    y_ptr = at_chunk(y_ptr, CHUNK)
+    x = tl.load(x_ptr)
+    tl.store(y_ptr, x * 2 + tl.sum(x.to(tl.int32), axis=0))
+
+
+@triton.jit(do_not_specialize_on_alignment=NAMES)
+def spills(x_ptr, y_ptr, CHUNK: tl.constexpr):
+    """Keeps a matrix in the registers of one warp."""
+    x_ptr = at_chunk(x_ptr, CHUNK)
+    y_ptr = at_chunk(y_ptr, CHUNK)
+    x = tl.load(x_ptr)
+    tl.debug_barrier()
+    y = tl.load(y_ptr)
+    tl.debug_barrier()
+    tl.store(y_ptr, x * y + tl.sum(x, axis=0) + tl.sum(y, axis=0))
+
+
+@triton.jit(do_not_specialize_on_alignment=NAMES)
+def float_atomic(x_ptr, y_ptr, CHUNK: tl.constexpr):
+    """Adds floats in whatever order."""
+    x = tl.load(at_chunk(x_ptr, CHUNK))
+    tl.atomic_add(y_ptr, tl.sum(x, axis=0))
+
+
+@triton.jit
+def specialized(x_ptr, y_ptr, n, CHUNK: tl.constexpr):
+    """Lets a launch compile in its alignments and a size."""
+    x_ptr = at_chunk(x_ptr, CHUNK)
+    y_ptr = at_chunk(y_ptr, CHUNK)
+    tl.store(y_ptr, tl.load(x_ptr) * n)
+
+
+def variant(kernel, **changes):
+    fields = {
+        "arguments": ("*fp32", "*fp32"),
+        "constants": (("CHUNK", CHUNK),),
+        "num_warps": WARPS,
+        "enable_fp_fusion": False,
+        "reads": (torch.float32,),
+        "writes": (torch.float32,),
+        "chunk": CHUNK,
+    }
+    return Variant(kernel=kernel, **(fields | changes))
+
+
+LONG = 16384
+VARIANTS = [
+    variant(good),
+    variant(narrow),
+    variant(masked, arguments=("*fp32", "*fp32", "*i32")),
+    variant(contracted),
+    variant(contracted_beside_a_division),
+    variant(exact_division),
+    variant(approximate),
+    variant(twice),
+    variant(barrier),
+    variant(spills, constants=(("CHUNK", LONG),), chunk=LONG, num_warps=1),
+    variant(float_atomic, writes=()),
+    variant(specialized, arguments=("*fp32", "*fp32", "i32")),
+]
+
+if __name__ == "__main__":
+    found = {}
+    for bad in VARIANTS:
+        for target in TARGETS[1::2]:
+            facts = examine(bad, target)
+            found[f"{bad.kernel.__name__} {facts.target}"] = {
+                "findings": findings(bad, facts),
+                "fused": facts.fused,
+                "facts": str(dataclasses.asdict(facts)["bodies"]),
+            }
+    json.dump(found, sys.stdout)

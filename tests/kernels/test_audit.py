@@ -1,0 +1,76 @@
+"""The audit finds in real machine code what it is there to find."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mpcore_kernels import audit
+from mpcore_kernels._variants import variants
+
+
+def environment(**changes):
+    kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    # the process must find the packages that this process tests
+    return kept | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | changes
+
+
+@pytest.fixture(scope="module")
+def bad():
+    """What the audit finds in kernels that break a rule each."""
+    run = subprocess.run(
+        [sys.executable, Path(__file__).with_name("bad_kernels.py")],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+BROKEN = {
+    "narrow": "loads of 32 bits",
+    "masked": "loads of 32 bits",
+    "contracted": "fused multiply-adds, declared uncontracted",
+    "contracted_beside_a_division": "fused multiply-adds, declared uncontracted",
+    "twice": "moves 16 bytes per element, needs 8",
+    "barrier": "barriers on the full-chunk path, expected 0",
+    "spills": "bytes of local memory",
+    "float_atomic": "atomics on floating-point numbers",
+    "specialized": "compiles in the value of x_ptr, y_ptr, n",
+}
+
+
+# one test: spread over several workers, each would compile the kernels again
+def test_each_rule_is_broken_by_a_kernel_that_was_written_for_it(bad):
+    for target in ("sm_90", "gfx942"):
+        assert bad[f"good {target}"]["findings"] == []
+        assert bad[f"exact_division {target}"]["findings"] == []
+        for name, words in BROKEN.items():
+            found = bad[f"{name} {target}"]["findings"]
+            assert any(words in finding for finding in found), (name, target, found)
+    assert bad["approximate sm_90"]["findings"] == ["approximate arithmetic: div.full.f32"]
+
+
+def test_interpreted_kernels_are_refused(capsys):
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("the kernels are compiled here")
+    assert audit.main([]) == 2
+    assert "Unset TRITON_INTERPRET" in capsys.readouterr().err
+
+
+def test_every_variant_is_compiled_for_every_gpu():
+    names = [target.arch for target in audit.TARGETS]
+    assert names == [80, 90, 100, "gfx942"]
+    assert len(variants()) == len({variant.name for variant in variants()})
+
+
+def test_the_table_is_markdown_with_one_line_per_row():
+    row = dict.fromkeys(audit.COLUMNS, "x") | {"kernel": "a longer name"}
+    lines = audit.table([row, row]).splitlines()
+    assert len(lines) == 4
+    assert len({len(line) for line in lines}) == 1

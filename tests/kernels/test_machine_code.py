@@ -1,0 +1,211 @@
+"""Disassembly is read as it is meant, on snippets short enough to check by eye."""
+
+import pytest
+
+from mpcore_kernels import _amdgcn, _sass
+from mpcore_kernels._machine_code import Block, Instruction, bodies, thread_dependent
+
+# a flag and a size are read by all threads alike; R0 is the thread's index
+SASS = """
+	.section	.text.kernel,"ax",@progbits
+.text.kernel:
+        /*0000*/                   LDC.64 R4, c[0x0][0x210] ;
+        /*0010*/                   S2R R0, SR_TID.X ;
+        /*0020*/                   LDG.E.64 R6, desc[UR6][R4.64] ;
+        /*0030*/                   IMAD.WIDE.U32 R8, R0, 0x10, R6 ;
+        /*0040*/                   ISETP.GT.AND P0, PT, R4, 0x1, PT ;
+        /*0050*/               @P0 BRA `(.L_x_0) ;
+        /*0060*/                   LDG.E.128 R12, desc[UR6][R8.64] ;
+        /*0070*/                   LDG.E.128 R16, desc[UR6][R8.64+0x1000] ;
+        /*0080*/                   STG.E.128 desc[UR6][R8.64], R12 ;
+        /*0090*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*00a0*/                   BRA `(.L_x_1) ;
+.L_x_0:
+        /*00b0*/              @!P0 LDG.E.U16 R12, desc[UR6][R8.64] ;
+        /*00c0*/              @!P1 LDG.E R13, desc[UR6][R8.64+0x4] ;
+        /*00d0*/                   STS.64 [R9+UR4], R12 ;
+        /*00e0*/                   LDS R14, [R9+UR4] ;
+        /*00f0*/              @!P0 STG.E.U8 desc[UR6][R8.64], R14 ;
+.L_x_1:
+        /*0100*/              @!P2 EXIT ;
+        /*0110*/                   STG.E desc[UR6][R4.64], R2 ;
+        /*0120*/                   EXIT ;
+.L_x_2:
+        /*0130*/                   BRA `(.L_x_2);
+        /*0140*/                   NOP;
+
+
+//--------------------- .nv.shared.kernel --------------------------
+        /*0150*/                   BAR.SYNC 0x0 ;
+"""
+
+AMD = """kernel:
+.Lfunc_begin0:
+	s_load_dwordx2 s[2:3], s[0:1], 0x0
+	v_lshlrev_b32_e32 v1, 4, v0             ; the thread's index
+	s_cbranch_vccz .LBB0_2
+; %bb.1:
+	buffer_load_ushort v2, v1, s[4:7], 0 offen
+	ds_write_b32 v3, v2
+	s_barrier
+	ds_bpermute_b32 v4, v5, v2
+	buffer_store_dword v2, v1, s[4:7], 0 offen
+	s_cbranch_scc0 .LBB0_2
+	s_branch .LBB0_3
+.LBB0_2:
+	buffer_load_dwordx4 v[4:7], v1, s[4:7], 0 offen
+	v_fma_f32 v8, v4, v5, v6
+	v_fma_mix_f32 v9, v7, s4, neg(0) op_sel_hi:[1,0,0]
+	global_store_dwordx2 v1, v[4:5], s[2:3]
+.LBB0_3:
+	v_mov_b32_e32 v0, 0
+	global_store_dword v0, v9, s[2:3]
+	s_endpgm
+.Lfunc_end0:
+	s_barrier
+"""
+
+
+def summary(body):
+    return dict(body.loads), dict(body.stores), body.barriers, body.shared, body.instructions
+
+
+def instructions(blocks):
+    return [instruction for block in blocks for instruction in block.instructions]
+
+
+def test_sass_full_chunks_take_the_path_with_the_fewest_accesses():
+    full, masked = bodies(_sass.parse(SASS), frozenset(), 16)
+    assert summary(full) == ({16: 2}, {16: 1}, 1, 0, 14)
+    assert summary(masked) == ({2: 1, 4: 1}, {1: 1}, 0, 2, 14)
+    assert (full.bytes, full.accesses, full.loops) == (48, 3, False)
+
+
+def test_sass_accesses_at_addresses_that_all_threads_share_are_not_those_of_elements():
+    blocks = _sass.parse(SASS)
+    found = thread_dependent(blocks, frozenset())
+    by_opcode = [
+        (instruction.opcode, is_element)
+        for block in blocks
+        for instruction, is_element in zip(block.instructions, found[block.label], strict=True)
+        if instruction.memory == "global"
+    ]
+    assert [opcode for opcode, is_element in by_opcode if not is_element] == ["LDG.E.64", "STG.E"]
+
+
+def test_sass_outside_the_code_is_not_read():
+    assert sum(i.barrier for i in instructions(_sass.parse(SASS))) == 1
+
+
+def test_sass_a_register_forgets_the_thread_when_it_is_overwritten():
+    code = SASS.replace("LDC.64 R4, c[0x0][0x210]", "S2R R4, SR_TID.X")
+    (first, *_) = _sass.parse(code.replace("S2R R0, SR_TID.X", "LDC.64 R4, c[0x0][0x210]"))
+    assert thread_dependent([Block("entry", first.instructions)], frozenset())["entry"][2] is False
+    # a predicate may have kept the old value
+    kept = code.replace("     S2R R0, SR_TID.X", " @P0 LDC.64 R4, c[0x0][0x210]")
+    (first, *_) = _sass.parse(kept)
+    assert thread_dependent([Block("entry", first.instructions)], frozenset())["entry"][2] is True
+
+
+def test_sass_a_uniform_path_that_goes_nowhere_is_no_body():
+    assert (
+        len(
+            bodies(
+                _sass.parse(
+                    SASS.replace("LDG.E.U16", "LDC")
+                    .replace("STG.E.U8", "LDC")
+                    .replace("LDG.E R13", "LDC R13")
+                ),
+                frozenset(),
+                16,
+            )
+        )
+        == 1
+    )
+
+
+def test_sass_loops_around_elements_are_seen():
+    looped = SASS.replace("STS.64 [R9+UR4], R12 ;", "BRA `(.L_x_0) ;")
+    without_exit = looped.replace(
+        "BRA `(.L_x_0) ;\n        /*00e0*/", "@P3 BRA `(.L_x_0) ;\n        /*00e0*/"
+    )
+    _, masked = bodies(_sass.parse(without_exit), frozenset(), 16)
+    assert masked.loops
+
+
+def test_sass_threads_that_wait_go_on_where_the_region_ends():
+    code = SASS.replace("BAR.SYNC.DEFER_BLOCKING 0x0", "BSSY B0, `(.L_x_1)").replace(
+        "BRA `(.L_x_1)", "BSYNC B0"
+    )
+    by_label = {block.label: block for block in _sass.parse(code)}
+    (block,) = [b for b in by_label.values() if any(i.opcode == "BSYNC" for i in b.instructions)]
+    assert block.successors == [".L_x_1"]
+
+
+def test_sass_local_memory_is_told_apart():
+    code = SASS.replace("STS.64 [R9+UR4], R12", "STL.64 [R1+0x8], R12")
+    assert [i.opcode for i in instructions(_sass.parse(code)) if i.memory == "local"] == ["STL.64"]
+
+
+def test_sass_fused_multiply_adds_are_counted_but_not_constants():
+    assert _sass.fused(SASS) == 0
+    line = "        /*0012*/                   {} ;\n        /*0020*/"
+    for real in ("FFMA R5, R6, R7, R8", "@P0 DFMA R5, R6, R7, R8", "FFMA2 R4, R6, R8, R10"):
+        assert _sass.fused(SASS.replace("        /*0020*/", line.format(real))) == 1
+    constant = "HFMA2.MMA R5, -RZ, RZ, 0, 1.5"
+    assert _sass.fused(SASS.replace("        /*0020*/", line.format(constant))) == 0
+
+
+def test_amd_full_chunks_take_one_body_though_the_code_could_run_both():
+    full, masked = bodies(_amdgcn.parse(AMD), _amdgcn.ENTRY, 24)
+    assert summary(full) == ({16: 1}, {8: 1}, 0, 0, 10)
+    assert summary(masked) == ({2: 1}, {4: 1}, 1, 1, 13)
+
+
+def test_amd_a_store_by_one_thread_is_not_that_of_an_element():
+    blocks = _amdgcn.parse(AMD)
+    found = thread_dependent(blocks, _amdgcn.ENTRY)
+    last = blocks[-1]
+    assert last.instructions[1].access == "store"
+    assert found[last.label][1] is False
+
+
+def test_amd_exchanges_between_threads_are_no_accesses_to_shared_memory():
+    found = [i.opcode for i in instructions(_amdgcn.parse(AMD)) if i.memory == "shared"]
+    assert found == ["ds_write_b32"]
+
+
+def test_amd_scratch_is_local_memory():
+    code = AMD.replace("s_barrier\n\tds_bp", "scratch_store_dword off, v2, s0\n\tds_bp")
+    assert [i.opcode for i in instructions(_amdgcn.parse(code)) if i.memory == "local"] == [
+        "scratch_store_dword"
+    ]
+
+
+def test_amd_adding_minus_zero_is_no_fused_multiply_add():
+    assert _amdgcn.fused(AMD) == 1
+    assert _amdgcn.fused(AMD.replace("neg(0)", "v1")) == 2
+
+
+def test_a_path_that_moves_too_little_is_not_that_of_a_full_chunk():
+    access = Instruction("LD", address=frozenset("t"), memory="global", access="load", width=16)
+    other = Instruction("ADD")
+    blocks = [
+        Block("entry", [other], ["all", "some"]),
+        Block("some", [access], []),
+        Block("all", [access, access, other], []),
+    ]
+    full, *_ = bodies(blocks, frozenset("t"), 32)
+    assert full.labels == {"all"}
+    full, *_ = bodies(blocks, frozenset("t"), 16)
+    assert full.labels == {"some"}
+
+
+def test_more_paths_than_can_be_compared_are_refused():
+    access = Instruction("LD", address=frozenset("t"), memory="global", access="load", width=16)
+    blocks = [Block("0", [], ["a0", "1"])]
+    for i in range(1, 12):
+        blocks += [Block(f"a{i - 1}", [access], [str(i)]), Block(str(i), [], [f"a{i}", str(i + 1)])]
+    blocks[-1].successors.clear()
+    with pytest.raises(RuntimeError, match="fewer branches"):
+        bodies(blocks, frozenset("t"), 16)

@@ -1,0 +1,153 @@
+"""update_scale_ against the specification in plain Python, over arbitrary histories."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from mpcore import DynamicLossScale
+from mpcore.loss_scale import LossScaleState, LossScaleTensors, initial_state, next_state
+
+from mpcore_kernels import update_scale_
+
+RULE = {
+    "growth_factor": 2.0,
+    "backoff_factor": 0.5,
+    "growth_interval": 2,
+    "min_scale": 1.0,
+    "max_scale": 2.0**24,
+    "hysteresis": 2,
+}
+
+
+def rule_of(loss_scale):
+    return {name: getattr(loss_scale, name) for name in RULE}
+
+
+def placed(state, device):
+    return LossScaleTensors.from_state(state, device)
+
+
+def update(tensors, found_inf, device, **rule):
+    update_scale_(
+        tensors.scale,
+        tensors.growth_tracker,
+        tensors.overflows_left,
+        tensors.steps,
+        tensors.skipped_steps,
+        torch.tensor(found_inf, dtype=torch.int32, device=device),
+        **rule,
+    )
+
+
+@st.composite
+def loss_scales(draw):
+    low, high = sorted(draw(st.tuples(st.integers(-126, 126), st.integers(-126, 126))))
+    return DynamicLossScale(
+        init=2.0 ** draw(st.integers(low, high)),
+        growth_factor=2.0 ** draw(st.integers(1, 5)),
+        backoff_factor=2.0 ** -draw(st.integers(1, 5)),
+        growth_interval=draw(st.sampled_from([1, 2, 3, 16, 2**31 - 1])),
+        min_scale=2.0**low,
+        max_scale=2.0**high,
+        hysteresis=draw(st.sampled_from([1, 2, 3, 16])),
+    )
+
+
+@given(loss_scale=loss_scales(), history=st.lists(st.sampled_from([0, 0, 1, -1, 2]), max_size=25))
+def test_update_scale_follows_the_specification_over_any_history(loss_scale, history, device):
+    state = initial_state(loss_scale)
+    tensors = placed(state, device)
+    for found_inf in history:
+        state = next_state(loss_scale, state, found_inf=found_inf != 0)
+        update(tensors, found_inf, device, **rule_of(loss_scale))
+        assert tensors.to_state() == state
+
+
+@given(
+    tracker=st.sampled_from([0, 1, 5, 2**31 - 2]),
+    left=st.integers(-1, 3),
+    steps=st.sampled_from([0, 2**31 - 1, 2**40]),
+    found_inf=st.sampled_from([0, 1]),
+)
+def test_update_scale_goes_on_from_any_state(tracker, left, steps, found_inf, device):
+    loss_scale = DynamicLossScale(growth_interval=2**31 - 1, hysteresis=3)
+    state = LossScaleState(2.0**10, tracker, max(left, 0), steps, steps // 2)
+    tensors = placed(state, device)
+    update(tensors, found_inf, device, **rule_of(loss_scale))
+    assert tensors.to_state() == next_state(loss_scale, state, found_inf=bool(found_inf))
+
+
+def test_update_scale_stays_within_its_bounds(device):
+    tensors = placed(LossScaleState(2.0**24, 1, 2, 0, 0), device)
+    update(tensors, 0, device, **RULE)
+    assert tensors.scale.item() == 2.0**24
+    tensors = placed(LossScaleState(1.0, 1, 1, 0, 0), device)
+    update(tensors, 1, device, **RULE)
+    assert tensors.scale.item() == 1.0
+
+
+@pytest.mark.parametrize("found_inf", [1, -1, 256, 2**31 - 1, -(2**31)])
+def test_update_scale_takes_any_found_inf_but_zero_for_an_overflow(found_inf, device):
+    tensors = placed(LossScaleState(8.0, 1, 1, 5, 2), device)
+    update(tensors, found_inf, device, **RULE)
+    assert tensors.to_state() == LossScaleState(4.0, 0, 0, 6, 3)
+
+
+def test_update_scale_reads_and_writes_views_at_any_offset_and_nothing_around_them(device):
+    for i in range(5):
+        scales = torch.full((5,), 8.0, device=device)
+        counts = torch.ones(5, dtype=torch.int32, device=device)
+        longs = torch.ones(5, dtype=torch.int64, device=device)
+        left, steps, skipped = torch.ones_like(counts), torch.ones_like(longs), longs.clone()
+        found_inf = torch.tensor(1, dtype=torch.int32, device=device)
+        update_scale_(scales[i], counts[i], left[i], steps[i], skipped[i], found_inf, **RULE)
+        expected = [
+            (scales, 4.0, 8.0),
+            (counts, 0, 1),
+            (left, 0, 1),
+            (steps, 2, 1),
+            (skipped, 2, 1),
+        ]
+        for tensor, here, around in expected:
+            assert tensor.tolist() == [here if j == i else around for j in range(5)]
+
+
+def test_update_scale_tells_autograd_what_it_wrote(device):
+    tensors = placed(LossScaleState(8.0, 1, 1, 5, 2), device)
+    written = [getattr(tensors, name) for name in vars(tensors)]
+    versions = [tensor._version for tensor in written]
+    update(tensors, 1, device, **RULE)
+    assert all(t._version > v for t, v in zip(written, versions, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("growth_factor", 1.0),
+        ("growth_factor", math.inf),
+        ("backoff_factor", 0.0),
+        ("backoff_factor", 1.0),
+        ("growth_interval", 0),
+        ("growth_interval", 2**31),
+        ("hysteresis", 0),
+        ("min_scale", 0.0),
+        ("max_scale", math.inf),
+        ("max_scale", math.nan),
+    ],
+)
+def test_update_scale_refuses_impossible_numbers_and_writes_nothing(name, value, device):
+    tensors = placed(LossScaleState(8.0, 1, 1, 5, 2), device)
+    with pytest.raises(ValueError, match=f"{name}: expected"):
+        update(tensors, 1, device, **(RULE | {name: value}))
+    assert tensors.to_state() == LossScaleState(8.0, 1, 1, 5, 2)
+
+
+def test_update_scale_refuses_wrong_dtypes_and_counts(device):
+    tensors = placed(LossScaleState(8.0, 1, 1, 5, 2), device)
+    with pytest.raises(TypeError, match="hysteresis: expected an integer"):
+        update(tensors, 1, device, **(RULE | {"hysteresis": 1.0}))
+    tensors.steps = tensors.steps.int()
+    with pytest.raises(ValueError, match="steps: expected a contiguous"):
+        update(tensors, 1, device, **RULE)

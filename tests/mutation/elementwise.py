@@ -1,0 +1,138 @@
+"""Errors in the kernels that change tensors, and in what all kernels share."""
+
+from mutant import mutants
+
+_ROUND = "(0x7FFF + ((bits >> 16) & 1))"
+_NAN = "tl.where(is_nan, bits | 0x00400000, rounded)"
+_FINITE = "clamped = (magnitude >= bound) & (magnitude < 0x7F800000)"
+_OTHER = "other=None if count is None else 0"
+
+DTYPES = mutants(
+    "_dtypes.py",
+    ("test_dtypes.py", "test_cast.py", "test_unscale.py"),
+    ("bfloat16 rounds ties away from zero", _ROUND, "0x8000"),
+    ("bfloat16 rounds ties towards zero", _ROUND, "0x7FFF"),
+    ("bfloat16 truncates", _ROUND, "0"),
+    ("bfloat16 rounds NaNs like numbers", _NAN, "rounded"),
+    ("bfloat16 keeps NaNs unquieted", _NAN, "tl.where(is_nan, bits, rounded)"),
+    ("infinity counts as NaN when rounded", "0x7FFFFFFF) > 0x7F8", "0x7FFFFFFF) >= 0x7F8"),
+    ("float16 clamps from one place later", "0x477FF000 if", "0x477FF001 if"),
+    ("float16 clamps from one place earlier", "0x477FF000 if", "0x477FEFFF if"),
+    ("bfloat16 clamps from one place later", "else 0x7F7F8000", "else 0x7F7F8001"),
+    ("bfloat16 clamps from one place earlier", "else 0x7F7F8000", "else 0x7F7F7FFF"),
+    ("infinities are clamped", _FINITE, _FINITE.replace("< 0x7F", "<= 0x7F")),
+    ("NaNs are clamped", _FINITE, "clamped = magnitude >= bound"),
+    ("clamping loses the sign", "sign | largest", "largest"),
+    ("exponent mask one bit short", "- (1 << format.fp_m", "- (2 << format.fp_m"),
+    ("only an infinity is not finite", "(bits & exponent) == exponent", "bits == exponent"),
+)
+TABLE = mutants(
+    "_table.py",
+    ("test_table.py", "test_unscale.py"),
+    ("the last chunk of a tensor is dropped", "first + -(-size // CHUNK)", "first + size // CHUNK"),
+    ("one chunk too many", "first + -(-size // CHUNK)", "first + size // CHUNK + 1"),
+    (
+        "an element at each chunk border is skipped",
+        "(entry + 3)) * CHUNK",
+        "(entry + 3)) * (CHUNK + 1)",
+    ),
+    (
+        "offsets of 32 bits",
+        "(program - tl.load(entry + 3))",
+        "(program - tl.load(entry + 3)).to(tl.int32)",
+    ),
+    (
+        "index within the group, not in the list",
+        "size, first, index)",
+        "size, first, len(groups.get(key, [])))",
+    ),
+    ("the flag of another tensor is raised", "tl.load(entry + 4)", "tl.load(entry + 3)"),
+    (
+        "source and destination swapped",
+        "destination = tl.load(entry + 1)",
+        "destination = tl.load(entry)",
+    ),
+    ("tensors of one element are skipped", "if size == 0:", "if size <= 1:"),
+    (
+        "alignment is promised for every address",
+        "address % access_bytes(FORMAT, OTHER) == 0",
+        "address % 2 == 0",
+    ),
+    (
+        "autograd is not told of writes",
+        "torch.autograd.graph.increment_version(tensor)",
+        "tensor.requires_grad",
+    ),
+)
+UNSCALE = mutants(
+    "unscale.py",
+    ("test_unscale.py", "test_against_reference.py"),
+    ("mask one too long", "offsets < count", "offsets <= count"),
+    ("mask one too short", "offsets < count", "offsets < count - 1"),
+    ("mask inverted", "offsets < count", "offsets >= count"),
+    (
+        "a chunk one element short counts as full",
+        "(start + CHUNK <= size)",
+        "(start + CHUNK <= size + 1)",
+    ),
+    ("every chunk counts as full", "(start + CHUNK <= size)", "(start < size)"),
+    ("masked lanes load an infinity", _OTHER, "other=None if count is None else 0x7C00"),
+    ("no flag is ever raised", "if bad != 0:", "if bad == 2:"),
+    ("the flag is raised when all is well", "if bad != 0:", "if bad == 0:"),
+    ("the flag is not 1", "nonfinite_ptr + index, 1)", "nonfinite_ptr + index, 2)"),
+    (
+        "later chunks clear the flag",
+        "    if bad != 0:\n        tl.store(nonfinite_ptr + index, 1)",
+        "    tl.store(nonfinite_ptr + index, bad)",
+    ),
+    ("the flag looks at what was loaded", "is_nonfinite(out, OUT)", "is_nonfinite(bits, GRAD)"),
+    ("only if all is non-finite is it flagged", "tl.max(is_nonfinite", "tl.min(is_nonfinite"),
+    ("adds instead of multiplying", "GRAD) * coefficient", "GRAD) + coefficient"),
+    (
+        "the coefficient is rounded to float16",
+        "GRAD) * coefficient",
+        "GRAD) * coefficient.to(tl.float16).to(tl.float32)",
+    ),
+    ("the flags' version is not raised", "mark_written(*grads, nonfinite)", "mark_written(*grads)"),
+)
+CAST = mutants(
+    "cast.py",
+    ("test_cast.py", "test_against_reference.py"),
+    ("found_inf is ignored", "tl.load(found_inf_ptr) == 0", "tl.load(found_inf_ptr) != 12345"),
+    ("found_inf is compared to 1", "tl.load(found_inf_ptr) == 0", "tl.load(found_inf_ptr) != 1"),
+    (
+        "a negative found_inf is ignored",
+        "tl.load(found_inf_ptr) == 0",
+        "tl.load(found_inf_ptr) <= 0",
+    ),
+    ("mask one too long", "offsets < count", "offsets <= count"),
+    ("mask one too short", "offsets < count", "offsets < count - 1"),
+    ("every chunk counts as full", "(start + CHUNK <= size)", "(start < size)"),
+    ("masked lanes are counted", _OTHER, "other=None if count is None else 0x7F7FFFFF"),
+    ("a chunk counts at most one", "tl.sum(clamped", "tl.max(clamped"),
+    (
+        "the count is overwritten",
+        'tl.atomic_add(saturated_ptr, clamped.to(tl.int64), sem="relaxed")',
+        "tl.store(saturated_ptr, clamped.to(tl.int64))",
+    ),
+    (
+        "what is clamped is not stored",
+        "narrow(master, WEIGHT)",
+        "narrow(widen(bits, MASTER), WEIGHT)",
+    ),
+    (
+        "the count's version is not raised",
+        "mark_written(*weights, saturated)",
+        "mark_written(*weights)",
+    ),
+)
+WIDEN = mutants(
+    "widen.py",
+    ("test_widen.py",),
+    ("mask one too long", "offsets < count", "offsets <= count"),
+    ("mask one too short", "offsets < count", "offsets < count - 1"),
+    ("every chunk counts as full", "(start + CHUNK <= size)", "(start < size)"),
+    ("the masters' version is not raised", "mark_written(*masters)", "mark_written(*weights)"),
+)
+
+ELEMENTWISE = [*DTYPES, *TABLE, *UNSCALE, *CAST, *WIDEN]

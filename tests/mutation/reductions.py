@@ -1,0 +1,205 @@
+"""Errors in `inspect` and `update_scale_`, and errors that only the machine code shows."""
+
+from mutant import mutants
+
+_TWICE = """    tl.debug_barrier()
+    out += tl.load(grad_ptr + offsets, mask=mask, volatile=True) * 0
+    return tl.max(is_nonfinite(out, OUT)"""
+
+CHUNKS = mutants(
+    "_chunks.py",
+    ("test_inspect.py", "test_inspect_statistics.py"),
+    ("NaN counts as an infinity", "tl.where(is_nan, 1, ", "tl.where(is_nan, 2, "),
+    ("the signs of infinities are swapped", "tl.where(bits < 0, 4, 2)", "tl.where(bits < 0, 2, 4)"),
+    (
+        "a product that overflows goes unnoticed",
+        "tl.where(loaded, special, 8)",
+        "tl.where(loaded, special, 0)",
+    ),
+    (
+        "kinds are looked for one element too long",
+        "is_nonfinite_magnitude(magnitude) & (at < count)",
+        "is_nonfinite_magnitude(magnitude) & (at <= count)",
+    ),
+    (
+        "the last bad place, not the first",
+        "first = tl.minimum(first, tl.where(bad, at, _NOWHERE))",
+        "first = tl.maximum(first, tl.where(bad, at, 0))",
+    ),
+    (
+        "the largest is taken among infinities",
+        "tl.where(is_nonfinite_magnitude(magnitude), 0, magnitude)",
+        "magnitude",
+    ),
+    ("mask one too short", "offsets < count\n", "offsets < count - 1\n"),
+    ("mask one too long", "offsets < count\n", "offsets <= count\n"),
+    (
+        "largest before unscaling",
+        "tl.max(magnitude_bits(unscaled)",
+        "tl.max(magnitude_bits(widen(bits, GRAD))",
+    ),
+    ("every chunk counts as full", "(count == CHUNK)", "(count > 0)"),
+    (
+        "chunks of dtypes overwrite each other",
+        "chunk = base.to(tl.int64) + tl.program_id(0)",
+        "chunk = base.to(tl.int64) * 0 + tl.program_id(0)",
+    ),
+)
+SUMS = mutants(
+    "_sums.py",
+    ("test_inspect.py",),
+    (
+        "squares overflow",
+        "power = ((127 - exponent_of(largest)) << 23)",
+        "power = ((127 - 0 * largest) << 23)",
+    ),
+    (
+        "pairs across halves",
+        "tl.split(tl.reshape(x, (SIZE // 2, 2)))",
+        "tl.split(tl.trans(tl.reshape(x, (2, SIZE // 2))))",
+    ),
+    ("half of each pair is lost", "return even + odd", "return even + even"),
+    (
+        "chunks are not brought to one exponent",
+        "aligned = sums >> shift.to(tl.int64)",
+        "aligned = sums",
+    ),
+    (
+        "the exponent once instead of twice",
+        "tl.minimum(2 * (exponent - exponent_of(largest)), 63)",
+        "tl.minimum(exponent - exponent_of(largest), 63)",
+    ),
+    ("the high half is lost", "high.to(tl.float64) * 4294967296.0 + low", "low"),
+)
+FINISH = mutants(
+    "_finish.py",
+    ("test_inspect.py",),
+    ("negative infinities are forgotten", "tl.max(kinds & 4, axis=0)", "tl.max(kinds & 2, axis=0)"),
+    (
+        "only the first round of chunks is summed",
+        "for start in range(0, chunks, BLOCK):\n        at = start + lanes\n        sums",
+        "for start in range(0, BLOCK, BLOCK):\n        at = start + lanes\n        sums",
+    ),
+    ("the epsilon is forgotten", "limit / (norm + epsilon)", "limit / norm"),
+    (
+        "the clip scales up",
+        "clip = tl.minimum(limit / (norm + epsilon), one)",
+        "clip = limit / (norm + epsilon)",
+    ),
+    ("an overflow clips to nothing", "clip = tl.where(kinds == 0, clip, one)", "clip = clip"),
+    ("the coefficient is not latched", "coefficient.to(tl.float64) * clip", "clip"),
+    (
+        "the place within the chunk alone",
+        "place = at.to(tl.int64) * CHUNK + bad",
+        "place = at.to(tl.int64) * 0 + bad",
+    ),
+    (
+        "found_inf inverted",
+        "tl.store(found_inf_ptr, (kinds != 0)",
+        "tl.store(found_inf_ptr, (kinds == 0)",
+    ),
+    (
+        "found_inf sees NaNs alone",
+        "tl.store(found_inf_ptr, (kinds != 0)",
+        "tl.store(found_inf_ptr, (kinds == 1)",
+    ),
+    (
+        "facts of one tensor stored at the next",
+        "tl.store(kinds_ptr + program - 1, kinds)",
+        "tl.store(kinds_ptr + program % 2, kinds)",
+    ),
+    ("a first bad place where there is none", "tl.where(kinds != 0, first, -1)", "first"),
+)
+STATISTICS = mutants(
+    "_statistics.py",
+    ("test_inspect_statistics.py",),
+    ("infinities count as NaN", "magnitude > exponent, 0", "magnitude >= exponent, 0"),
+    ("zeros count as subnormal", "tl.where(magnitude == 0, 3, 4)", "tl.where(magnitude < 0, 3, 4)"),
+    (
+        "subnormals count as normal",
+        "tl.where((bits & exponent) == 0, small, 5)",
+        "tl.where(magnitude == 0, small, 5)",
+    ),
+    (
+        "masked lanes are counted",
+        "tl.histogram(_category(bits, GRAD), 8, mask=mask)",
+        "tl.histogram(_category(bits, GRAD), 8)",
+    ),
+    ("bins are shifted by one", "magnitude >> 23, _E", "(magnitude >> 23) ^ 1, _E"),
+)
+SCALE = mutants(
+    "scale.py",
+    ("test_scale.py",),
+    ("the scale grows one step late", "grow = tracker >= growth", "grow = tracker > growth"),
+    (
+        "an overflow keeps the tracker",
+        "tl.where(bad, 0, tl.load(growth_tracker_ptr) + 1)",
+        "tl.load(growth_tracker_ptr) + 1",
+    ),
+    (
+        "the floor is a ceiling",
+        "tl.maximum(scale * backoff_factor, min_scale)",
+        "tl.minimum(scale * backoff_factor, min_scale)",
+    ),
+    ("no ceiling", "tl.minimum(scale * growth_factor, max_scale)", "scale * growth_factor"),
+    (
+        "hysteresis is ignored",
+        "tl.where(bad & (left == 0), lower, scale)",
+        "tl.where(bad, lower, scale)",
+    ),
+    ("growth keeps the hysteresis used up", "tl.where(grow, hysteresis, left)", "left"),
+    ("the tracker is kept when the scale grows", "tl.where(grow, 0, tracker)", "tracker"),
+    ("found_inf is compared to 1", "tl.load(found_inf_ptr) != 0", "tl.load(found_inf_ptr) == 1"),
+    ("good steps count as skipped", "bad.to(tl.int64)", "1"),
+)
+MACHINE_CODE = [
+    *mutants(
+        "_table.py",
+        ("audit unscale fp16 fp32",),
+        (
+            "full chunks are read without a promise",
+            "tl.multiple_of(pointer(address, FORMAT) + start, access_bytes(FORMAT, OTHER))",
+            "pointer(address, FORMAT) + start",
+        ),
+    ),
+    *mutants(
+        "_dtypes.py",
+        ("audit unscale fp16 fp32",),
+        (
+            "16 bytes of both formats in one access",
+            "return 16 * bits // max(bits, other_bits)",
+            "return 16",
+        ),
+    ),
+    *mutants(
+        "unscale.py",
+        ("audit unscale bf16 fp32",),
+        (
+            "full chunks are masked",
+            "bad = _unscale_block(grad_ptr, out_ptr, None,",
+            "bad = _unscale_block(grad_ptr, out_ptr, (CHUNK + start * 0).to(tl.int32),",
+        ),
+        (
+            "gradients are read twice",
+            "    return tl.max(is_nonfinite(out, OUT)",
+            _TWICE,
+        ),
+        (
+            "the launch compiles alignments in",
+            '"coefficient_ptr", "nonfinite_ptr"]',
+            '"coefficient_ptr"]',
+        ),
+    ),
+]
+
+COUNTS = mutants(
+    "_chunks.py",
+    ("test_inspect_statistics.py",),
+    (
+        "counted for another tensor",
+        "counters_ptr += index * _COUNTERS",
+        "counters_ptr += 0 * index",
+    ),
+)
+
+REDUCTIONS = [*CHUNKS, *COUNTS, *SUMS, *FINISH, *STATISTICS, *SCALE]
