@@ -19,7 +19,7 @@ def tensor_norms(grads: Sequence[Tensor], coefficient: Tensor) -> Tensor:
 
     The product is rounded to float32 as unscaling rounds it, the squares are summed in float64:
     no sum of finite float32 squares overflows there, so a norm is finite exactly if its
-    gradient is.
+    gradient is. (Float64 gradients stay float64, and their squares overflow above 1e154.)
 
     Args:
         grads: Gradients of one device, any shape and floating dtype.
@@ -127,7 +127,7 @@ class StepGradients:
             coefficient = self._factor.to(bucket.device, non_blocking=True)
             grads = self._grads(bucket.params) if self.applied else list(map(_grad, bucket.params))
             per_tensor = tensor_norms(grads, coefficient)
-            # unscaled infinity times a tiny clip coefficient would look finite in `apply`
+            # float64 gradients too large to be clipped: better no step than one without the clip
             bucket.nonfinite.bitwise_or_(torch.isfinite(per_tensor).logical_not().int())
             norms.append(per_tensor.to(self._coefficient.device, non_blocking=True))
         if not norms:

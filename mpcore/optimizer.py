@@ -192,7 +192,7 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
         """Clips the global 2-norm of the unscaled gradients to `max_norm`; no host sync.
 
         Nothing is written: the coefficient `min(1, max_norm / (norm + 1e-6))` joins the multiply
-        that unscales.
+        that unscales. Their product is one float32, so it should stay above 2^-126.
 
         Args:
             max_norm: Above 0.
@@ -234,9 +234,8 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
             return None
         collected = self._collect("step()")
         if not collected.params:
-            self._stage.forget()
+            self._stage.forget_step()
             self._general.step_without_gradients()
-            self._stage.scaled = False
             return None
         self._general.step(collected)
         self._finish(collected)

@@ -138,6 +138,11 @@ class Stage:
         gradients.release()
         self.scaled = False
 
+    def forget_step(self) -> None:
+        """Ends a step that had no gradients: it counts as nothing."""
+        self.forget()
+        self.result, self.scaled = None, False
+
     def forget(self) -> None:
         """Drops gradients that were collected and not stepped."""
         if self.gradients is not None:

@@ -229,6 +229,31 @@ def test_whether_to_skip_is_settled_by_unscale_and_not_asked_again() -> None:
     assert optimizer.last_step.skipped
 
 
+def test_float64_gradients_whose_norm_overflows_skip_the_step_instead_of_escaping_the_clip() -> (
+    None
+):
+    weight = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    optimizer = mpcore.MixedPrecisionOptimizer(
+        torch.optim.SGD([weight], lr=1.0), mpcore.NoLossScale()
+    )
+    weight.grad = torch.tensor([1e200, 0.0], dtype=torch.float64)
+    assert optimizer.clip_grad_norm_(1.0).isinf()
+    optimizer.step()
+    assert optimizer.last_step.skipped
+    assert weight.tolist() == [0.0, 0.0]
+
+
+def test_a_step_without_gradients_leaves_no_result_of_an_older_one() -> None:
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = mpcore.MixedPrecisionOptimizer(torch.optim.SGD([weight], lr=1.0))
+    optimizer.backward(weight.sum())
+    optimizer.step()
+    assert optimizer.last_step is not None
+    optimizer.zero_grad()
+    optimizer.step()
+    assert optimizer.last_step is None
+
+
 def test_grads_without_any_gradient_is_an_empty_list() -> None:
     params, optimizer = make()
     for param in params:
