@@ -90,7 +90,11 @@ def main() -> int:
         print(f"{folder}: expected one wheel and one sdist, got {[a.name for a in artifacts]}")
         return 1
     for artifact in artifacts:
-        check(artifact)
+        try:
+            check(artifact)
+        except subprocess.CalledProcessError as error:
+            print(f"{artifact.name}: failed in {' '.join(error.cmd)}")
+            return 1
         print(f"{artifact.name}: installs, imports and trains")
     return 0
 

@@ -166,3 +166,30 @@ def test_a_gradient_dropped_after_clipping_takes_its_weight_out_of_the_step(unsc
     optimizer.step()
     assert [frozen(p) != old for p, old in zip(params, before, strict=True)] == [False, True, False]
     assert optimizer.steps == 1
+
+
+def test_dropping_every_gradient_after_clipping_leaves_nothing_to_step() -> None:
+    params, optimizer = make(steps=2)
+    optimizer.zero_grad()
+    optimizer.backward(loss_of(params))
+    optimizer.clip_grad_norm_(1.0)
+    for param in params:
+        param.grad = None
+    before = snapshot(params, optimizer)
+    optimizer.step()
+    assert snapshot(params, optimizer) == before
+    assert_usable(params, optimizer)
+
+
+@pytest.mark.parametrize("bad", [0, 2])
+def test_an_overflow_that_unscaling_found_is_not_dropped_with_its_gradient(bad: int) -> None:
+    params, optimizer = make(steps=2)
+    optimizer.zero_grad()
+    optimizer.backward(loss_of(params))
+    params[bad].grad[0, 0] = torch.inf
+    optimizer.unscale_()
+    params[bad].grad = None
+    before = frozen([params, dict(optimizer.state)])
+    optimizer.step()
+    assert frozen([params, dict(optimizer.state)]) == before
+    assert optimizer.last_step.skipped

@@ -196,11 +196,24 @@ def test_step_returns_what_the_closure_returns(value: Any) -> None:
     assert optimizer.step(lambda: (inner(), value)[1]) == value
 
 
-def test_a_closure_runs_with_gradients_enabled_under_no_grad() -> None:
-    params, optimizer = make("Adam")
+class WithoutGradients(torch.optim.SGD):
+    """An optimizer that evaluates the closure as it is, under `no_grad`."""
+
+    @torch.no_grad()
+    def step(self, closure: Any) -> Any:
+        loss = closure()
+        super().step()
+        return loss
+
+
+def test_a_closure_runs_with_gradients_enabled_whoever_calls_it() -> None:
+    params = [nn.Parameter(torch.ones(6).half())]
+    optimizer = mpcore.MixedPrecisionOptimizer(WithoutGradients(params, lr=0.25), SCALE)
     with torch.no_grad():
         optimizer.step(closure_of(optimizer, params))
     assert optimizer.steps == 1
+    assert not optimizer.last_step.skipped
+    assert not torch.equal(params[0], torch.ones(6).half())
 
 
 def test_a_closure_sees_the_models_parameters_in_the_groups() -> None:

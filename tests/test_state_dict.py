@@ -1,4 +1,4 @@
-"""state_dict and load_state_dict: every field comes back bit for bit, or nothing changes."""
+"""state_dict and load_state_dict: every field comes back bit for bit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import mpcore
 import pytest
 import torch
-from mpcore.errors import ArgumentError, ArgumentTypeError, StageError
+from mpcore.errors import StageError
 from torch import Tensor, nn
 
 SCALE = mpcore.DynamicLossScale(init=2.0**8, growth_interval=4)
@@ -208,60 +208,6 @@ def test_a_hook_after_saving_sees_all_that_is_saved() -> None:
     assert seen == [{"state", "param_groups", "mpcore"}]
 
 
-def without(saved: Any, *path: Any) -> Any:
-    for key in path[:-1]:
-        saved = saved[key]
-    del saved[path[-1]]
-
-
-def put(saved: Any, value: Any, *path: Any) -> Any:
-    for key in path[:-1]:
-        saved = saved[key]
-    saved[path[-1]] = value
-
-
-SCALE_KEY = ("mpcore", "loss_scale", "scale")
-BROKEN: dict[str, Any] = {
-    "no mpcore": lambda d: without(d, "mpcore"),
-    "newer version": lambda d: put(d, 2, "mpcore", "version"),
-    "no state": lambda d: without(d, "state"),
-    "no groups": lambda d: without(d, "param_groups"),
-    "no loss scale": lambda d: without(d, "mpcore", "loss_scale"),
-    "half a loss scale": lambda d: without(d, "mpcore", "loss_scale", "steps"),
-    "no count": lambda d: without(d, "mpcore", "saturated"),
-    "a group more": lambda d: d["param_groups"].append(d["param_groups"][0]),
-    "a weight less": lambda d: d["param_groups"][0]["params"].pop(),
-    "master's shape": lambda d: put(d, torch.ones(3, 4), "state", 1, "master"),
-    "last master's shape": lambda d: put(d, torch.ones(4), "state", 4, "master"),
-    "master's dtype": lambda d: put(d, torch.ones(4, 3).half(), "state", 1, "master"),
-    "no tensor": lambda d: put(d, [1.0], "state", 1, "master"),
-    **{
-        f"scale {value!r}": lambda d, value=value: put(d, value, *SCALE_KEY)
-        for value in (0.0, -2.0, 3.0, float("nan"), float("inf"), 2.0**127, "256", None)
-    },
-    "negative tracker": lambda d: put(d, -1, "mpcore", "loss_scale", "growth_tracker"),
-    "tracker beyond int32": lambda d: put(d, 2**31, "mpcore", "loss_scale", "growth_tracker"),
-    "steps beyond int64": lambda d: put(d, 2**63, "mpcore", "loss_scale", "steps"),
-    "count beyond int64": lambda d: put(d, 2**63, "mpcore", "saturated"),
-    "text for steps": lambda d: put(d, "4", "mpcore", "loss_scale", "steps"),
-}
-
-
-@pytest.mark.parametrize("case", BROKEN)
-def test_a_state_dict_that_does_not_fit_is_refused_and_nothing_changes(case: str) -> None:
-    model, optimizer = make()
-    train(model, optimizer, 0, 3)
-    before = contents(model, optimizer)
-    source_model, source = make(seed=1)
-    train(source_model, source, 0, 4)
-    broken = copy.deepcopy(source.state_dict())
-    BROKEN[case](broken)
-    with pytest.raises((ArgumentError, ArgumentTypeError), match=r"^state_dict.*: expected .*"):
-        optimizer.load_state_dict(broken)
-    assert contents(model, optimizer) == before
-    train(model, optimizer, 3, 4)
-
-
 @pytest.mark.parametrize("scale", [mpcore.NoLossScale(), mpcore.StaticLossScale(64.0)])
 def test_a_scale_that_never_moves_keeps_its_value_whatever_is_loaded(scale: Any) -> None:
     source_model, source = make("SGD without state")
@@ -285,17 +231,6 @@ def test_a_saved_scale_outside_the_bounds_is_clamped_to_them() -> None:
         assert optimizer.loss_scale == expected
 
 
-def test_masters_of_a_16_bit_model_are_not_loaded_into_float32_weights() -> None:
-    source_model, source = make()
-    train(source_model, source, 0, 3)
-    model = Pair().float()
-    optimizer = mpcore.MixedPrecisionOptimizer(INNERS["AdamW"](model.parameters()), SCALE)
-    before = contents(model, optimizer)
-    with pytest.raises(ArgumentError, match=r"^state_dict.*master.*: expected"):
-        optimizer.load_state_dict(source.state_dict())
-    assert contents(model, optimizer) == before
-
-
 def test_loading_between_backward_and_step_forgets_that_the_gradients_were_scaled() -> None:
     model, optimizer = make()
     train(model, optimizer, 0, 4)
@@ -307,3 +242,31 @@ def test_loading_between_backward_and_step_forgets_that_the_gradients_were_scale
     optimizer.load_state_dict(saved)
     with pytest.raises(StageError, match="expected gradients of a scaled loss"):
         optimizer.step()
+
+
+def test_loading_a_state_dict_from_before_training_takes_masters_from_the_weights_again() -> None:
+    _, fresh = make("SGD")
+    model, optimizer = make("SGD")
+    train(model, optimizer, 0, 4)
+    with torch.no_grad():
+        model.low.weight.fill_(0.25)
+    optimizer.load_state_dict(fresh.state_dict())
+    assert (len(optimizer.state), len(optimizer.inner.state), optimizer.steps) == (0, 0, 0)
+    optimizer.zero_grad()
+    optimizer.backward(model.low.weight.float().sum())
+    optimizer.step()
+    master = optimizer.state[model.low.weight]["master"]
+    assert torch.equal(master, torch.full((4, 3), 0.25) - 0.05)
+
+
+def test_the_number_of_saturated_weights_is_saved_and_loaded() -> None:
+    param, other = (nn.Parameter(torch.full((5,), 65504.0).half()) for _ in range(2))
+    optimizer, resumed = (
+        mpcore.MixedPrecisionOptimizer(torch.optim.SGD([p], lr=100.0), SCALE)
+        for p in (param, other)
+    )
+    optimizer.backward(-param.float().sum())
+    optimizer.step()
+    assert optimizer.saturated == 5
+    resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert resumed.saturated == 5
