@@ -193,3 +193,14 @@ def test_an_overflow_that_unscaling_found_is_not_dropped_with_its_gradient(bad: 
     optimizer.step()
     assert frozen([params, dict(optimizer.state)]) == before
     assert optimizer.last_step.skipped
+
+
+def test_weights_of_an_added_group_are_known_as_the_first_ones_are() -> None:
+    _, optimizer = make(steps=1)
+    adopted, moved = weights(DTYPES[:2])
+    optimizer.add_param_group({"params": [adopted, moved]})
+    optimizer.adopt_masters([(adopted, torch.ones(2, 3))])
+    torch.utils.swap_tensors(moved, nn.Parameter(moved.detach().to("meta")))
+    moved.grad = torch.zeros(2, 3, dtype=moved.dtype, device="meta")
+    with pytest.raises(ArgumentError, match=r"^group 1, parameter 1, .*: expected it on cpu"):
+        optimizer.step()

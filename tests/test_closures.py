@@ -216,6 +216,32 @@ def test_a_closure_runs_with_gradients_enabled_whoever_calls_it() -> None:
     assert not torch.equal(params[0], torch.ones(6).half())
 
 
+class Twice(torch.optim.SGD):
+    """An optimizer that updates by the second of two evaluations."""
+
+    def step(self, closure: Any) -> Any:
+        with torch.enable_grad():
+            closure()
+            loss = closure()
+        super().step()
+        return loss
+
+
+def test_a_weight_without_gradient_in_the_last_evaluation_is_not_moved_by_an_earlier_one() -> None:
+    params = [nn.Parameter(torch.ones(6).half()) for _ in range(2)]
+    optimizer = mpcore.MixedPrecisionOptimizer(Twice(params, lr=0.25), SCALE)
+    used = [params, params[:1]]
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = torch.stack([param.float().sum() for param in used.pop(0)]).sum()
+        optimizer.backward(loss)
+        return loss
+
+    assert optimizer.step(closure).item() == 6.0
+    assert [param.tolist() for param in params] == [[0.75] * 6, [1.0] * 6]
+
+
 def test_a_closure_sees_the_models_parameters_in_the_groups() -> None:
     params, optimizer = make("LBFGS")
     inner = closure_of(optimizer, params)

@@ -151,7 +151,7 @@ def test_torch_refuses_to_unscale_float16_gradients_and_nothing_has_changed() ->
 @pytest.mark.parametrize("name", INNERS)
 @pytest.mark.parametrize("shape", [(), (1,)])
 def test_any_non_zero_found_inf_skips(name: str, found_inf: float, shape: Any) -> None:
-    params = weights(DTYPES)
+    params = [*weights(DTYPES), nn.Parameter(torch.tensor(1.0).half())]
     optimizer = mpcore.MixedPrecisionOptimizer(INNERS[name](params))
     for step in range(2):
         optimizer.grad_scale = torch.full(shape, 4.0)

@@ -266,6 +266,7 @@ def test_a_step_with_a_fused_inner_syncs_not_at_all_until_its_result_is_read() -
             result = optimizer.last_step
             optimizer.zero_grad()
         assert ours.count == alone.count
+        assert not hasattr(optimizer.inner, "found_inf")
     for read in (lambda: result.skipped, lambda: result.grad_norm, lambda: result.loss_scale):
         with Syncs() as reading:
             read()

@@ -211,11 +211,12 @@ def test_a_hook_after_saving_sees_all_that_is_saved() -> None:
 @pytest.mark.parametrize("scale", [mpcore.NoLossScale(), mpcore.StaticLossScale(64.0)])
 def test_a_scale_that_never_moves_keeps_its_value_whatever_is_loaded(scale: Any) -> None:
     source_model, source = make("SGD without state")
-    train(source_model, source, 0, 5)
+    train(source_model, source, 0, 7)
     model, optimizer = make("SGD without state", scale)
     expected = optimizer.loss_scale
     optimizer.load_state_dict(source.state_dict())
     assert optimizer.loss_scale == expected
+    assert (optimizer.steps, optimizer.skipped_steps) == (7, 1)
     before = model.single.bias.detach().clone()
     optimizer.backward(model.single.bias.sum())
     optimizer.step()
@@ -229,6 +230,14 @@ def test_a_saved_scale_outside_the_bounds_is_clamped_to_them() -> None:
         _, optimizer = make("SGD", scale)
         optimizer.load_state_dict(source.state_dict())
         assert optimizer.loss_scale == expected
+
+
+def test_a_saved_tolerance_of_overflows_is_cut_to_the_hysteresis_of_now() -> None:
+    _, source = make("SGD", mpcore.DynamicLossScale(init=2.0**8, hysteresis=4))
+    model, optimizer = make("SGD")
+    optimizer.load_state_dict(source.state_dict())
+    train(model, optimizer, 5, 6)
+    assert (optimizer.skipped_steps, optimizer.loss_scale) == (1, 2.0**7)
 
 
 def test_loading_between_backward_and_step_forgets_that_the_gradients_were_scaled() -> None:

@@ -42,7 +42,7 @@ def dynamic_scales(draw: st.DrawFn) -> DynamicLossScale:
     )
 
 
-STATIC_SCALES = st.integers(-126, 126).map(lambda exponent: StaticLossScale(2.0**exponent))
+STATIC_SCALES = st.integers(-126, 126).map(lambda e: StaticLossScale(2.0**e))
 ALL_SCALES = dynamic_scales() | STATIC_SCALES | st.just(NoLossScale())
 
 
@@ -173,8 +173,8 @@ def test_300000_clean_steps_never_reach_infinity() -> None:
 def test_1000_overflows_never_reach_zero() -> None:
     scale = DynamicLossScale(min_scale=2.0**-126)
     expected = LossScaleState(2.0**-126, 0, 0, 1000, 1000)
-    assert states(scale, [True] * 1000)[-1] == expected
-    assert tensor_states(scale, [True] * 1000)[-1] == expected
+    for follow in (states, tensor_states):
+        assert follow(scale, [True] * 1000)[-1] == expected
     assert math.isfinite(torch.tensor(expected.scale).reciprocal().item())
 
 
@@ -187,13 +187,10 @@ def test_the_scale_grows_exactly_at_the_interval_and_an_overflow_restarts_it(fol
     assert scales == [8.0] * (interval - 1) + [4.0] * interval + [8.0] * interval + [16.0]
 
 
-@pytest.mark.parametrize(
-    "found_inf",
-    [torch.tensor(True), torch.tensor(2, dtype=torch.int32), torch.tensor(-1), torch.tensor(0.5)],
-)
-def test_any_non_zero_found_inf_is_an_overflow(found_inf: torch.Tensor) -> None:
+@pytest.mark.parametrize("found_inf", [True, 2, -1, 0.5])
+def test_any_non_zero_found_inf_is_an_overflow(found_inf: float) -> None:
     tensors = LossScaleTensors.from_state(initial_state(DynamicLossScale()), CPU)
-    tensors.advance_(DynamicLossScale(), found_inf)
+    tensors.advance_(DynamicLossScale(), torch.tensor(found_inf))
     assert tensors.to_state() == LossScaleState(2.0**15, 0, 0, 1, 1)
 
 
@@ -205,8 +202,8 @@ def test_the_tensors_are_changed_in_place_and_keep_their_dtypes() -> None:
     tensors.assign_(LossScaleState(4.0, 3, 2, 1, 0))
     after = [getattr(tensors, field.name) for field in dataclasses.fields(tensors)]
     assert all(a is b for a, b in zip(before, after, strict=True))
-    dtypes = [torch.float32, torch.int32, torch.int32, torch.int64, torch.int64]
-    assert [tensor.dtype for tensor in after] == dtypes
+    kinds = (torch.float32, torch.int32, torch.int32, torch.int64, torch.int64)
+    assert tuple(tensor.dtype for tensor in after) == kinds
     assert tensors.to_state() == LossScaleState(4.0, 3, 2, 1, 0)
 
 
@@ -223,8 +220,7 @@ COUNTS = ("growth_interval", "hysteresis")
         *itertools.product(SCALES, NOT_SCALES),
         *itertools.product(FACTORS, (1.0, 0, -2.0, 3.0, 0.3, math.inf, math.nan)),
         *[("growth_factor", 0.5), ("backoff_factor", 2.0)],
-        # float32 tensors would multiply by infinity or zero where the specification does not
-        *[("growth_factor", 2.0**128), ("backoff_factor", 2.0**-150)],
+        *[("growth_factor", 2.0**128), ("backoff_factor", 2.0**-150)],  # infinite, 0 in float32
         *itertools.product(COUNTS, (0, -1, 2**31)),
     ],
 )
@@ -297,7 +293,6 @@ def test_only_the_three_kinds_are_loss_scales(value: Any) -> None:
 @pytest.mark.parametrize("scale", [DynamicLossScale(), StaticLossScale(8.0), NoLossScale()])
 def test_a_scale_is_a_frozen_value(scale: Any) -> None:
     name = "init" if isinstance(scale, DynamicLossScale) else "scale"
-    with pytest.raises((dataclasses.FrozenInstanceError, AttributeError)):
+    with pytest.raises(AttributeError):
         setattr(scale, name, 4.0)
     assert check_loss_scale(scale) == scale
-    assert hash(scale) == hash(dataclasses.replace(scale))
