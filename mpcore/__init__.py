@@ -1,5 +1,7 @@
 """Loss scaling and FP32 master weights for PyTorch. Importing this needs torch alone."""
 
+from mpcore.cast_model import cast_model as cast_model
+from mpcore.emulate import emulate_tensor_cores as emulate_tensor_cores
 from mpcore.errors import ArgumentError as ArgumentError
 from mpcore.errors import ArgumentTypeError as ArgumentTypeError
 from mpcore.errors import BackendError as BackendError
@@ -10,6 +12,10 @@ from mpcore.loss_scale import LossScale as LossScale
 from mpcore.loss_scale import NoLossScale as NoLossScale
 from mpcore.loss_scale import StaticLossScale as StaticLossScale
 from mpcore.optimizer import MixedPrecisionOptimizer as MixedPrecisionOptimizer
+from mpcore.policy import Policy as Policy
+from mpcore.policy_scope import global_policy as global_policy
+from mpcore.policy_scope import set_global_policy as set_global_policy
+from mpcore.policy_scope import use_policy as use_policy
 from mpcore.step_result import StepResult as StepResult
 
 __version__ = "0.1.0"

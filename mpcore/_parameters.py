@@ -43,6 +43,7 @@ def check_inner(optimizer: object, wrapper: type) -> None:
         raise ArgumentError(
             "optimizer: expected differentiable=False, got True. Casts to 16 bits have no gradient."
         )
+    check_params(optimizer.param_groups)
     hooks = optimizer._optimizer_step_pre_hooks.values()
     if any(isinstance(hook, DirectStepGuard) and hook.active for hook in hooks):
         raise ArgumentError(

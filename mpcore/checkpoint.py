@@ -54,9 +54,11 @@ def read_section(state_dict: State) -> tuple[LossScaleState, int]:
     counts = {**numbers, "saturated": found.get("saturated")}
     del counts["scale"]
     for name, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+        # one below the largest int32: the tracker is counted up before it is compared
+        limit = 2**31 - 1 if name in ("growth_tracker", "overflows_left") else 2**63
+        if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count < limit:
             raise ArgumentError(
-                f'state_dict["mpcore"]: expected {name!r} to be an integer of at least 0, '
+                f'state_dict["mpcore"]: expected {name!r} to be an integer from 0 to {limit - 1}, '
                 f"got {count!r}."
             )
     return LossScaleState(**numbers), found["saturated"]

@@ -99,8 +99,10 @@ class GeneralPath:
         self.masters.link_state(self._params())
 
     def step_without_gradients(self) -> None:
-        """Calls the inner optimizer for what it does without gradients: usually nothing."""
+        """Lets the inner optimizer do what it does without gradients: usually nothing."""
         self._step_inner()
+        nothing = torch.zeros((), dtype=torch.int32, device=self._saturated.device)
+        self.write_weights(nothing, self._saturated)
         self.masters.link_state(self._params())
 
     def initialise_state(self, gradients: StepGradients) -> None:
@@ -156,6 +158,8 @@ class GeneralPath:
             result = last[0]
         except BaseException:
             before.restore()
+            if last[1] is not None:
+                last[1].release()
             raise
         else:
             gradients: StepGradients = last[1]

@@ -19,7 +19,7 @@ def tensor_norms(grads: Sequence[Tensor], coefficient: Tensor) -> Tensor:
 
     The product is rounded to float32 as unscaling rounds it, the squares are summed in float64:
     no sum of finite float32 squares overflows there, so a norm is finite exactly if its
-    gradient is.
+    gradient is. (Float64 gradients stay float64, and their squares overflow above 1e154.)
 
     Args:
         grads: Gradients of one device, any shape and floating dtype.
@@ -83,7 +83,8 @@ class StepGradients:
         self._pending = True
         self._masters = masters
         self._backend = backend
-        self._external = external_found_inf
+        # what must not be forgotten besides the flags: 0-d, non-zero means overflow
+        self._found_before = external_found_inf
         self._buckets = [self._bucket(device) for device in {p.device: None for p in params}]
 
     def _bucket(self, device: torch.device) -> _Bucket:
@@ -126,7 +127,7 @@ class StepGradients:
             coefficient = self._factor.to(bucket.device, non_blocking=True)
             grads = self._grads(bucket.params) if self.applied else list(map(_grad, bucket.params))
             per_tensor = tensor_norms(grads, coefficient)
-            # unscaled infinity times a tiny clip coefficient would look finite in `apply`
+            # float64 gradients too large to be clipped: better no step than one without the clip
             bucket.nonfinite.bitwise_or_(torch.isfinite(per_tensor).logical_not().int())
             norms.append(per_tensor.to(self._coefficient.device, non_blocking=True))
         if not norms:
@@ -149,11 +150,11 @@ class StepGradients:
     def found_inf(self) -> Tensor:
         """Returns 0-d int32: 1 if any gradient, loaded or unscaled, was not finite, else 0."""
         home = self._coefficient.device
-        if not self._buckets:
+        if not self.params and self._found_before is None:
             return torch.zeros((), dtype=torch.int32, device=home)
         flags = [b.nonfinite.amax().to(home, non_blocking=True) for b in self._buckets]
-        if self._external is not None:
-            flags.append((self._external != 0).int().reshape(()).to(home, non_blocking=True))
+        if self._found_before is not None:
+            flags.append((self._found_before != 0).int().reshape(()).to(home, non_blocking=True))
         return torch.stack(flags).amax() if len(flags) > 1 else flags[0]
 
     def final(self) -> list[Tensor]:
@@ -166,6 +167,29 @@ class StepGradients:
         for bucket in self._buckets:
             flag_of.update(zip(bucket.params, bucket.nonfinite.unbind(), strict=True))
         yield from ((param, flag_of[param]) for param in self.params)
+
+    def keep(self, params: Sequence[Tensor]) -> None:
+        """Leaves out parameters whose gradient the user dropped; what was found stays found.
+
+        Args:
+            params: Those that still have a gradient, in order.
+        """
+        if len(params) == len(self.params):
+            return
+        self._found_before = self.found_inf()
+        kept = set(params)
+        for param in self.params:
+            if param not in kept:
+                master = self._masters.of(param)
+                master.grad = None
+        flag_of = dict(self.flags())
+        self.params = [param for param in self.params if param in kept]
+        for bucket in self._buckets:
+            bucket.with_master = [param for param in bucket.with_master if param in kept]
+            bucket.without = [param for param in bucket.without if param in kept]
+            flags = [flag_of[param] for param in bucket.params]
+            bucket.nonfinite = torch.stack(flags) if flags else bucket.nonfinite[:0]
+        self._buckets = [bucket for bucket in self._buckets if bucket.params]
 
     def release(self) -> None:
         """Drops the masters' gradients: a parameter without one next time must not reuse them."""

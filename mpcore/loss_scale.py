@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mpcore._checks import check_count, check_number, check_scale, is_power_of_two
+from mpcore._checks import check_count, check_scale
 from mpcore.backends.reference import update_scale_
 from mpcore.errors import ArgumentError, ArgumentTypeError
 
@@ -78,15 +78,15 @@ class DynamicLossScale:
                 f"init: expected a scale within [min_scale, max_scale] = [{self.min_scale:g}, "
                 f"{self.max_scale:g}], got {self.init:g}. Widen the bounds or move init."
             )
-        growth = check_number("growth_factor", self.growth_factor)
-        if not (is_power_of_two(growth) and growth > 1):
+        if not check_scale("growth_factor", self.growth_factor) > 1:
             raise ArgumentError(
-                f"growth_factor: expected a power of two above 1, got {growth:g}. Usually 2.0."
+                f"growth_factor: expected a power of two above 1, got {self.growth_factor:g}. "
+                "Usually 2.0."
             )
-        backoff = check_number("backoff_factor", self.backoff_factor)
-        if not (is_power_of_two(backoff) and backoff < 1):
+        if not check_scale("backoff_factor", self.backoff_factor) < 1:
             raise ArgumentError(
-                f"backoff_factor: expected a power of two below 1, got {backoff:g}. Usually 0.5."
+                f"backoff_factor: expected a power of two below 1, got {self.backoff_factor:g}. "
+                "Usually 0.5."
             )
         check_count("growth_interval", self.growth_interval)
         check_count("hysteresis", self.hysteresis)

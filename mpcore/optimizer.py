@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mpcore import checkpoint
 from mpcore._checks import check_number
-from mpcore._parameters import check_inner, check_params
+from mpcore._parameters import check_inner
 from mpcore._scaling import External, scale_outputs
 from mpcore.errors import ArgumentError, StageError
 from mpcore.general_path import GeneralPath
@@ -38,9 +38,8 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
     It is a `torch.optim.Optimizer` and shares `param_groups` with the one it wraps, so LR
     schedulers on either drive it. `state[p]["master"]` is the float32 master of a 16-bit `p`.
 
-    One step: unscale and check the gradients in one pass; skip if any is not finite; otherwise
-    step the wrapped optimizer over the masters and round them into the weights; last, move the
-    loss scale.
+    One step: unscale and check the gradients in one pass; skip if any is not finite, otherwise step
+    the wrapped optimizer over the masters and round them into the weights; move the loss scale.
 
     Args:
         optimizer: Any `torch.optim.Optimizer` but SparseAdam; best made from
@@ -52,8 +51,8 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
 
     Raises:
         ArgumentTypeError: `optimizer` or `loss_scale` is something else.
-        ArgumentError: It is already wrapped, or a parameter is sparse, complex, integer or twice
-            there, or `backend` or `path` is unknown.
+        ArgumentError: It is wrapped already, a parameter is complex, integer or there twice, or
+            `backend` or `path` is unknown.
         BackendError: The backend asked for cannot run here.
 
     Example:
@@ -63,8 +62,7 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
         ...     torch.optim.AdamW(model.parameters(), lr=1e-3),
         ...     mpcore.DynamicLossScale(init=2.0**10),
         ... )
-        >>> loss = model(torch.ones(8, 4).half()).float().square().mean()
-        >>> optimizer.backward(loss)
+        >>> optimizer.backward(model(torch.ones(8, 4).half()).float().square().mean())
         >>> norm = optimizer.clip_grad_norm_(1.0)
         >>> optimizer.step()
         >>> optimizer.zero_grad()
@@ -88,7 +86,6 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
         path: str = "auto",
     ) -> None:
         check_inner(optimizer, MixedPrecisionOptimizer)
-        check_params(optimizer.param_groups)
         check_loss_scale(loss_scale)
         if path not in PATHS:
             raise ArgumentError(f"path: expected one of {', '.join(PATHS)}, got {path!r}.")
@@ -114,8 +111,6 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
             self.loss_scaling,
             self._scale,
         )
-
-    # ------------------------------------------------------------------ the training loop
 
     def scale(self, outputs: Outputs) -> Outputs:
         """Returns `outputs` multiplied by the loss scale in float32, without a host sync.
@@ -152,9 +147,9 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
 
         Args:
             loss: 0-d, any floating dtype.
-            retain_graph: As in `Tensor.backward`.
-            create_graph: As in `Tensor.backward`.
-            inputs: As in `Tensor.backward`.
+            retain_graph: As in `Tensor.backward`, like the two others.
+            create_graph: See there.
+            inputs: See there.
         """
         self.scale(loss).backward(  # type: ignore[no-untyped-call]
             retain_graph=retain_graph, create_graph=create_graph, inputs=inputs
@@ -170,8 +165,7 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
         Raises:
             StageError: Called twice in a step, or the gradients were never scaled.
         """
-        gradients = self._stage.gradients
-        if gradients is not None and gradients.applied:
+        if self._stage.applied:
             raise StageError(
                 "unscale_(): expected one call per step, got a second one. Call step() first."
             )
@@ -188,9 +182,9 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
         Raises:
             StageError: `unscale_()` was not called in this step.
         """
-        gradients = self._stage.gradients
-        if gradients is None or not gradients.applied:
+        if not self._stage.applied:
             raise StageError("grads(): expected unscale_() to be called first in this step.")
+        gradients = self._collect("grads()")
         gradients.apply()  # a clip may be pending
         return gradients.final()
 
@@ -198,7 +192,7 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
         """Clips the global 2-norm of the unscaled gradients to `max_norm`; no host sync.
 
         Nothing is written: the coefficient `min(1, max_norm / (norm + 1e-6))` joins the multiply
-        that unscales.
+        that unscales. Their product is one float32, so it should stay above 2^-126.
 
         Args:
             max_norm: Above 0.
@@ -240,9 +234,8 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
             return None
         collected = self._collect("step()")
         if not collected.params:
-            self._stage.forget()
+            self._stage.forget_step()
             self._general.step_without_gradients()
-            self._stage.scaled = False
             return None
         self._general.step(collected)
         self._finish(collected)
@@ -276,8 +269,6 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
         super().zero_grad(set_to_none)
         self._stage.forget()
 
-    # ------------------------------------------------------------------ numbers, each syncs
-
     @property
     def loss_scale(self) -> float:
         """The scale of the next loss; reading it syncs with the host."""
@@ -297,8 +288,6 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
     def saturated(self) -> int:
         """How often a weight was clamped to the finite maximum; reading it syncs with the host."""
         return int(self._saturated)
-
-    # ------------------------------------------------------------------ checkpoints
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` returned, in its dtypes; no host sync.

@@ -54,6 +54,11 @@ class Stage:
         """Whether gradients are only right if `scale` came first."""
         return not isinstance(self._loss_scaling, NoLossScale)
 
+    @property
+    def applied(self) -> bool:
+        """Whether this step's gradients are unscaled already."""
+        return self.gradients is not None and self.gradients.applied
+
     def collect(self, caller: str, external: External | None) -> StepGradients:
         """Returns this step's gradients, checked, with masters made; there may be none at all.
 
@@ -61,10 +66,14 @@ class Stage:
             caller: The method that asks, for messages.
             external: The outside scaler that drives this step, if one does.
         """
-        if self.gradients is not None:
-            return self.gradients
         params = with_gradient(self._groups, self._device_of, self._masters)
+        if self.gradients is not None:
+            self._check_no_newcomer(caller, params, self.gradients)
+            self.gradients.keep(params)
+            return self.gradients
         self._check_scaled(caller, external, bool(params))
+        # all of them: some optimizers move parameters that have no gradient in this step
+        self._masters.create_for(p for g in self._groups for p in g["params"] if p.requires_grad)
         scale = self._tensors.scale if external is None else external.scale
         # latched: what unscales is what scaled, wherever the scale goes at the end of the step
         self._used_scale = scale.clone()
@@ -93,6 +102,18 @@ class Stage:
         coefficient = scale.double().reciprocal().float()
         return StepGradients(params, self._masters, self._backend, coefficient, found_inf)
 
+    def _check_no_newcomer(
+        self, caller: str, params: list[Tensor], gradients: StepGradients
+    ) -> None:
+        known = set(gradients.params)
+        for param in params:
+            if param not in known:
+                raise StageError(
+                    f"{caller}: expected the gradients that unscale_() or clip_grad_norm_() saw, "
+                    f"got a new one of {name_of(param, self._groups)}. Run all backward passes "
+                    "first, or call zero_grad()."
+                )
+
     def _check_scaled(self, caller: str, external: External | None, any_gradient: bool) -> None:
         if external is not None and self.scaled:
             raise StageError(
@@ -116,6 +137,11 @@ class Stage:
         self.forget()
         gradients.release()
         self.scaled = False
+
+    def forget_step(self) -> None:
+        """Ends a step that had no gradients: it counts as nothing."""
+        self.forget()
+        self.result, self.scaled = None, False
 
     def forget(self) -> None:
         """Drops gradients that were collected and not stepped."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mpcore._parameters import check_group, check_original, name_of
 from mpcore.backends import resolve
-from mpcore.errors import ArgumentError
+from mpcore.errors import ArgumentError, BackendError
 from mpcore.masters import Masters
 
 
@@ -69,7 +69,12 @@ class OptimizerWrapper(torch.optim.Optimizer):
         group, params = check_group(param_group, self._params())
         everything = [*self._params(), *params]
         devices, dtypes = {p.device for p in everything}, {p.dtype for p in everything}
-        resolve(self._backend_asked, devices, dtypes)
+        name, _ = resolve(self._backend_asked, devices, dtypes)
+        if name != self.backend:
+            raise BackendError(
+                f"add_param_group: expected parameters for the backend {self.backend!r}, got some "
+                f"that need {name!r}. Wrap with backend={name!r}."
+            )
         self.inner.add_param_group(group)
         self._device_of.update({param: param.device for param in params})
         self._masters.link_state(params)

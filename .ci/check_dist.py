@@ -1,0 +1,103 @@
+"""Installs the wheel and the sdist of a folder, each in an environment of its own, and tries them.
+
+    python .ci/check_dist.py dist
+
+An environment holds the distribution and exactly what its metadata says it needs: a link is made
+to each file of torch and of torch's own requirements in the running environment, so that a
+dependency which was never declared is missing there, and nothing is downloaded twice.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import venv
+from collections.abc import Iterable, Iterator
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+SMOKE = Path(__file__).resolve().parent / "dist_smoke.py"
+
+
+def closure(requirements: Iterable[str]) -> Iterator[metadata.Distribution]:
+    """Yields the installed distributions that `requirements` need, transitively, each once."""
+    seen: set[str] = set()
+    waiting = [Requirement(text) for text in requirements]
+    while waiting:
+        requirement = waiting.pop()
+        name = canonicalize_name(requirement.name)
+        wanted = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if not wanted or name in seen:
+            continue
+        seen.add(name)
+        distribution = metadata.distribution(name)
+        waiting += [Requirement(text) for text in distribution.requires or []]
+        yield distribution
+
+
+def link(distribution: metadata.Distribution, site: Path) -> None:
+    """Links the top-level files and folders of `distribution` into `site`."""
+    for top in {file.parts[0] for file in distribution.files or []} - {".."}:
+        target = Path(str(distribution.locate_file(top)))
+        # __pycache__ is shared by single-module distributions; Python makes its own
+        if top != "__pycache__" and not (site / top).exists():
+            (site / top).symlink_to(target)
+
+
+def run(*command: str | Path, cwd: Path) -> None:
+    """Runs a command away from the repository; raises if it fails."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    subprocess.run([str(part) for part in command], check=True, cwd=cwd, env=environment)
+
+
+def wheel_of(artifact: Path, folder: Path) -> Path:
+    """Returns `artifact` if it is a wheel, otherwise the wheel that the sdist builds."""
+    if artifact.suffix == ".whl":
+        return artifact
+    flags = ("--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", folder)
+    run(sys.executable, "-m", "pip", "wheel", *flags, artifact, cwd=folder)
+    return next(folder.glob("*.whl"))
+
+
+def check(artifact: Path) -> None:
+    """Installs `artifact` in a fresh environment and runs the smoke test there."""
+    with tempfile.TemporaryDirectory(prefix="mpcore-dist-") as name:
+        folder = Path(name)
+        wheel = wheel_of(artifact, folder)
+        venv.create(folder / "env", with_pip=False, symlinks=True)
+        python = folder / "env" / "bin" / "python"
+        flags = ("--quiet", "--no-deps", "--no-index", "--disable-pip-version-check")
+        pip = (sys.executable, "-m", "pip", "--python", python)
+        run(*pip, "install", *flags, wheel, cwd=folder)
+        site = next((folder / "env" / "lib").glob("python*/site-packages"))
+        (installed,) = metadata.distributions(name="mpcore", path=[str(site)])
+        for distribution in closure(installed.requires or []):
+            link(distribution, site)
+        run(*pip, "check", cwd=folder)
+        run(python, "-I", "-W", "ignore", SMOKE, cwd=folder)
+
+
+def main() -> int:
+    """Checks every wheel and sdist of the folder named on the command line."""
+    folder = Path(sys.argv[1]).resolve()
+    artifacts = [*folder.glob("*.whl"), *folder.glob("*.tar.gz")]
+    if len(artifacts) != 2:
+        print(f"{folder}: expected one wheel and one sdist, got {[a.name for a in artifacts]}")
+        return 1
+    for artifact in artifacts:
+        try:
+            check(artifact)
+        except subprocess.CalledProcessError as error:
+            print(f"{artifact.name}: failed in {' '.join(error.cmd)}")
+            return 1
+        print(f"{artifact.name}: installs, imports and trains")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

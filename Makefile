@@ -1,0 +1,78 @@
+# Every task of the project, from a fresh clone. Needed: make, Python 3.10 or newer with venv, a C
+# compiler (Triton builds its launcher with it) and package indexes that pip can reach.
+#
+# One virtual environment, .venv, serves every target. torch is nearly all of its size, and the demo
+# and the tests should judge the same torch. A target installs only what it adds; stamp files inside
+# .venv keep it from doing so twice. Changing constraints.txt starts a fresh environment.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# -qq hides progress and notices; errors still show.
+INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c $(VENV)/constraints.txt
+# The package is installed editable and without an isolated build, which would ignore the pins.
+INSTALL_SELF := $(INSTALL) --no-build-isolation
+# Workers share the cores between them, so that each is given one thread.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+PARALLEL := -n auto --maxprocesses=4
+# Extra arguments: make test ARGS="-k cast", make demo ARGS="--quick".
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-exhaustive doctest lint docs build import-time clean
+
+help: ## Show this list.
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 18
+
+demo: $(VENV)/.demo ## Train a small GPT in FP32 and in 16 bits; print a table, write a report.
+	$(BIN)/mpcore demo $(ARGS)
+
+test: $(VENV)/.test ## Run the test suite (without the exhaustive tests).
+	$(PYTEST) $(PARALLEL) -m "not exhaustive" $(ARGS)
+
+test-exhaustive: $(VENV)/.test ## Run the long, exhaustive tests.
+	$(PYTEST) $(PARALLEL) -m exhaustive $(ARGS)
+
+doctest: $(VENV)/.test ## Run the examples of the docstrings, the README and the docs.
+	$(PYTEST) tests/test_doctests.py tests/test_docs.py $(ARGS)
+
+lint: $(VENV)/.dev ## Run ruff (lint and format) and mypy --strict.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(VENV)/.dev ## Build the documentation into site/; warnings are errors.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+build: $(VENV)/.dev ## Build wheel and sdist into dist/; try both outside the repository.
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist . >/dev/null
+	$(BIN)/python .ci/check_dist.py dist
+
+import-time: $(VENV)/.test ## Measure what `import mpcore` adds to `import torch`.
+	$(BIN)/python .ci/import_time.py
+
+clean: ## Remove the environment and everything that was built.
+	rm -rf $(VENV) dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# Torch first: a CUDA build brings the Triton it was made with, and the pin for Triton must then stand
+# aside. A CPU build brings none and takes the pinned one.
+$(VENV)/.torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("mpcore needs Python 3.10 or newer" if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv --clear $(VENV)
+	grep -v '^triton==' constraints.txt > $(VENV)/constraints.txt
+	$(INSTALL) torch hatchling editables
+	$(BIN)/python -m pip show -qq triton 2>/dev/null || cp constraints.txt $(VENV)/constraints.txt
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(INSTALL_SELF) -e ".[demo]"
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.torch pyproject.toml
+	$(INSTALL_SELF) -e ".[demo,test,triton]"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.test pyproject.toml
+	$(INSTALL_SELF) -e ".[demo,test,triton,lint,docs]" build
+	@touch $@

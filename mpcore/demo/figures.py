@@ -1,0 +1,159 @@
+"""The report's plots, as SVG text to be put into an HTML page."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from mpcore.demo.experiment import DemoResult
+from mpcore.demo.regimes import (
+    AUTOCAST,
+    BF16_MASTERS,
+    BF16_ROUNDED,
+    FP16_MASTERS,
+    FP16_ROUNDED,
+    FP16_UNSCALED,
+    FP32,
+    GPT_REGIMES,
+    Regime,
+)
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart: colour, dashes, width. Curves
+# that fall together are told apart by their widths: wide ones are drawn first.
+_STYLES: dict[Regime, tuple[str, str, float]] = {
+    FP16_ROUNDED: ("#E69F00", "-", 3.4),
+    BF16_ROUNDED: ("#56B4E9", "-", 1.4),
+    FP16_UNSCALED: ("#D55E00", "-", 1.4),
+    FP32: ("#000000", "-", 2.0),
+    FP16_MASTERS: ("#0072B2", "-", 1.2),
+    BF16_MASTERS: ("#009E73", "--", 1.2),
+    AUTOCAST: ("#CC79A7", ":", 1.4),
+}
+_SKIPPED = "skipped step"
+_SIZE = (5.8, 3.6)  # inches; the page scales it
+
+
+def loss_figure(result: DemoResult) -> str:
+    """Plots the training loss of every regime, averaged over seeds, smoothed.
+
+    Returns:
+        An `<svg>` element.
+    """
+    figure, axes = _axes("step", "training loss (nats per character)")
+    for regime in _STYLES:
+        _line(axes, regime, smooth(_losses(result, regime)))
+    return _svg(figure, "Training loss of every regime over the steps", "loss")
+
+
+def difference_figure(result: DemoResult) -> str:
+    """Plots how far each regime's training loss is above FP32's on the same batches.
+
+    Returns:
+        An `<svg>` element. The regime without loss scaling leaves its frame.
+    """
+    figure, axes = _axes("step", "training loss above FP32")
+    baseline = _losses(result, FP32)
+    settled = result.settings.gpt.warmup  # skips during the warm-up throw the early curves about
+    highest = 1e-3
+    for regime in _STYLES:
+        curve = smooth(_losses(result, regime) - baseline)
+        _line(axes, regime, curve)
+        if regime != FP16_UNSCALED:
+            highest = max(highest, float(np.abs(curve[settled:]).max(initial=0.0)))
+    axes.set_ylim(-0.6 * highest, 1.2 * highest)
+    return _svg(figure, "Training loss of every regime minus that of FP32", "difference")
+
+
+def scale_figure(result: DemoResult) -> str:
+    """Plots the loss scale of the first seed's scaled runs, with skipped steps marked.
+
+    Returns:
+        An `<svg>` element.
+    """
+    figure, axes = _axes("step", "loss scale")
+    axes.set_yscale("log", base=2)
+    for regime in (r for r in _STYLES if r.scaled):
+        run = result.of(regime)[0]
+        colour, dashes, width = _STYLES[regime]
+        steps = range(1, len(run.scales) + 1)
+        axes.step(
+            steps, run.scales, where="mid", color=colour, ls=dashes, lw=width, label=regime.label
+        )
+        marks = [run.scales[step] for step in run.skipped]
+        axes.plot([step + 1 for step in run.skipped], marks, "x", color=colour, ms=7, mew=1.6)
+    axes.plot([], [], "x", color="#555555", ms=7, mew=1.6, label=_SKIPPED)
+    return _svg(figure, "Loss scale over the steps; crosses mark skipped steps", "scale")
+
+
+def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Averages each value with those before it, over a twentieth of the run at most.
+
+    Example:
+        >>> smooth(np.array([1.0, 3.0])).tolist()
+        [1.0, 3.0]
+        >>> smooth(np.arange(40.0))[-1].item()
+        38.5
+    """
+    width = max(1, len(values) // 20)
+    sums = np.cumsum(np.concatenate(([0.0], values)))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - width)
+    averages: NDArray[np.float64] = (sums[ends] - sums[starts]) / (ends - starts)
+    return averages
+
+
+def _losses(result: DemoResult, regime: Regime) -> NDArray[np.float64]:
+    curves: Sequence[Sequence[float]] = [run.train_losses for run in result.of(regime)]
+    averages: NDArray[np.float64] = np.mean(np.array(curves, dtype=np.float64), axis=0)
+    return averages
+
+
+def _axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=_SIZE, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xlabel(x_label, fontsize=9)
+    axes.set_ylabel(y_label, fontsize=9)
+    axes.tick_params(labelsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e4e4e4", lw=0.6)
+    return figure, axes
+
+
+def _line(axes: Axes, regime: Regime, values: NDArray[np.float64]) -> None:
+    colour, dashes, width = _STYLES[regime]
+    steps = np.arange(1, len(values) + 1)
+    axes.plot(steps, values, color=colour, ls=dashes, lw=width, label=regime.label)
+
+
+def _svg(figure: Figure, description: str, name: str) -> str:
+    """Adds a legend, renders an `<svg>` element: no prolog, no metadata, always the same bytes.
+
+    Args:
+        figure: What to render.
+        description: Read out by screen readers.
+        name: Salt of the element ids, which must differ between the figures of a page.
+    """
+    # in the order of the tables, not in that of drawing
+    order = [*(regime.label for regime in GPT_REGIMES), _SKIPPED]
+    entries = zip(*figure.axes[0].get_legend_handles_labels(), strict=True)
+    handles = [handle for handle, _ in sorted(entries, key=lambda entry: order.index(entry[1]))]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    text = io.StringIO()
+    with rc_context({"svg.fonttype": "path", "svg.hashsalt": name}):
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(text, format="svg", transparent=True, metadata=nothing)
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    # ids that are not hashed, such as axes_1, would repeat from figure to figure
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{name}-", svg)
+    svg = re.sub(r' width="[\d.]+pt"| height="[\d.]+pt"', "", svg, count=2)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{description}" ', 1)

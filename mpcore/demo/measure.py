@@ -1,0 +1,163 @@
+"""What the tables report besides losses: updates lost to rounding, and resident bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mpcore.demo.regimes import Engine
+
+
+def accumulators(engine: Engine) -> list[tuple[Tensor, Tensor]]:
+    """Pairs every parameter with the tensor that its updates accumulate in; no host sync.
+
+    Args:
+        engine: An optimizer. Its state's `master`, where there is one, is that tensor; otherwise
+            the parameter is.
+
+    Example:
+        >>> from mpcore.demo.regimes import PlainAdamW
+        >>> weight = torch.nn.Parameter(torch.ones(2))
+        >>> [(parameter, accumulator)] = accumulators(PlainAdamW([weight]))
+        >>> accumulator is weight
+        True
+    """
+    parameters = [p for group in engine.param_groups for p in group["params"]]
+    return [(p, engine.state.get(p, {}).get("master", p)) for p in parameters]
+
+
+def count_lost(
+    before: Tensor, after: Tensor, momentum: Tensor, weight_decay: float
+) -> tuple[int, int]:
+    """Counts the non-zero updates of one AdamW step, and those that rounding lost; syncs.
+
+    An AdamW update is non-zero, in exact arithmetic, where the first moment is, or where there is
+    a weight to decay. It is lost where the stored value stays what it was.
+
+    Args:
+        before: The accumulator before the step.
+        after: The same after the step, same shape and dtype.
+        momentum: The first moment after the step, same shape.
+        weight_decay: The decay of the step.
+
+    Returns:
+        The number of lost updates and of non-zero ones.
+
+    Example:
+        >>> before = torch.tensor([1.0, 1.0, 0.0])
+        >>> after = torch.tensor([1.0, 0.5, 0.0])
+        >>> count_lost(before, after, torch.tensor([0.1, 0.1, 0.0]), weight_decay=0.0)
+        (1, 2)
+    """
+    moved = momentum != 0
+    if weight_decay:
+        moved |= before != 0
+    return int((moved & (before == after)).sum()), int(moved.sum())
+
+
+class UpdateTally:
+    """Steps an optimizer and adds up the updates that rounding lost. Syncs at every step.
+
+    Args:
+        engine: The optimizer.
+
+    Example:
+        >>> from mpcore.demo.regimes import PlainAdamW
+        >>> weight = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = PlainAdamW([weight], lr=1e-9, weight_decay=0.0)
+        >>> tally = UpdateTally(optimizer)
+        >>> weight.grad = torch.tensor([1.0, 0.0])
+        >>> skipped = tally.step()
+        >>> tally.fraction  # one non-zero update, too small for a float32 1.0
+        1.0
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.lost = 0
+        self.updates = 0
+
+    @property
+    def fraction(self) -> float:
+        """Lost updates over non-zero updates, so far; 0 if there was none."""
+        return self.lost / self.updates if self.updates else 0.0
+
+    @torch.no_grad()
+    def step(self) -> bool:
+        """Steps the optimizer and counts what became of its updates.
+
+        Returns:
+            Whether the step was skipped; then there is nothing to count.
+        """
+        before = [tensor.detach().clone() for _, tensor in accumulators(self._engine)]
+        skipped_before = self._engine.skipped_steps
+        self._engine.step()
+        if self._engine.skipped_steps > skipped_before:
+            return True
+        decays = [g["weight_decay"] for g in self._engine.param_groups for _ in g["params"]]
+        now = accumulators(self._engine)
+        for old, (parameter, new), decay in zip(before, now, decays, strict=True):
+            momentum = self._engine.state[parameter].get("exp_avg")
+            if momentum is not None:
+                lost, updates = count_lost(old, new, momentum, decay)
+                self.lost += lost
+                self.updates += updates
+        return False
+
+
+@dataclass(frozen=True)
+class Resident:
+    """Bytes per parameter that stay in memory from step to step, by what they hold."""
+
+    weights: float
+    gradients: float
+    masters: float
+    moments: float
+
+    @property
+    def total(self) -> float:
+        """All four."""
+        return self.weights + self.gradients + self.masters + self.moments
+
+
+def resident_bytes(engine: Engine) -> Resident:
+    """Measures bytes per parameter from the tensors that exist; no host sync.
+
+    Call it between `backward` and `zero_grad`, so that gradients are there. Scalars (step counts,
+    the loss scale) are left out, and so are buffers that live only inside `step`.
+
+    Args:
+        engine: An optimizer that has stepped.
+
+    Example:
+        >>> from mpcore.demo.regimes import PlainAdamW
+        >>> weight = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = PlainAdamW([weight])
+        >>> optimizer.backward(weight.sum())
+        >>> optimizer.step()
+        >>> resident_bytes(optimizer).total  # 4 weight + 4 gradient + 8 moments
+        16.0
+    """
+    parameters = [p for group in engine.param_groups for p in group["params"]]
+    count = sum(p.numel() for p in parameters)
+    masters = [m for p, m in accumulators(engine) if m is not p]
+    moments = [
+        value
+        for p in parameters
+        for name, value in engine.state.get(p, {}).items()
+        if name != "master" and isinstance(value, Tensor) and value.shape == p.shape
+    ]
+    # an FP32 gradient that an optimizer keeps on its master counts as a gradient
+    gradients = [t.grad for t in (*parameters, *masters) if t.grad is not None]
+    return Resident(
+        weights=_bytes(parameters) / count,
+        gradients=_bytes(gradients) / count,
+        masters=_bytes(masters) / count,
+        moments=_bytes(moments) / count,
+    )
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,195 @@
+"""The precision regimes under comparison, and what turns one into a model with an optimizer.
+
+Every regime starts from the same FP32 model. Layer norms keep FP32 parameters in all of them
+(`mpcore.cast_model` does that by default), and losses are computed in FP32 from the logits.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mpcore.cast_model import cast_model
+from mpcore.demo.rounded import RoundedAdamW
+from mpcore.loss_scale import DynamicLossScale, LossScale, NoLossScale
+from mpcore.optimizer import MixedPrecisionOptimizer
+
+
+@dataclass(frozen=True)
+class Regime:
+    """One way to store weights and to scale the loss.
+
+    Attributes:
+        key: Short name.
+        label: What tables and plots call it.
+        weights: Dtype of the model's weights.
+        masters: Whether updates accumulate in FP32.
+        scaled: Whether the loss is scaled dynamically.
+        autocast: Dtype that FP32 weights are cast to where they are used; None for no autocast.
+    """
+
+    key: str
+    label: str
+    weights: torch.dtype
+    masters: bool
+    scaled: bool
+    autocast: torch.dtype | None = None
+
+    @property
+    def keeps_masters(self) -> bool:
+        """Whether a 16-bit weight has an FP32 master."""
+        return self.masters and self.weights != torch.float32
+
+    def arithmetic(self) -> AbstractContextManager[object]:
+        """Returns the context in which the model's forward pass runs.
+
+        Example:
+            >>> with AUTOCAST.arithmetic():
+            ...     torch.is_autocast_enabled("cpu")
+            True
+        """
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast("cpu", dtype=self.autocast)
+
+
+FP32 = Regime("fp32", "FP32", torch.float32, masters=True, scaled=False)
+FP16_MASTERS = Regime(
+    "fp16-masters", "FP16 + masters + scaling", torch.float16, masters=True, scaled=True
+)
+BF16_MASTERS = Regime("bf16-masters", "BF16 + masters", torch.bfloat16, masters=True, scaled=False)
+AUTOCAST = Regime(
+    "autocast",
+    "FP16 autocast + scaling",
+    torch.float32,
+    masters=True,
+    scaled=True,
+    autocast=torch.float16,
+)
+FP16_UNSCALED = Regime(
+    "fp16-no-scaling", "FP16 + masters, no scaling", torch.float16, masters=True, scaled=False
+)
+FP16_ROUNDED = Regime(
+    "fp16-no-masters", "FP16 + scaling, no masters", torch.float16, masters=False, scaled=True
+)
+BF16_ROUNDED = Regime(
+    "bf16-no-masters", "BF16, no masters", torch.bfloat16, masters=False, scaled=False
+)
+
+GPT_REGIMES = (
+    FP32,
+    FP16_MASTERS,
+    BF16_MASTERS,
+    AUTOCAST,
+    FP16_UNSCALED,
+    FP16_ROUNDED,
+    BF16_ROUNDED,
+)
+DIGITS_REGIMES = (FP32, FP16_MASTERS, FP16_ROUNDED, BF16_MASTERS, BF16_ROUNDED)
+
+
+@dataclass(frozen=True)
+class AdamWSettings:
+    """What AdamW is called with, in every regime the same."""
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+
+
+class Engine(Protocol):
+    """What a training loop needs from an optimizer; `MixedPrecisionOptimizer` is one."""
+
+    param_groups: list[dict[str, Any]]
+    state: defaultdict[Tensor, Any]
+
+    @property
+    def loss_scale(self) -> float:
+        """The scale of the next loss."""
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps an overflow has cancelled."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Backpropagates the loss, scaled."""
+
+    def step(self) -> object:
+        """Updates the parameters."""
+
+    def zero_grad(self) -> None:
+        """Drops the gradients."""
+
+
+class PlainAdamW(torch.optim.AdamW):
+    """`torch.optim.AdamW` itself, unscaled: the FP32 regime owes nothing to mpcore.
+
+    Example:
+        >>> weight = nn.Parameter(torch.ones(1))
+        >>> optimizer = PlainAdamW([weight], lr=0.1, weight_decay=0.0)
+        >>> optimizer.backward(weight.sum())
+        >>> optimizer.step()
+        >>> round(weight.item(), 4)
+        0.9
+    """
+
+    loss_scale = 1.0
+    skipped_steps = 0
+
+    def backward(self, loss: Tensor) -> None:
+        """Backpropagates the loss as it is."""
+        loss.backward()  # type: ignore[no-untyped-call]
+
+
+def prepare(
+    model: nn.Module, regime: Regime, adamw: AdamWSettings, scale: DynamicLossScale
+) -> tuple[nn.Module, Engine]:
+    """Casts a fresh FP32 model for a regime and builds its optimizer, without a host sync.
+
+    Args:
+        model: FP32 model. Its weights are cast in place.
+        regime: How to store and scale.
+        adamw: Settings of the update.
+        scale: The loss scale of the regimes that have one.
+
+    Returns:
+        The model to call, and its optimizer.
+
+    Example:
+        >>> settings = AdamWSettings(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+        >>> model, engine = prepare(
+        ...     nn.Linear(2, 2), BF16_ROUNDED, settings, DynamicLossScale()
+        ... )
+        >>> model.weight.dtype, engine.loss_scale
+        (torch.bfloat16, 1.0)
+    """
+    loss_scale: LossScale = scale if regime.scaled else NoLossScale()
+    if not regime.masters:
+        model = cast_model(model, regime.weights)
+        return model, RoundedAdamW(
+            model.parameters(),
+            adamw.lr,
+            adamw.betas,
+            adamw.eps,
+            adamw.weight_decay,
+            loss_scale,
+        )
+    plain = PlainAdamW(
+        model.parameters(),
+        lr=adamw.lr,
+        betas=adamw.betas,
+        eps=adamw.eps,
+        weight_decay=adamw.weight_decay,
+    )
+    if regime is FP32:
+        return model, plain
+    optimizer = MixedPrecisionOptimizer(plain, loss_scale)
+    if regime.keeps_masters:
+        model = cast_model(model, regime.weights, optimizer)
+    return model, optimizer

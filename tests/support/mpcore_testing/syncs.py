@@ -1,0 +1,92 @@
+"""Finding host syncs, with and without a device.
+
+On a CPU tensor `.item()` costs nothing, so a sync is only counted: `ScalarReads`. Under
+`FakeTensorMode` tensors live on "cuda" without a GPU and have no values, so whatever needs a value
+on the host raises there; `DeviceOnly` raises on the rest, which is copies. (Backward passes cannot
+run there: autograd asks for a real device. Gradients are assigned instead.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+#: They run wholly on the device, write in place and return nothing; torch has no fake form of them.
+_FUSED_WITHOUT_FAKE = {torch.ops.aten._fused_sgd_, torch.ops.aten._fused_adagrad_}
+_READ = torch.ops.aten._local_scalar_dense.default
+
+
+class HostSyncError(RuntimeError):
+    """The host waited for the device."""
+
+
+class ScalarReads(TorchDispatchMode):
+    """Counts reads of a value by the host: `bool()`, `.item()`, `.tolist()`.
+
+    Attributes:
+        count: How many there were.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is _READ
+        return func(*args, **(kwargs or {}))
+
+
+class DeviceOnly(TorchDispatchMode):
+    """Raises `HostSyncError` when an operation makes the host wait for a CUDA device.
+
+    That is reading a value, and any operation that has tensors of the host and of the device among
+    its arguments and results, as copies have. Some of those would not wait (a "non-blocking" copy
+    from pinned memory); a step needs none of them.
+
+    Args:
+        answer: What a read of a value on the device gives instead of raising; None raises.
+
+    Attributes:
+        reads: How many values on the device were read.
+        operations: How many operations ran on the device.
+    """
+
+    def __init__(self, answer: Callable[[], float] | None = None) -> None:
+        super().__init__()
+        self.reads = 0
+        self.operations = 0
+        self._answer = answer
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        taken = _devices((args, kwargs))
+        self.operations += "cuda" in taken
+        if func is _READ and "cuda" in taken:
+            self.reads += 1
+            if self._answer is None:
+                raise HostSyncError("the host read a value of the device")
+            return self._answer()
+        fake = func.overloadpacket not in _FUSED_WITHOUT_FAKE
+        result = func(*args, **kwargs) if fake else None
+        involved = taken | _devices(result)
+        if {"cpu", "cuda"} <= involved:
+            raise HostSyncError(f"{func} has tensors of the host and of the device")
+        return result
+
+
+def _devices(values: Any) -> set[str]:
+    return {leaf.device.type for leaf in tree_leaves(values) if isinstance(leaf, Tensor)}
+
+
+@contextmanager
+def fake_cuda(answer: Callable[[], float] | None = None) -> Iterator[DeviceOnly]:
+    """Within it, tensors on "cuda" exist without a GPU, and host syncs raise."""
+    with FakeTensorMode(), DeviceOnly(answer) as watch:
+        yield watch

@@ -1,0 +1,147 @@
+"""`keep_fp32`: what it takes, and what kept modules are given and return."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from mpcore._casts import CastInputs, hooks_of
+from mpcore.cast_model import cast_model
+from torch import nn
+
+from mpcore_testing.models import (
+    Spy,
+    gpt,
+    hook_count,
+    snapshot,
+    tokens,
+    unchanged,
+)
+
+HALF = [torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [
+        "blocks.0.up",
+        ["blocks.0.up"],
+        ["*.0.up"],
+        lambda name, module: name == "blocks.0.up",
+        [lambda name, module: isinstance(module, nn.Linear) and name.endswith("0.up")],
+    ],
+)
+def test_keep_fp32_takes_names_patterns_and_functions(keep: Any) -> None:
+    model = cast_model(gpt(), torch.float16, keep_fp32=keep)
+    assert model.blocks[0].up.weight.dtype == torch.float32
+    assert model.blocks[1].up.weight.dtype == torch.float16
+    assert model(tokens()).dtype == torch.float16
+
+
+def test_keep_fp32_takes_modules_and_classes() -> None:
+    model = gpt()
+    cast_model(model, torch.float16, keep_fp32=(model.blocks[1], nn.Embedding))
+    kept = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
+    assert "wte.weight" in kept
+    assert "blocks.1.down.bias" in kept
+    assert "blocks.0.down.bias" not in kept
+    assert model(tokens()).dtype == torch.float16
+
+
+def test_a_kept_module_gets_fp32_and_hands_on_16_bits() -> None:
+    spy = Spy()
+    model = nn.Sequential(nn.Linear(4, 4), spy, nn.Linear(4, 4))
+    cast_model(model, torch.bfloat16, keep_fp32=Spy)
+    seen: list[torch.dtype] = []
+    model[2].register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    assert model(torch.randn(2, 4)).dtype == torch.bfloat16
+    assert spy.got[0][0].dtype == torch.float32
+    assert seen == [torch.bfloat16]
+
+
+def test_modules_without_weights_can_be_kept_for_their_reductions() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Softmax(-1), nn.Linear(4, 4))
+    seen: list[torch.dtype] = []
+    model[1].register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    cast_model(model, torch.float16, keep_fp32=nn.Softmax)
+    model(torch.randn(2, 4))
+    model[1].register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    model(torch.randn(2, 4))
+    assert seen == [torch.float16, torch.float16, torch.float32]  # before and after the cast hook
+
+
+def test_a_kept_output_layer_returns_fp32() -> None:
+    model = cast_model(gpt(), torch.float16, keep_fp32=["lm_head"])
+    assert model.lm_head.weight.dtype == torch.float32
+    assert model(tokens()).dtype == torch.float32
+
+
+def test_two_kept_heads_both_return_fp32_and_a_kept_trunk_does_not() -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trunk, self.body = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.policy, self.value = nn.Linear(4, 3), nn.Sequential(nn.Linear(4, 1), nn.Tanh())
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            trunk = self.trunk(x)
+            x = self.body(trunk)
+            return trunk, self.policy(x), self.value(x)
+
+    model = cast_model(Heads(), torch.float16, keep_fp32=["trunk", "policy", "value"])
+    dtypes = [y.dtype for y in model(torch.randn(2, 4))]
+    assert dtypes == [torch.float16, torch.float32, torch.float32]
+
+
+def test_a_final_norm_hands_on_16_bits_unless_it_is_named() -> None:
+    layers = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    named = cast_model(copy.deepcopy(layers), torch.float16, keep_fp32="1")
+    assert cast_model(layers, torch.float16)(torch.ones(1, 4)).dtype == torch.float16
+    assert named(torch.ones(1, 4)).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "model",
+    [nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4)), nn.ModuleDict({"a": nn.Linear(4, 4)})],
+)
+def test_keeping_the_whole_model_changes_nothing(model: nn.Module) -> None:
+    before = snapshot(model)
+    cast_model(model, torch.float16, keep_fp32=lambda name, module: True)
+    assert unchanged(model, before)
+    assert hook_count(model) == 0
+
+
+def test_parametrizations_can_be_kept_where_their_kernels_need_fp32() -> None:
+    layer = nn.utils.parametrizations.orthogonal(nn.Linear(4, 4))
+    model = cast_model(nn.Sequential(layer), torch.bfloat16, keep_fp32="*.parametrizations")
+    assert model[0].weight.dtype == torch.bfloat16
+    assert model(torch.randn(2, 4)).dtype == torch.bfloat16
+
+
+def test_a_kept_list_of_modules_is_kept_module_by_module() -> None:
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+            self.body = nn.Linear(4, 4)
+            self.heads = nn.ModuleDict({"a": nn.Linear(4, 2), "b": nn.Linear(4, 3)})
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            for layer in self.layers:
+                x = layer(x)
+            y = self.body(x)
+            return x, y, self.heads["a"](y), self.heads["b"](y)
+
+    model = cast_model(Listed(), torch.float16, keep_fp32=["layers", "heads"])
+    dtypes = [y.dtype for y in model(torch.randn(2, 4))]
+    assert dtypes == [torch.float16, torch.float16, torch.float32, torch.float32]
+
+
+def test_a_module_shared_under_two_names_is_kept_by_either() -> None:
+    linear = nn.Linear(4, 4)
+    model = nn.ModuleDict({"a": linear, "b": linear, "c": nn.Linear(4, 4)})
+    cast_model(model, torch.float16, keep_fp32="b")
+    assert linear.weight.dtype == torch.float32
+    assert hooks_of(linear)[0] == CastInputs(torch.float32)

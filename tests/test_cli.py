@@ -1,0 +1,137 @@
+"""The command line, as a user types it."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+
+import mpcore
+import pytest
+from mpcore.cli import app, missing_extra
+from mpcore.cli.demo_view import show_table
+from mpcore.demo.experiment import make_settings, run_demo
+from mpcore.demo.regimes import DIGITS_REGIMES, GPT_REGIMES
+from mpcore.demo.tables import digits_table, gpt_table
+from rich.console import Console
+from typer.testing import CliRunner
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_demo_prints_both_tables_and_writes_a_report(tmp_path):
+    output = tmp_path / "report.html"
+    result = run("demo", "--quick", "--steps", 3, "--seed", 1, "--output", output)
+    assert result.exit_code == 0, result.output
+    for regime in (*GPT_REGIMES, *DIGITS_REGIMES):
+        assert result.output.count(regime.label) >= 2
+    assert "seed 1" in result.output
+    page = output.read_text(encoding="utf-8")
+    assert page.startswith("<!doctype html>")
+    assert all(regime.label in page for regime in GPT_REGIMES)
+
+
+@pytest.mark.parametrize("name", ["missing/report.html", "."])
+def test_demo_refuses_an_impossible_output_before_it_trains(name, tmp_path):
+    result = run("demo", "--output", tmp_path / name)
+    assert result.exit_code == 2
+    assert result.output.startswith("mpcore: output: expected a file")
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--seeds", 0), ("--steps", 0), ("--seed", -1), ("--steps", 2**31)]
+)
+def test_demo_refuses_impossible_counts_in_one_line(option, value):
+    result = run("demo", option, value)
+    assert result.exit_code == 2
+    assert result.output.startswith(f"mpcore: {option[2:]}: expected")
+    assert result.output.count("\n") == 1
+
+
+def test_tables_fit_a_terminal_of_80_columns():
+    class Silent:
+        def begin(self, label, total):
+            pass
+
+        def advance(self, done, note):
+            pass
+
+    settings = make_settings(quick=True, steps=2)
+    result = run_demo(settings, Silent())
+    for table in (gpt_table(result), digits_table(result)):
+        console = Console(width=80, record=True, file=io.StringIO())
+        show_table(table, console)
+        shown = console.export_text()
+        assert "…" not in shown
+        for row in table.rows:
+            assert any(line.split() == " ".join(row).split() for line in shown.splitlines()), row
+
+
+def test_doctor_prints_what_it_found():
+    result = run("doctor")
+    assert result.exit_code == 0
+    for word in ("PyTorch", "Triton", "CPU flags", "16-bit format", "Loss scale", "Backend"):
+        assert word in result.output
+
+
+def test_doctor_json_is_json_and_says_the_same():
+    result = run("doctor", "--json")
+    assert result.exit_code == 0
+    found = json.loads(result.output)
+    assert found["versions"]["mpcore"] == mpcore.__version__
+    assert set(found["number_format"]) == {"choice", "reason"}
+    assert found["backend"]["choice"] in {"reference", "cpu", "triton"}
+
+
+def test_version_is_that_of_the_package():
+    assert run("--version").output.strip() == mpcore.__version__
+
+
+def test_help_names_both_commands():
+    result = run("--help")
+    assert result.exit_code == 0
+    assert "demo" in result.output
+    assert "doctor" in result.output
+
+
+@pytest.mark.parametrize(
+    ("package", "shown", "arguments"),
+    [
+        ("typer", "typer", ["doctor"]),
+        ("rich", "rich", ["doctor"]),
+        ("jinja2", "jinja2", ["demo"]),
+        ("matplotlib", "matplotlib", ["demo"]),
+        ("sklearn", "scikit-learn", ["demo"]),
+    ],
+)
+def test_missing_extra_is_one_friendly_line(package, shown, arguments, tmp_path):
+    # None in sys.modules makes an import fail as if the package were not installed
+    program = (
+        f"import sys; sys.modules[{package!r}] = None; sys.argv = ['mpcore', *{arguments}];"
+        "from mpcore.cli import main; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr == (
+        f'mpcore: the command line needs {shown}. Run: pip install "mpcore[demo]"\n'
+    )
+
+
+def test_missing_module_that_is_no_extra_is_a_bug_and_raises():
+    error = ModuleNotFoundError("No module named 'mpcore.typo'", name="mpcore.typo")
+    with pytest.raises(ModuleNotFoundError):
+        missing_extra(error)
+
+
+def test_importing_the_command_line_needs_no_extra():
+    program = "import sys, mpcore.cli; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert not {"typer", "rich", "matplotlib", "jinja2", "sklearn"} & set(loaded)

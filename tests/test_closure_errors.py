@@ -1,0 +1,220 @@
+"""Closures that raise, forget a step or are never called: one error, and all is as before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mpcore
+import pytest
+import torch
+from mpcore.errors import StageError
+from torch import Tensor, nn
+
+SCALE = mpcore.DynamicLossScale(init=2.0**8, growth_interval=5)
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+TARGETS = [torch.linspace(-1, 2, 6) * k for k in (1.0, -0.5, 2.0)]
+
+INNERS: dict[str, Any] = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.05),
+    "AdamW fused": lambda p: torch.optim.AdamW(p, lr=0.05, fused=True),
+    "LBFGS": lambda p: torch.optim.LBFGS(p, lr=0.5, max_iter=4),
+    "LBFGS wolfe": lambda p: torch.optim.LBFGS(p, max_iter=5, line_search_fn="strong_wolfe"),
+}
+
+
+def make(
+    name: str = "SGD", scale: Any = SCALE
+) -> tuple[list[nn.Parameter], mpcore.MixedPrecisionOptimizer]:
+    params = [nn.Parameter(torch.linspace(0, 1, 6).to(dtype)) for dtype in DTYPES]
+    return params, mpcore.MixedPrecisionOptimizer(INNERS[name](params), scale)
+
+
+def loss_of(params: list[nn.Parameter]) -> Tensor:
+    apart = [p.float() - t for p, t in zip(params, TARGETS[: len(params)], strict=True)]
+    return torch.stack([(x.square() + x**4 / 16).sum() for x in apart]).sum()
+
+
+def closure_of(
+    optimizer: Any,
+    params: list[nn.Parameter],
+    before_backward: Callable[[int], float] = lambda evaluation: 1.0,
+    calls: list[float] | None = None,
+) -> Callable[[], Tensor]:
+    """The usual closure; `before_backward` gets the evaluation's number and scales the loss."""
+    calls = [] if calls is None else calls
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(params)
+        calls.append(loss.item())
+        optimizer.backward(loss * before_backward(len(calls)))
+        return loss
+
+    return closure
+
+
+def patterns(tensor: Tensor) -> Any:
+    return str(tensor.dtype), tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def flat(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return patterns(value)
+    if isinstance(value, dict):
+        return {key: flat(item) for key, item in value.items()}
+    return [flat(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def contents(params: list[nn.Parameter], optimizer: Any) -> Any:
+    """Weights, masters, inner state and group options, as patterns; no state counts as empty."""
+    states = [
+        {k: flat(v) for k, v in optimizer.state.get(p, {}).items() if k != "master"} for p in params
+    ]
+    masters = [patterns(optimizer.state.get(p, {}).get("master", p).float()) for p in params]
+    groups = [
+        {k: list(map(id, v)) if k == "params" else flat(v) for k, v in group.items()}
+        for group in optimizer.param_groups
+    ]
+    return [patterns(p) for p in params], masters, states, groups
+
+
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize(
+    ("name", "evaluation"), [*((name, 1) for name in INNERS), ("LBFGS", 3), ("LBFGS wolfe", 2)]
+)
+def test_a_closure_that_raises_leaves_everything_as_it_was(
+    name: str, evaluation: int, warm: bool
+) -> None:
+    params, optimizer = make(name)
+    others, other = make(name)
+    for _ in range(2 if warm else 0):
+        optimizer.step(closure_of(optimizer, params))
+        other.step(closure_of(other, others))
+    before, numbers = contents(params, optimizer), optimizer.state_dict()["mpcore"]
+
+    def stop(k: int) -> float:
+        if k == evaluation:
+            raise KeyboardInterrupt("stop")
+        return 1.0
+
+    with pytest.raises(KeyboardInterrupt, match="stop"):
+        optimizer.step(closure_of(optimizer, params, stop))
+    assert contents(params, optimizer) == before
+    assert optimizer.state_dict()["mpcore"] == numbers
+    for _ in range(2):
+        optimizer.step(closure_of(optimizer, params))
+        other.step(closure_of(other, others))
+    assert contents(params, optimizer)[:3] == contents(others, other)[:3]
+
+
+def test_a_closure_that_raises_after_clipping_leaves_the_next_step_free() -> None:
+    params, optimizer = make()
+    inner = closure_of(optimizer, params)
+
+    def closure() -> Tensor:
+        inner()
+        optimizer.clip_grad_norm_(1.0)
+        raise ValueError("stop")
+
+    with pytest.raises(ValueError, match="stop"):
+        optimizer.step(closure)
+    for param in params:  # as model.zero_grad() does it
+        param.grad = None
+    optimizer.backward(loss_of(params))
+    optimizer.step()
+    assert optimizer.steps == 1
+
+
+@pytest.mark.parametrize("name", INNERS)
+@pytest.mark.parametrize("scale", [SCALE, mpcore.NoLossScale()])
+def test_a_closure_without_backward_is_an_error_and_changes_nothing(name: str, scale: Any) -> None:
+    params, optimizer = make(name, scale)
+    before = contents(params, optimizer)
+    with pytest.raises(StageError, match=r"^step\(closure\): expected .*backward"):
+        optimizer.step(lambda: loss_of(params))
+    assert contents(params, optimizer) == before
+    assert optimizer.steps == 0
+
+
+@pytest.mark.parametrize("evaluation", [2, 4])
+def test_a_closure_that_forgets_backward_in_a_later_evaluation_is_an_error_too(
+    evaluation: int,
+) -> None:
+    params, optimizer = make("LBFGS")
+    optimizer.step(closure_of(optimizer, params))
+    before, numbers = contents(params, optimizer), optimizer.state_dict()["mpcore"]
+    calls: list[float] = []
+    inner = closure_of(optimizer, params, calls=calls)
+
+    def closure() -> Tensor:
+        if len(calls) + 1 < evaluation:
+            return inner()
+        optimizer.zero_grad()
+        return loss_of(params)
+
+    with pytest.raises(StageError, match=r"^step\(closure\): expected .*backward"):
+        optimizer.step(closure)
+    assert contents(params, optimizer) == before
+    assert optimizer.state_dict()["mpcore"] == numbers
+
+
+def test_a_closure_that_does_not_scale_is_an_error_and_changes_nothing() -> None:
+    params, optimizer = make("LBFGS")
+    before = contents(params, optimizer)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(params)
+        loss.backward()
+        return loss
+
+    with pytest.raises(StageError, match=r"expected gradients of a scaled loss"):
+        optimizer.step(closure)
+    assert contents(params, optimizer) == before
+
+
+class Ignores(torch.optim.SGD):
+    """An optimizer that takes a closure and never calls it."""
+
+    def step(self, closure: Any = None) -> None:
+        super().step()
+
+
+def test_an_inner_optimizer_that_never_calls_the_closure_is_an_error() -> None:
+    params = [nn.Parameter(torch.ones(3).half())]
+    optimizer = mpcore.MixedPrecisionOptimizer(Ignores(params, lr=0.1), SCALE)
+    before = contents(params, optimizer)
+    with pytest.raises(StageError, match="closure"):
+        optimizer.step(lambda: None)
+    assert contents(params, optimizer) == before
+
+
+class Breaks(torch.optim.SGD):
+    """An optimizer that fails between evaluating the closure and updating."""
+
+    broken = True
+
+    def step(self, closure: Any = None) -> None:
+        if closure is not None:
+            with torch.enable_grad():
+                closure()
+        if self.broken:
+            raise ValueError("stop")
+        super().step()
+
+
+def test_gradients_of_a_step_that_broke_are_not_used_by_the_next_one() -> None:
+    params = [nn.Parameter(torch.ones(6).half()) for _ in range(3)]
+    inner = Breaks(params, lr=0.25)
+    optimizer = mpcore.MixedPrecisionOptimizer(inner, SCALE)
+    with pytest.raises(ValueError, match="stop"):
+        optimizer.step(closure_of(optimizer, params))
+    inner.broken = False
+    optimizer.zero_grad()
+    optimizer.backward(params[0].float().sum())
+    optimizer.step()
+    assert params[0].tolist() == [0.75] * 6
+    assert all(param.tolist() == [1.0] * 6 for param in params[1:])
+    assert all(state["master"].grad is None for state in optimizer.state.values())

@@ -1,0 +1,274 @@
+"""Optimizers that evaluate closures, once or often; overflows and errors in the middle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mpcore
+import pytest
+import torch
+from torch import Tensor, nn
+
+SCALE = mpcore.DynamicLossScale(init=2.0**8, growth_interval=5)
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+TARGETS = [torch.linspace(-1, 2, 6) * k for k in (1.0, -0.5, 2.0)]
+
+INNERS: dict[str, Any] = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.05),
+    "AdamW fused": lambda p: torch.optim.AdamW(p, lr=0.05, fused=True),
+    "LBFGS": lambda p: torch.optim.LBFGS(p, lr=0.5, max_iter=4),
+    "LBFGS wolfe": lambda p: torch.optim.LBFGS(p, max_iter=5, line_search_fn="strong_wolfe"),
+}
+
+
+def make(
+    name: str = "SGD", scale: Any = SCALE
+) -> tuple[list[nn.Parameter], mpcore.MixedPrecisionOptimizer]:
+    params = [nn.Parameter(torch.linspace(0, 1, 6).to(dtype)) for dtype in DTYPES]
+    return params, mpcore.MixedPrecisionOptimizer(INNERS[name](params), scale)
+
+
+def loss_of(params: list[nn.Parameter]) -> Tensor:
+    apart = [p.float() - t for p, t in zip(params, TARGETS[: len(params)], strict=True)]
+    return torch.stack([(x.square() + x**4 / 16).sum() for x in apart]).sum()
+
+
+def closure_of(
+    optimizer: Any,
+    params: list[nn.Parameter],
+    before_backward: Callable[[int], float] = lambda evaluation: 1.0,
+    calls: list[float] | None = None,
+) -> Callable[[], Tensor]:
+    """The usual closure; `before_backward` gets the evaluation's number and scales the loss."""
+    calls = [] if calls is None else calls
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(params)
+        calls.append(loss.item())
+        optimizer.backward(loss * before_backward(len(calls)))
+        return loss
+
+    return closure
+
+
+def patterns(tensor: Tensor) -> Any:
+    return str(tensor.dtype), tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def flat(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return patterns(value)
+    if isinstance(value, dict):
+        return {key: flat(item) for key, item in value.items()}
+    return [flat(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def contents(params: list[nn.Parameter], optimizer: Any) -> Any:
+    """Weights, masters, inner state and group options, as patterns; no state counts as empty."""
+    states = [
+        {k: flat(v) for k, v in optimizer.state.get(p, {}).items() if k != "master"} for p in params
+    ]
+    masters = [patterns(optimizer.state.get(p, {}).get("master", p).float()) for p in params]
+    groups = [
+        {k: list(map(id, v)) if k == "params" else flat(v) for k, v in group.items()}
+        for group in optimizer.param_groups
+    ]
+    return [patterns(p) for p in params], masters, states, groups
+
+
+def reference_step(
+    params: list[nn.Parameter], copies: list[nn.Parameter], optimizer: Any, scale: float
+) -> Any:
+    """The same step of a plain optimizer over float32 copies, by hand."""
+
+    def closure() -> Tensor:
+        with torch.no_grad():
+            for param, twin in zip(params, copies, strict=True):
+                param.copy_(twin)
+                param.grad = None
+        loss = loss_of(params)
+        (loss * scale).backward()
+        for param, twin in zip(params, copies, strict=True):
+            twin.grad = param.grad.float() / scale
+        return loss
+
+    return optimizer.step(closure)
+
+
+@pytest.mark.parametrize("name", INNERS)
+def test_steps_with_a_closure_equal_a_plain_optimizer_on_float32_copies(name: str) -> None:
+    params, optimizer = make(name)
+    others = [nn.Parameter(p.detach().clone()) for p in params]
+    copies = [nn.Parameter(p.detach().float().clone()) for p in params]
+    reference = INNERS[name](copies)
+    for step in range(7):
+        calls: list[float] = []
+        expected = reference_step(others, copies, reference, optimizer.loss_scale)
+        returned = optimizer.step(closure_of(optimizer, params, calls=calls))
+        assert returned.item() == expected.item() == calls[0]
+        for param, twin in zip(params, copies, strict=True):
+            master = optimizer.state[param].get("master", param)
+            assert patterns(master) == patterns(twin), step
+            assert patterns(param) == patterns(twin.to(param.dtype))
+    assert (optimizer.steps, optimizer.skipped_steps) == (7, 0)
+    assert optimizer.loss_scale == 2.0**9
+    assert ("LBFGS" in name) == (len(calls) > 1)
+
+
+@pytest.mark.parametrize("name", INNERS)
+def test_a_closure_that_clips_equals_clipping_between_backward_and_step(name: str) -> None:
+    params, optimizer = make(name)
+    inner = closure_of(optimizer, params)
+
+    def closure() -> Tensor:
+        loss = inner()
+        optimizer.clip_grad_norm_(0.5)
+        return loss
+
+    if "LBFGS" in name:  # evaluates anew, so there is no step without a closure to compare with
+        optimizer.step(closure)
+        assert optimizer.last_step.grad_norm > 0.5
+        return
+    others, other = make(name)
+    for _ in range(4):
+        optimizer.step(closure)
+        closure_of(other, others)()
+        other.clip_grad_norm_(0.5)
+        other.step()
+        assert contents(params, optimizer)[:3] == contents(others, other)[:3]
+        assert optimizer.last_step.grad_norm == other.last_step.grad_norm > 0.5
+
+
+def test_a_closure_may_unscale_and_edit_gradients() -> None:
+    params, optimizer = make("LBFGS")
+    inner = closure_of(optimizer, params)
+
+    def closure() -> Tensor:
+        loss = inner()
+        optimizer.unscale_()
+        for grad in optimizer.grads():
+            grad.zero_()
+        return loss
+
+    before = contents(params, optimizer)[:2]
+    optimizer.step(closure)
+    assert contents(params, optimizer)[:2] == before
+    assert optimizer.last_step.skipped is False
+
+
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize(
+    ("name", "evaluation"),
+    [*((name, 1) for name in INNERS), *(("LBFGS", k) for k in (2, 3, 4)), ("LBFGS wolfe", 3)],
+)
+def test_an_overflow_in_any_evaluation_undoes_the_step_and_counts_once(
+    name: str, evaluation: int, warm: bool
+) -> None:
+    params, optimizer = make(name)
+    others, other = make(name)
+    for _ in range(2 if warm else 0):
+        optimizer.step(closure_of(optimizer, params))
+        other.step(closure_of(other, others))
+    before, scale = contents(params, optimizer), optimizer.loss_scale
+    calls: list[float] = []
+    bad = closure_of(optimizer, params, lambda k: torch.inf if k == evaluation else 1.0, calls)
+    returned = optimizer.step(bad)
+    assert len(calls) == evaluation, "evaluated again after the overflow"
+    assert returned.item() == calls[-1]
+    assert contents(params, optimizer) == before
+    assert optimizer.last_step.skipped
+    assert optimizer.last_step.loss_scale == scale
+    assert len(optimizer.last_step.overflowed()) == 3
+    assert (optimizer.loss_scale, optimizer.skipped_steps) == (scale / 2, 1)
+    for _ in range(2):
+        optimizer.step(closure_of(optimizer, params))
+        other.step(closure_of(other, others))
+    assert contents(params, optimizer)[:3] == contents(others, other)[:3]
+
+
+@pytest.mark.parametrize("value", [None, 3.5, "loss"])
+def test_step_returns_what_the_closure_returns(value: Any) -> None:
+    params, optimizer = make()
+    inner = closure_of(optimizer, params)
+    assert optimizer.step(lambda: (inner(), value)[1]) == value
+
+
+class WithoutGradients(torch.optim.SGD):
+    """An optimizer that evaluates the closure as it is, under `no_grad`."""
+
+    @torch.no_grad()
+    def step(self, closure: Any) -> Any:
+        loss = closure()
+        super().step()
+        return loss
+
+
+def test_a_closure_runs_with_gradients_enabled_whoever_calls_it() -> None:
+    params = [nn.Parameter(torch.ones(6).half())]
+    optimizer = mpcore.MixedPrecisionOptimizer(WithoutGradients(params, lr=0.25), SCALE)
+    with torch.no_grad():
+        optimizer.step(closure_of(optimizer, params))
+    assert optimizer.steps == 1
+    assert not optimizer.last_step.skipped
+    assert not torch.equal(params[0], torch.ones(6).half())
+
+
+class Twice(torch.optim.SGD):
+    """An optimizer that updates by the second of two evaluations."""
+
+    def step(self, closure: Any) -> Any:
+        with torch.enable_grad():
+            closure()
+            loss = closure()
+        super().step()
+        return loss
+
+
+def test_a_weight_without_gradient_in_the_last_evaluation_is_not_moved_by_an_earlier_one() -> None:
+    params = [nn.Parameter(torch.ones(6).half()) for _ in range(2)]
+    optimizer = mpcore.MixedPrecisionOptimizer(Twice(params, lr=0.25), SCALE)
+    used = [params, params[:1]]
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = torch.stack([param.float().sum() for param in used.pop(0)]).sum()
+        optimizer.backward(loss)
+        return loss
+
+    assert optimizer.step(closure).item() == 6.0
+    assert [param.tolist() for param in params] == [[0.75] * 6, [1.0] * 6]
+
+
+def test_a_closure_sees_the_models_parameters_in_the_groups() -> None:
+    params, optimizer = make("LBFGS")
+    inner = closure_of(optimizer, params)
+    seen: list[bool] = []
+
+    def closure() -> Tensor:
+        held = [*optimizer.param_groups[0]["params"], *optimizer.inner.param_groups[0]["params"]]
+        seen.append(all(a is b for a, b in zip(held, [*params, *params], strict=True)))
+        return inner()
+
+    optimizer.step(closure)
+    assert len(seen) > 1
+    assert all(seen)
+
+
+def test_float32_without_a_scale_is_plain_lbfgs_bit_for_bit() -> None:
+    params = [nn.Parameter(torch.linspace(0, 1, 6))]
+    copies = [nn.Parameter(torch.linspace(0, 1, 6))]
+    optimizer = mpcore.MixedPrecisionOptimizer(INNERS["LBFGS wolfe"](params), mpcore.NoLossScale())
+    reference = INNERS["LBFGS wolfe"](copies)
+
+    def plain() -> Tensor:
+        reference.zero_grad()
+        loss = loss_of(copies)
+        loss.backward()
+        return loss
+
+    for _ in range(4):
+        assert optimizer.step(closure_of(optimizer, params)).item() == reference.step(plain).item()
+        assert patterns(params[0]) == patterns(copies[0])

@@ -1,0 +1,291 @@
+"""`unscale_`, `grads` and `clip_grad_norm_` in every order, against torch and NumPy."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import mpcore
+import numpy as np
+import pytest
+import torch
+from mpcore.errors import ArgumentError, ArgumentTypeError, StageError
+from torch import Tensor, nn
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+SCALE = 2.0**8
+LR = 0.5
+
+
+def make(
+    dtypes: Any = DTYPES, size: int = 40, seed: int = 0, scale: Any = None
+) -> tuple[list[nn.Parameter], mpcore.MixedPrecisionOptimizer]:
+    generator = torch.Generator().manual_seed(seed)
+    params = [nn.Parameter(torch.zeros(size).to(dtype)) for dtype in dtypes]
+    inner = torch.optim.SGD(params, lr=LR)
+    optimizer = mpcore.MixedPrecisionOptimizer(inner, scale or mpcore.StaticLossScale(SCALE))
+    optimizer.scale(torch.ones(()))
+    for param in params:
+        param.grad = (torch.randn(size, generator=generator) * SCALE).to(param.dtype)
+    return params, optimizer
+
+
+def unscaled(params: list[nn.Parameter]) -> list[Tensor]:
+    return [param.grad.float() / SCALE for param in params]
+
+
+def updates(optimizer: Any, params: list[nn.Parameter]) -> list[Tensor]:
+    """What was subtracted from weights that began at zero, exactly."""
+    return [-optimizer.state.get(p, {}).get("master", p.detach()) / LR for p in params]
+
+
+def coefficient_of(grads: list[Tensor], max_norm: float) -> np.float32:
+    """min(1, max_norm / (norm + 1e-6)) in NumPy's float64, rounded once to float32."""
+    norm = np.sqrt(sum(np.square(grad.double().numpy()).sum() for grad in grads))
+    return np.float32(min(1.0, max_norm / (norm + 1e-6)))
+
+
+def clip_first(optimizer: Any, max_norm: float) -> None:
+    optimizer.clip_grad_norm_(max_norm)
+
+
+def unscale_first(optimizer: Any, max_norm: float) -> None:
+    optimizer.unscale_()
+    optimizer.clip_grad_norm_(max_norm)
+
+
+def clip_then_unscale(optimizer: Any, max_norm: float) -> None:
+    optimizer.clip_grad_norm_(max_norm)
+    optimizer.unscale_()
+
+
+def unscale_read_clip_read(optimizer: Any, max_norm: float) -> None:
+    optimizer.unscale_()
+    optimizer.grads()
+    optimizer.clip_grad_norm_(max_norm)
+    optimizer.grads()
+
+
+ORDERS = [clip_first, unscale_first, clip_then_unscale, unscale_read_clip_read]
+
+
+@pytest.mark.parametrize("max_norm", [1e-30, 0.1, 1.0, 7.3, 1e30, float("inf")])
+@pytest.mark.parametrize("order", ORDERS)
+def test_every_order_updates_by_the_gradient_times_one_rounded_coefficient(
+    order: Any, max_norm: float
+) -> None:
+    params, optimizer = make()
+    grads = unscaled(params)
+    factor = coefficient_of(grads, max_norm)
+    order(optimizer, max_norm)
+    optimizer.step()
+    for update, grad in zip(updates(optimizer, params), grads, strict=True):
+        assert torch.equal(update, torch.from_numpy(grad.numpy() * factor))
+
+
+@pytest.mark.parametrize("max_norm", [1e-30, 0.1, 1.0, 7.3, 1e3])
+@pytest.mark.parametrize("order", ORDERS)
+def test_clipping_agrees_with_torch_on_float32_copies(order: Any, max_norm: float) -> None:
+    params, optimizer = make()
+    copies = [nn.Parameter(torch.zeros(40)) for _ in params]
+    for copy, grad in zip(copies, unscaled(params), strict=True):
+        copy.grad = grad
+    norm = torch.nn.utils.clip_grad_norm_(copies, max_norm)
+    order(optimizer, max_norm)
+    optimizer.step()
+    # torch's norm, sum and quotient are rounded to float32 each, a few units of 2^-24
+    assert optimizer.last_step.grad_norm == pytest.approx(norm.item(), rel=5e-7)
+    for update, copy in zip(updates(optimizer, params), copies, strict=True):
+        if max_norm > norm:
+            assert torch.equal(update, copy.grad)
+        torch.testing.assert_close(update, copy.grad, rtol=5e-7, atol=0.0)
+
+
+def test_clipping_equals_torch_bit_for_bit_where_the_coefficients_are_equal() -> None:
+    compared = 0
+    for seed in range(30):
+        params, optimizer = make(seed=seed)
+        copies = [nn.Parameter(torch.zeros(40)) for _ in params]
+        for copy, grad in zip(copies, unscaled(params), strict=True):
+            copy.grad = grad.clone()
+        norm = torch.nn.utils.get_total_norm([copy.grad for copy in copies])
+        theirs = (1.0 / (norm + 1e-6)).clamp(max=1.0).item()
+        if theirs != coefficient_of(unscaled(params), 1.0):
+            continue
+        compared += 1
+        torch.nn.utils.clip_grad_norm_(copies, 1.0)
+        optimizer.clip_grad_norm_(1.0)
+        optimizer.step()
+        for update, copy in zip(updates(optimizer, params), copies, strict=True):
+            assert torch.equal(update, copy.grad)
+    assert compared > 5
+
+
+@pytest.mark.parametrize("apply", [False, True])
+def test_a_second_clip_sees_what_the_first_one_left(apply: bool) -> None:
+    for first, second in itertools.product((0.5, 2.0, 1e6), repeat=2):
+        params, optimizer = make()
+        copies = [nn.Parameter(torch.zeros(40)) for _ in params]
+        for copy, grad in zip(copies, unscaled(params), strict=True):
+            copy.grad = grad
+        if apply:
+            optimizer.unscale_()
+        for max_norm in (first, second):
+            mine = optimizer.clip_grad_norm_(max_norm)
+            theirs = torch.nn.utils.clip_grad_norm_(copies, max_norm)
+            assert mine.dtype == torch.float32
+            assert mine.shape == ()
+            assert mine.item() == pytest.approx(theirs.item(), rel=1e-6)  # as above, twice
+        optimizer.step()
+        for update, copy in zip(updates(optimizer, params), copies, strict=True):
+            torch.testing.assert_close(update, copy.grad, rtol=1e-6, atol=0.0)
+
+
+def test_clipping_writes_no_gradient() -> None:
+    params, optimizer = make()
+    before = [param.grad.clone() for param in params]
+    optimizer.clip_grad_norm_(1e-3)
+    assert all(torch.equal(p.grad, old) for p, old in zip(params, before, strict=True))
+
+
+@pytest.mark.parametrize(("dtype", "huge"), [(torch.bfloat16, 2.0**127), (torch.float32, 1e38)])
+def test_a_norm_whose_square_overflows_float32_still_clips(dtype: torch.dtype, huge: float) -> None:
+    params, optimizer = make([dtype], size=4, scale=mpcore.NoLossScale())
+    params[0].grad = torch.full((4,), huge).to(dtype)
+    huge = params[0].grad[0].double().item()
+    assert optimizer.clip_grad_norm_(1.0).item() == np.float32(2 * huge)
+    optimizer.step()
+    assert not optimizer.last_step.skipped
+    expected = np.float32(huge) * np.float32(1.0 / (2 * huge + 1e-6))
+    assert updates(optimizer, params)[0].tolist() == [pytest.approx(expected, rel=1e-6)] * 4
+
+
+def test_gradients_too_small_for_16_bits_count_in_the_norm_and_reach_the_master() -> None:
+    param = nn.Parameter(torch.zeros(4).half())
+    inner = torch.optim.SGD([param], lr=LR)
+    optimizer = mpcore.MixedPrecisionOptimizer(inner, mpcore.StaticLossScale(2.0**16))
+    optimizer.backward((param.float() * 2.0**-27).sum())
+    assert optimizer.clip_grad_norm_(1.0).item() == 2.0**-26
+    optimizer.step()
+    assert updates(optimizer, [param])[0].tolist() == [2.0**-27] * 4
+
+
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_non_finite_norm_skips_and_blames_only_its_parameter(order: Any, bad: float) -> None:
+    params, optimizer = make()
+    params[1].grad[3] = bad
+    order(optimizer, 1.0)
+    optimizer.step()
+    assert optimizer.last_step.skipped
+    assert not np.isfinite(optimizer.last_step.grad_norm)
+    assert all(not param.any() for param in params)
+    assert optimizer.last_step.overflowed() == ["group 0, parameter 1, [40]"]
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_a_zero_gradient_has_norm_zero_and_changes_nothing(dtype: torch.dtype) -> None:
+    params, optimizer = make([dtype])
+    params[0].grad.zero_()
+    assert optimizer.clip_grad_norm_(1.0) == 0.0
+    optimizer.step()
+    assert not optimizer.last_step.skipped
+    assert not params[0].any()
+
+
+def test_grads_are_float32_in_parameter_order_and_editing_them_changes_the_step() -> None:
+    dtypes = [torch.float32, torch.float16, torch.float64, torch.bfloat16]
+    params, optimizer = make(dtypes)
+    params[0].grad = None
+    scaled = params[1].grad.clone()
+    expected = [param.grad.to(torch.float64).numpy() / SCALE for param in params[1:]]
+    optimizer.unscale_()
+    grads = optimizer.grads()
+    assert [grad.dtype for grad in grads] == [torch.float32, torch.float64, torch.float32]
+    assert all(np.array_equal(g.numpy(), e) for g, e in zip(grads, expected, strict=True))
+    assert torch.equal(params[1].grad, scaled)
+    assert grads[1] is params[2].grad
+    grads[0].mul_(0.5)
+    optimizer.grads()[2].zero_()
+    optimizer.step()
+    assert torch.equal(updates(optimizer, params[1:2])[0], grads[0])
+    assert np.array_equal(grads[0].numpy(), expected[0] * 0.5)
+    assert not updates(optimizer, params[3:])[0].any()
+    assert not params[0].any()
+
+
+def test_whether_to_skip_is_settled_by_unscale_and_not_asked_again() -> None:
+    params, optimizer = make([torch.float32])
+    optimizer.unscale_()
+    optimizer.grads()[0][0] = torch.inf
+    optimizer.step()
+    assert not optimizer.last_step.skipped
+    assert torch.isinf(params[0][0])
+    params, optimizer = make([torch.float32])
+    params[0].grad[0] = torch.inf
+    optimizer.unscale_()
+    optimizer.grads()[0].zero_()
+    optimizer.step()
+    assert optimizer.last_step.skipped
+
+
+def test_float64_gradients_whose_norm_overflows_skip_the_step_instead_of_escaping_the_clip() -> (
+    None
+):
+    weight = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    optimizer = mpcore.MixedPrecisionOptimizer(
+        torch.optim.SGD([weight], lr=1.0), mpcore.NoLossScale()
+    )
+    weight.grad = torch.tensor([1e200, 0.0], dtype=torch.float64)
+    assert optimizer.clip_grad_norm_(1.0).isinf()
+    optimizer.step()
+    assert optimizer.last_step.skipped
+    assert weight.tolist() == [0.0, 0.0]
+
+
+def test_a_step_without_gradients_leaves_no_result_of_an_older_one() -> None:
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = mpcore.MixedPrecisionOptimizer(torch.optim.SGD([weight], lr=1.0))
+    optimizer.backward(weight.sum())
+    optimizer.step()
+    assert optimizer.last_step is not None
+    optimizer.zero_grad()
+    optimizer.step()
+    assert optimizer.last_step is None
+
+
+def test_grads_without_any_gradient_is_an_empty_list() -> None:
+    params, optimizer = make()
+    for param in params:
+        param.grad = None
+    optimizer.unscale_()
+    assert optimizer.grads() == []
+
+
+def test_grads_needs_unscale_first_in_the_same_step() -> None:
+    params, optimizer = make()
+    message = r"^grads\(\): expected unscale_\(\) .*first"
+    with pytest.raises(StageError, match=message):
+        optimizer.grads()
+    optimizer.clip_grad_norm_(1.0)
+    with pytest.raises(StageError, match=message):
+        optimizer.grads()
+    optimizer.step()
+    with pytest.raises(StageError, match=message):
+        optimizer.grads()
+    assert params[0].grad is not None
+
+
+@pytest.mark.parametrize(
+    ("max_norm", "error"),
+    [
+        *((value, ArgumentError) for value in (0, -1.0, float("nan"), float("-inf"))),
+        *((value, ArgumentTypeError) for value in ("1", None, True)),
+    ],
+)
+def test_a_bad_max_norm_is_refused_and_named(max_norm: Any, error: type[Exception]) -> None:
+    params, optimizer = make()
+    with pytest.raises(error, match=r"^max_norm: expected a number.*, got"):
+        optimizer.clip_grad_norm_(max_norm)
+    assert params[0].grad is not None
+    optimizer.unscale_()

@@ -1,0 +1,174 @@
+"""What the packages import, ship and declare, and the house rules that a parser can check."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import mpcore
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+ENGINE = sorted((ROOT / "mpcore").rglob("*.py"))
+KERNELS = sorted((ROOT / "kernels" / "mpcore_kernels").rglob("*.py"))
+# the command line and its demo are an application on top of the library: they may print, and
+# need the extra `demo`
+APPLICATION = [p for p in ENGINE if p.relative_to(ROOT / "mpcore").parts[0] in {"cli", "demo"}]
+LIBRARY = [path for path in ENGINE if path not in APPLICATION]
+LONGEST_FILE = 350
+LONGEST_FUNCTION = 50
+
+
+def short(path):
+    return str(path.relative_to(ROOT))
+
+
+def tree(path):
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def imported(nodes):
+    """The top-level names of the packages that `nodes` import."""
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def at_import_time(node):
+    """Yields the nodes that run when the module is imported: not function bodies, not typing."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            continue
+        if isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING"):
+            continue
+        yield child
+        yield from at_import_time(child)
+
+
+def modules_after(statement):
+    code = f"import sys; {statement}; print(*sys.modules)"
+    command = [sys.executable, "-c", code]
+    return set(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+
+
+def test_import_mpcore_loads_nothing_but_torch_and_the_standard_library():
+    added = modules_after("import mpcore") - modules_after("import torch")
+    foreign = {name.split(".")[0] for name in added} - set(sys.stdlib_module_names)
+    assert foreign == {"mpcore", "torch"} & foreign
+    assert "mpcore" in foreign
+    assert not {"triton", "typer", "rich", "matplotlib"} & modules_after("import mpcore")
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=short)
+def test_library_module_imports_only_torch_and_the_standard_library(path):
+    allowed = {"mpcore", "torch", *sys.stdlib_module_names}
+    assert imported(at_import_time(tree(path))) <= allowed
+
+
+@pytest.mark.parametrize("path", ENGINE, ids=short)
+def test_engine_reaches_the_kernels_only_from_backends_and_lazily(path):
+    module = tree(path)
+    nodes = list(ast.walk(module))
+    strings = {n.value.split(".")[0] for n in nodes if is_module_name(n)}
+    reaches = "mpcore_kernels" in imported(nodes) | strings
+    assert not reaches or short(path).startswith("mpcore/backends/")
+    assert not {"mpcore_kernels", "triton"} & imported(at_import_time(module))
+
+
+def is_module_name(node):
+    return (
+        isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and re.fullmatch(r"[\w.]+", node.value) is not None
+    )
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=short)
+def test_kernels_never_import_the_engine(path):
+    assert "mpcore" not in imported(ast.walk(tree(path)))
+
+
+@pytest.mark.parametrize("path", ENGINE, ids=short)
+def test_engine_takes_nothing_from_environment_variables(path):
+    names = {getattr(node, "attr", getattr(node, "id", "")) for node in ast.walk(tree(path))}
+    assert not {"environ", "getenv", "putenv"} & names
+
+
+@pytest.mark.parametrize("path", [*LIBRARY, *KERNELS], ids=short)
+def test_library_code_has_no_assert_print_or_global(path):
+    nodes = list(ast.walk(tree(path)))
+    assert not [node.lineno for node in nodes if isinstance(node, (ast.Assert, ast.Global))]
+    calls = [node for node in nodes if isinstance(node, ast.Call)]
+    assert not [c.lineno for c in calls if isinstance(c.func, ast.Name) and c.func.id == "print"]
+
+
+@pytest.mark.parametrize(
+    "path", [*ENGINE, *KERNELS, *sorted(ROOT.glob("tests/**/*.py"))], ids=short
+)
+def test_source_file_is_short_enough_to_read(path):
+    lines = path.read_text(encoding="utf-8").count("\n")
+    assert lines <= LONGEST_FILE
+    functions = [n for n in ast.walk(tree(path)) if isinstance(n, ast.FunctionDef)]
+    # docstrings explain; only the code counts
+    sizes = [(n.name, n.end_lineno - n.lineno + 1 - docstring_lines(n)) for n in functions]
+    assert [(name, size) for name, size in sizes if size >= LONGEST_FUNCTION] == []
+
+
+def docstring_lines(node):
+    return len((ast.get_docstring(node, clean=False) or "").splitlines())
+
+
+def test_tests_hold_no_packages_that_could_shadow_an_import():
+    assert list((ROOT / "tests").glob("**/__init__.py")) == []
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_both_packages_are_marked_as_typed():
+    assert (ROOT / "mpcore" / "py.typed").is_file()
+    assert (ROOT / "kernels" / "mpcore_kernels" / "py.typed").is_file()
+
+
+def test_core_depends_on_torch_alone():
+    core = [r for r in map(Requirement, metadata.requires("mpcore")) if r.marker is None]
+    assert [requirement.name for requirement in core] == ["torch"]
+
+
+def test_every_foreign_import_is_declared_by_the_package_or_an_extra():
+    names = {name for path in [*ENGINE, *KERNELS] for name in imported(ast.walk(tree(path)))}
+    foreign = names - {"mpcore", "mpcore_kernels", *sys.stdlib_module_names}
+    provided = metadata.packages_distributions()
+    providers = {name: {canonicalize_name(d) for d in provided.get(name, [])} for name in foreign}
+    declared = {canonicalize_name(Requirement(r).name) for r in metadata.requires("mpcore")}
+    assert foreign >= {"torch", "triton", "typer"}
+    assert {name for name in foreign if not providers[name] & declared} == set()
+
+
+def test_constraints_pin_every_declared_requirement():
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    pinned = {canonicalize_name(pin.name) for pin in pins}
+    assert {canonicalize_name(Requirement(r).name) for r in metadata.requires("mpcore")} <= pinned
+    assert all(re.fullmatch(r"==[\w.]+", str(pin.specifier)) for pin in pins)
+
+
+def test_no_project_file_names_a_package_index():
+    names = ["Makefile", "constraints.txt", "pyproject.toml", ".ci/run", "README.md"]
+    text = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in names)
+    assert not re.search(r"index-url|find-links|trusted-host", text)
+
+
+def test_version_is_the_same_in_metadata_and_changelog():
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    newest = re.search(r"^## \[([\d.]+)\]", changelog, re.M)[1]
+    assert metadata.version("mpcore") == newest
+    assert mpcore.__version__ == newest

@@ -1,0 +1,139 @@
+"""A state_dict that does not fit is refused with one clear error, and nothing changes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import mpcore
+import pytest
+import torch
+from mpcore.errors import ArgumentError, ArgumentTypeError
+from torch import Tensor, nn
+
+SCALE = mpcore.DynamicLossScale(init=2.0**8, growth_interval=4)
+
+
+def applied(layer: nn.Linear, x: Tensor) -> Tensor:
+    """`layer(x)` without a matrix product, which is slow in 16 bits on some CPUs."""
+    return (x.unsqueeze(-2) * layer.weight).sum(-1) + layer.bias
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.low = nn.Linear(3, 4).half()
+        self.brain = nn.Linear(4, 3).bfloat16()
+        self.single = nn.Linear(3, 2)
+        self.last = nn.Linear(2, 1).double()
+        self.frozen = nn.Parameter(torch.ones(2).half(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = applied(self.brain, applied(self.low, x.half()).bfloat16())
+        return applied(self.last, self.single(hidden.float()).double())
+
+
+def adamw(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr=0.01, amsgrad=True)
+
+
+def make(seed: int = 0) -> tuple[Pair, mpcore.MixedPrecisionOptimizer]:
+    torch.manual_seed(seed)
+    model = Pair()
+    return model, mpcore.MixedPrecisionOptimizer(adamw(model.parameters()), SCALE)
+
+
+def train(model: nn.Module, optimizer: Any, first: int, last: int, bad: Any = (5,)) -> None:
+    for seed in range(first, last):
+        optimizer.zero_grad()
+        x = torch.randn(4, 3, generator=torch.Generator().manual_seed(seed))
+        optimizer.backward(model(x).square().mean() * (torch.inf if seed in bad else 1.0))
+        optimizer.clip_grad_norm_(1.0)
+        optimizer.step()
+
+
+def patterns(value: Any) -> Any:
+    """Any nested value with every tensor as its dtype, shape and bytes."""
+    if isinstance(value, Tensor):
+        raw = value.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+        return str(value.dtype), tuple(value.shape), raw
+    if isinstance(value, dict):
+        return {key: patterns(item) for key, item in value.items()}
+    return [patterns(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def contents(model: nn.Module, optimizer: Any) -> Any:
+    """Weights, both views of the state, groups and scale, by the parameters' names."""
+    params = dict(model.named_parameters())
+    outer = {name: patterns(optimizer.state.get(p)) for name, p in params.items()}
+    inner = {
+        name: patterns(optimizer.inner.state.get(optimizer.state.get(p, {}).get("master", p)))
+        for name, p in params.items()
+    }
+    saved = optimizer.state_dict()
+    return patterns(model.state_dict()), outer, inner, patterns(saved), len(optimizer.inner.state)
+
+
+def without(saved: Any, *path: Any) -> Any:
+    for key in path[:-1]:
+        saved = saved[key]
+    del saved[path[-1]]
+
+
+def put(saved: Any, value: Any, *path: Any) -> Any:
+    for key in path[:-1]:
+        saved = saved[key]
+    saved[path[-1]] = value
+
+
+SCALE_KEY = ("mpcore", "loss_scale", "scale")
+BROKEN: dict[str, Any] = {
+    "no mpcore": lambda d: without(d, "mpcore"),
+    "newer version": lambda d: put(d, 2, "mpcore", "version"),
+    "no state": lambda d: without(d, "state"),
+    "no groups": lambda d: without(d, "param_groups"),
+    "no loss scale": lambda d: without(d, "mpcore", "loss_scale"),
+    "half a loss scale": lambda d: without(d, "mpcore", "loss_scale", "steps"),
+    "no count": lambda d: without(d, "mpcore", "saturated"),
+    "a group more": lambda d: d["param_groups"].append(d["param_groups"][0]),
+    "a weight less": lambda d: d["param_groups"][0]["params"].pop(),
+    "master's shape": lambda d: put(d, torch.ones(3, 4), "state", 1, "master"),
+    "last master's shape": lambda d: put(d, torch.ones(4), "state", 4, "master"),
+    "master's dtype": lambda d: put(d, torch.ones(4, 3).half(), "state", 1, "master"),
+    "no tensor": lambda d: put(d, [1.0], "state", 1, "master"),
+    **{
+        f"scale {value!r}": lambda d, value=value: put(d, value, *SCALE_KEY)
+        for value in (0.0, -2.0, 3.0, float("nan"), float("inf"), 2.0**127, "256", None)
+    },
+    "negative tracker": lambda d: put(d, -1, "mpcore", "loss_scale", "growth_tracker"),
+    "tracker beyond int32": lambda d: put(d, 2**31, "mpcore", "loss_scale", "growth_tracker"),
+    "steps beyond int64": lambda d: put(d, 2**63, "mpcore", "loss_scale", "steps"),
+    "count beyond int64": lambda d: put(d, 2**63, "mpcore", "saturated"),
+    "text for steps": lambda d: put(d, "4", "mpcore", "loss_scale", "steps"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_state_dict_that_does_not_fit_is_refused_and_nothing_changes(case: str) -> None:
+    model, optimizer = make()
+    train(model, optimizer, 0, 3)
+    before = contents(model, optimizer)
+    source_model, source = make(seed=1)
+    train(source_model, source, 0, 4)
+    broken = copy.deepcopy(source.state_dict())
+    BROKEN[case](broken)
+    with pytest.raises((ArgumentError, ArgumentTypeError), match=r"^state_dict.*: expected .*"):
+        optimizer.load_state_dict(broken)
+    assert contents(model, optimizer) == before
+    train(model, optimizer, 3, 4)
+
+
+def test_masters_of_a_16_bit_model_are_not_loaded_into_float32_weights() -> None:
+    source_model, source = make()
+    train(source_model, source, 0, 3)
+    model = Pair().float()
+    optimizer = mpcore.MixedPrecisionOptimizer(adamw(model.parameters()), SCALE)
+    before = contents(model, optimizer)
+    with pytest.raises(ArgumentError, match=r"^state_dict.*master.*: expected"):
+        optimizer.load_state_dict(source.state_dict())
+    assert contents(model, optimizer) == before
