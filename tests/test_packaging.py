@@ -108,6 +108,8 @@ def test_engine_takes_nothing_from_environment_variables(path):
 def test_library_code_has_no_assert_print_or_global(path):
     nodes = list(ast.walk(tree(path)))
     assert not [node.lineno for node in nodes if isinstance(node, (ast.Assert, ast.Global))]
+    if path.name == "audit.py":  # a program, whose output is what it prints
+        return
     calls = [node for node in nodes if isinstance(node, ast.Call)]
     assert not [c.lineno for c in calls if isinstance(c.func, ast.Name) and c.func.id == "print"]
 

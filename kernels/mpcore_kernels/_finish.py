@@ -41,6 +41,25 @@ def _square_sum(sums_ptr, largest_ptr, chunks, largest, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _gather(facts_ptr, all_chunks, chunks, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """Returns the largest magnitude (bits), the union of kinds and the first bad place."""
+    lanes = tl.arange(0, BLOCK)
+    largest_lanes = tl.zeros((BLOCK,), tl.int32)
+    kinds_lanes = tl.zeros((BLOCK,), tl.int32)
+    first_lanes = tl.full((BLOCK,), _NOWHERE, tl.int64)
+    for start in range(0, chunks, BLOCK):
+        at = start + lanes
+        mask = at < chunks
+        largest_lanes = tl.maximum(largest_lanes, tl.load(facts_ptr + at, mask=mask, other=0))
+        kinds = tl.load(facts_ptr + all_chunks + at, mask=mask, other=0)
+        kinds_lanes |= kinds
+        bad = tl.load(facts_ptr + 2 * all_chunks.to(tl.int64) + at, mask=kinds != 0, other=0)
+        place = at.to(tl.int64) * CHUNK + bad
+        first_lanes = tl.minimum(first_lanes, tl.where(kinds != 0, place, _NOWHERE))
+    return tl.max(largest_lanes, axis=0), union(kinds_lanes), tl.min(first_lanes, axis=0)
+
+
+@triton.jit
 def _latch(square_sum, kinds, coefficient, max_norm):
     """Returns the norm and the coefficient that also clips to it, both float32."""
     norm = tl.sqrt(square_sum)
@@ -105,21 +124,7 @@ def _finish_kernel(
         chunks = tl.load(segments_ptr + (program - 1) * 2 + 1).to(tl.int32)
     sums_ptr += begin
     facts_ptr += begin
-    lanes = tl.arange(0, BLOCK)
-    largest_lanes = tl.zeros((BLOCK,), tl.int32)
-    kinds_lanes = tl.zeros((BLOCK,), tl.int32)
-    first_lanes = tl.full((BLOCK,), _NOWHERE, tl.int64)
-    for start in range(0, chunks, BLOCK):
-        at = start + lanes
-        mask = at < chunks
-        largest_lanes = tl.maximum(largest_lanes, tl.load(facts_ptr + at, mask=mask, other=0))
-        kinds = tl.load(facts_ptr + all_chunks + at, mask=mask, other=0)
-        kinds_lanes |= kinds
-        bad = tl.load(facts_ptr + 2 * all_chunks.to(tl.int64) + at, mask=kinds != 0, other=0)
-        place = at.to(tl.int64) * CHUNK + bad
-        first_lanes = tl.minimum(first_lanes, tl.where(kinds != 0, place, _NOWHERE))
-    largest = tl.max(largest_lanes, axis=0)
-    kinds = union(kinds_lanes)
+    largest, kinds, first = _gather(facts_ptr, all_chunks, chunks, CHUNK, BLOCK)
     square_sum = _square_sum(sums_ptr, facts_ptr, chunks, largest, BLOCK)
     square_sum = tl.where(kinds == 0, square_sum, float("inf"))
     square_sum = tl.where((kinds & 1) == 0, square_sum, float("nan"))
@@ -130,7 +135,6 @@ def _finish_kernel(
         tl.store(grad_norm_ptr, norm)
         tl.store(latched_ptr, latched)
     else:
-        first = tl.min(first_lanes, axis=0)
         tl.store(kinds_ptr + program - 1, kinds)
         tl.store(first_bad_ptr + program - 1, tl.where(kinds != 0, first, -1))
         tl.store(square_sum_ptr + program - 1, square_sum)

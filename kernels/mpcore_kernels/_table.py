@@ -150,7 +150,7 @@ def is_aligned(address, FORMAT: tl.constexpr, OTHER: tl.constexpr):
 def aligned_pointer(address, start, FORMAT: tl.constexpr, OTHER: tl.constexpr):
     """Returns a pointer to element `start`, a multiple of CHUNK, that promises its alignment.
 
-    `is_aligned` must hold for `address`. The promise is made for the sum, because Triton 3.7 forgets
-    one that is made for an address turned into a pointer.
+    `is_aligned` must hold for `address`. The promise is made for the sum, because Triton 3.7
+    forgets one that is made for an address turned into a pointer.
     """
     return tl.multiple_of(pointer(address, FORMAT) + start, access_bytes(FORMAT, OTHER))

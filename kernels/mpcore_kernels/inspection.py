@@ -52,6 +52,12 @@ class Inspection:
         histogram: `[len(grads), 256]`, int64. How many values, before unscaling, have the biased
             float32 exponent 0 to 255: bin 127 counts magnitudes in [1, 2), bin 0 zeros and
             subnormal float32 numbers, bin 255 infinities and NaNs. None without statistics.
+
+    Example:
+        >>> import torch
+        >>> found = inspect([torch.tensor([3.0, 4.0])], torch.tensor(1.0), None)
+        >>> found.grad_norm.item(), found.largest.tolist(), found.found_inf.item()
+        (5.0, [4.0], 0)
     """
 
     kinds: Tensor

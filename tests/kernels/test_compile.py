@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import triton
+
 from mpcore_kernels._variants import variants
 
 # older compilers keep every bit and make other code: narrower accesses, more registers, spills

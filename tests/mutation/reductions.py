@@ -2,6 +2,8 @@
 
 from mutant import mutants
 
+_MASKED = """count = tl.minimum(size - start, CHUNK).to(tl.int32)
+        bad = _unscale_block(grad_ptr, out_ptr, count,"""
 _TWICE = """    tl.debug_barrier()
     out += tl.load(grad_ptr + offsets, mask=mask, volatile=True) * 0
     return tl.max(is_nonfinite(out, OUT)"""
@@ -73,7 +75,7 @@ SUMS = mutants(
 )
 FINISH = mutants(
     "_finish.py",
-    ("test_inspect.py",),
+    ("test_finish.py", "test_inspect.py"),
     ("negative infinities are forgotten", "tl.max(kinds & 4, axis=0)", "tl.max(kinds & 2, axis=0)"),
     (
         "only the first round of chunks is summed",
@@ -177,7 +179,7 @@ MACHINE_CODE = [
         (
             "full chunks are masked",
             "bad = _unscale_block(grad_ptr, out_ptr, None,",
-            "bad = _unscale_block(grad_ptr, out_ptr, (CHUNK + start * 0).to(tl.int32),",
+            _MASKED,
         ),
         (
             "gradients are read twice",
