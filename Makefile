@@ -19,7 +19,7 @@ PARALLEL := -n auto --maxprocesses=4
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-exhaustive doctest lint docs build import-time clean
+.PHONY: help demo test test-exhaustive doctest lint docs build audit mutants import-time clean
 
 help: ## Show this list.
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 18
@@ -48,6 +48,12 @@ build: $(VENV)/.dev ## Build wheel and sdist into dist/; try both outside the re
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation --outdir dist . >/dev/null
 	$(BIN)/python .ci/check_dist.py dist
+
+audit: $(VENV)/.test ## Compile every kernel for four GPUs and judge the machine code.
+	$(BIN)/python -m mpcore_kernels.audit
+
+mutants: $(VENV)/.test ## Put errors into the kernels and see the tests find them; write docs/mutants.md.
+	$(BIN)/python tests/mutation/run.py --write
 
 import-time: $(VENV)/.test ## Measure what `import mpcore` adds to `import torch`.
 	$(BIN)/python .ci/import_time.py
