@@ -11,7 +11,7 @@ import triton
 
 from mpcore_kernels._variants import variants
 
-# older compilers keep every bit and make other code: narrower accesses, more registers, spills
+# older compilers make other code, with other instructions, and break rules of the audit
 pytestmark = pytest.mark.skipif(
     tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9),
     reason=f"what the machine code promises is stated for triton 3.9, this is {triton.__version__}",
