@@ -9,69 +9,8 @@ import mpcore
 import pytest
 import torch
 from mpcore.errors import ArgumentError, ArgumentTypeError
-from torch import Tensor, nn
 
-SCALE = mpcore.DynamicLossScale(init=2.0**8, growth_interval=4)
-
-
-def applied(layer: nn.Linear, x: Tensor) -> Tensor:
-    """`layer(x)` without a matrix product, which is slow in 16 bits on some CPUs."""
-    return (x.unsqueeze(-2) * layer.weight).sum(-1) + layer.bias
-
-
-class Pair(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.low = nn.Linear(3, 4).half()
-        self.brain = nn.Linear(4, 3).bfloat16()
-        self.single = nn.Linear(3, 2)
-        self.last = nn.Linear(2, 1).double()
-        self.frozen = nn.Parameter(torch.ones(2).half(), requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = applied(self.brain, applied(self.low, x.half()).bfloat16())
-        return applied(self.last, self.single(hidden.float()).double())
-
-
-def adamw(params: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(params, lr=0.01, amsgrad=True)
-
-
-def make(seed: int = 0) -> tuple[Pair, mpcore.MixedPrecisionOptimizer]:
-    torch.manual_seed(seed)
-    model = Pair()
-    return model, mpcore.MixedPrecisionOptimizer(adamw(model.parameters()), SCALE)
-
-
-def train(model: nn.Module, optimizer: Any, first: int, last: int, bad: Any = (5,)) -> None:
-    for seed in range(first, last):
-        optimizer.zero_grad()
-        x = torch.randn(4, 3, generator=torch.Generator().manual_seed(seed))
-        optimizer.backward(model(x).square().mean() * (torch.inf if seed in bad else 1.0))
-        optimizer.clip_grad_norm_(1.0)
-        optimizer.step()
-
-
-def patterns(value: Any) -> Any:
-    """Any nested value with every tensor as its dtype, shape and bytes."""
-    if isinstance(value, Tensor):
-        raw = value.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
-        return str(value.dtype), tuple(value.shape), raw
-    if isinstance(value, dict):
-        return {key: patterns(item) for key, item in value.items()}
-    return [patterns(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def contents(model: nn.Module, optimizer: Any) -> Any:
-    """Weights, both views of the state, groups and scale, by the parameters' names."""
-    params = dict(model.named_parameters())
-    outer = {name: patterns(optimizer.state.get(p)) for name, p in params.items()}
-    inner = {
-        name: patterns(optimizer.inner.state.get(optimizer.state.get(p, {}).get("master", p)))
-        for name, p in params.items()
-    }
-    saved = optimizer.state_dict()
-    return patterns(model.state_dict()), outer, inner, patterns(saved), len(optimizer.inner.state)
+from mpcore_testing.checkpoints import INNERS, SCALE, Pair, contents, make, train
 
 
 def without(saved: Any, *path: Any) -> Any:
@@ -132,7 +71,7 @@ def test_masters_of_a_16_bit_model_are_not_loaded_into_float32_weights() -> None
     source_model, source = make()
     train(source_model, source, 0, 3)
     model = Pair().float()
-    optimizer = mpcore.MixedPrecisionOptimizer(adamw(model.parameters()), SCALE)
+    optimizer = mpcore.MixedPrecisionOptimizer(INNERS["AdamW"](model.parameters()), SCALE)
     before = contents(model, optimizer)
     with pytest.raises(ArgumentError, match=r"^state_dict.*master.*: expected"):
         optimizer.load_state_dict(source.state_dict())
