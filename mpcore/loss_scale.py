@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mpcore._checks import check_count, check_scale
-from mpcore.backends.reference import update_scale_
+from mpcore.backends._scale import ScaleMove, update_scale_
 from mpcore.errors import ArgumentError, ArgumentTypeError
 
 
@@ -250,17 +250,22 @@ class LossScaleTensors:
             loss_scale: The description.
             found_inf: 0-d, any dtype; non-zero means overflow.
         """
+        move = self.move(loss_scale)
+        if move is None:
+            self.count_(found_inf)
+        else:
+            update_scale_(**move.arguments(), found_inf=found_inf)
+
+    def move(self, loss_scale: LossScale) -> ScaleMove | None:
+        """Returns how the scale moves at the end of a step; None if it never does."""
         if not isinstance(loss_scale, DynamicLossScale):
-            self.steps.add_(1)
-            self.skipped_steps.add_(found_inf != 0)
-            return
-        update_scale_(
-            self.scale,
-            self.growth_tracker,
-            self.overflows_left,
-            self.steps,
-            self.skipped_steps,
-            found_inf,
+            return None
+        return ScaleMove(
+            scale=self.scale,
+            growth_tracker=self.growth_tracker,
+            overflows_left=self.overflows_left,
+            steps=self.steps,
+            skipped_steps=self.skipped_steps,
             growth_factor=loss_scale.growth_factor,
             backoff_factor=loss_scale.backoff_factor,
             growth_interval=loss_scale.growth_interval,
@@ -268,3 +273,8 @@ class LossScaleTensors:
             max_scale=loss_scale.max_scale,
             hysteresis=loss_scale.hysteresis,
         )
+
+    def count_(self, found_inf: Tensor) -> None:
+        """Counts a step of a scale that never moves, without a host sync."""
+        self.steps.add_(1)
+        self.skipped_steps.add_(found_inf != 0)

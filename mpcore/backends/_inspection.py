@@ -23,7 +23,9 @@ import torch
 from torch import Tensor
 
 from mpcore._checks import SIXTEEN_BIT
+from mpcore.backends._update import Plan, prepare_
 from mpcore.errors import ArgumentError
+from mpcore.updates import Hyper
 
 _CHUNK = 4096
 _INFINITY = 0x7F800000
@@ -79,6 +81,8 @@ def inspect(
     max_norm: float | None,
     *,
     statistics: bool = False,
+    plan: Plan | None = None,
+    hyper: Hyper | None = None,
 ) -> Inspection:
     """Finds overflow, norms and the clip of gradients that stay as they are; no host sync.
 
@@ -88,6 +92,8 @@ def inspect(
         max_norm: Clip to this norm of the unscaled gradients, at least 0, rounded to float32;
             None: do not clip. A norm that is not finite clips nothing.
         statistics: Whether to fill `counts` and `histogram`.
+        plan: A plan to prepare at the same time, see `prepare_`; None: none.
+        hyper: The hyper-parameters to prepare it with.
 
     Raises:
         ArgumentError: `max_norm` is negative or NaN, or a gradient has another dtype.
@@ -109,6 +115,8 @@ def inspect(
                 f"grads[{index}]: expected float16, bfloat16 or float32, got {grad.dtype}. "
                 "Cast it first."
             )
+    if plan is not None and hyper is not None:
+        prepare_(plan, hyper)
     device = coefficient.device
     none = torch.zeros(0, dtype=torch.int64, device=device)
     flat = [_in_memory_order(grad) for grad in grads]

@@ -1,10 +1,11 @@
-"""Every backend function in plain PyTorch: the readable oracle, and the default on a CPU.
+"""Every backend function in plain PyTorch: the readable oracle.
 
     unscale:  x = float32(g) * coefficient              one multiply, rounded to nearest even
     cast:     w = clamp(round_to_nearest_even(master))  clamped to the finite maximum of w's dtype
     widen:    master = float32(w)                       exact
     inspect:  overflow, norms and the clip factor       in `_inspection.py`
-    scale:    the rule of `mpcore.loss_scale`           on tensors
+    scale:    the rule of `mpcore.loss_scale`           on tensors, in `_scale.py`
+    update:   the rules of `mpcore.updates`             in `_update.py`
 
 Float64 tensors are computed in float64, but by `inspect`, which takes none.
 """
@@ -16,8 +17,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mpcore.backends._inspection import Inspection as Inspection
-from mpcore.backends._inspection import inspect as inspect
+from mpcore.backends._cast import cast_into, widen_into
+from mpcore.backends._inspection import Inspection, inspect
+from mpcore.backends._scale import update_scale_
+from mpcore.backends._update import plan_update, prepare_, update_
+
+__all__ = [
+    "Inspection",
+    "cast_into",
+    "inspect",
+    "plan_update",
+    "prepare_",
+    "unscale_",
+    "unscale_into",
+    "update_",
+    "update_scale_",
+    "widen_into",
+]
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -75,106 +91,3 @@ def unscale_into(
     for grad, out in zip(grads, outs, strict=True):
         torch.mul(_wide(grad), coefficient, out=out)
     _raise_flags(nonfinite, list(outs))
-
-
-@torch.no_grad()
-def cast_into(
-    masters: Sequence[Tensor], weights: Sequence[Tensor], found_inf: Tensor, saturated: Tensor
-) -> None:
-    """Rounds float32 masters into 16-bit weights unless `found_inf` is set; no host sync.
-
-    Args:
-        masters: float32, any shape.
-        weights: float16 / bfloat16, shapes of `masters`. Overwritten with the master rounded to
-            nearest even; a finite master that would round to infinity becomes the largest finite
-            value with its sign; infinities and NaNs stay what they are.
-        found_inf: 0-d int32. Non-zero means that nothing is written or counted.
-        saturated: 0-d int64. The number of clamped weights is added to it.
-
-    Example:
-        >>> weight, count = torch.zeros(2).half(), torch.zeros((), dtype=torch.int64)
-        >>> cast_into([torch.tensor([1.0, 7e4])], [weight], torch.tensor(0), count)
-        >>> weight.tolist(), count.item()
-        ([1.0, 65504.0], 1)
-    """
-    keep = found_inf != 0
-    for master, weight in zip(masters, weights, strict=True):
-        rounded = master.to(weight.dtype)
-        clamped = torch.isinf(rounded) & torch.isfinite(master)
-        largest = torch.finfo(weight.dtype).max
-        rounded = torch.where(clamped, rounded.clamp(-largest, largest), rounded)
-        torch.where(keep, weight, rounded, out=weight)
-        saturated.add_((clamped & keep.logical_not()).sum())
-
-
-@torch.no_grad()
-def widen_into(weights: Sequence[Tensor], masters: Sequence[Tensor]) -> None:
-    """Writes 16-bit weights as float32 masters, which is exact; no host sync.
-
-    Args:
-        weights: float16 / bfloat16, any shape. Left as they are.
-        masters: float32, shapes of `weights`. Overwritten.
-
-    Example:
-        >>> master = torch.empty(2)
-        >>> widen_into([torch.tensor([1.0, 6e-8]).half()], [master])
-        >>> master.tolist()
-        [1.0, 5.960464477539063e-08]
-    """
-    for weight, master in zip(weights, masters, strict=True):
-        master.copy_(weight)
-
-
-@torch.no_grad()
-def update_scale_(
-    scale: Tensor,
-    growth_tracker: Tensor,
-    overflows_left: Tensor,
-    steps: Tensor,
-    skipped_steps: Tensor,
-    found_inf: Tensor,
-    *,
-    growth_factor: float,
-    backoff_factor: float,
-    growth_interval: int,
-    min_scale: float,
-    max_scale: float,
-    hysteresis: int,
-) -> None:
-    """Follows `mpcore.loss_scale.next_state` in place on the device, without a host sync.
-
-    Args:
-        scale: 0-d float32.
-        growth_tracker: 0-d int32.
-        overflows_left: 0-d int32.
-        steps: 0-d int64.
-        skipped_steps: 0-d int64.
-        found_inf: 0-d; non-zero means overflow.
-        growth_factor: See `mpcore.DynamicLossScale`, also for the others.
-        backoff_factor: Likewise.
-        growth_interval: Likewise.
-        min_scale: Likewise.
-        max_scale: Likewise.
-        hysteresis: Likewise.
-
-    Example:
-        >>> scale, steps, skipped = torch.tensor(1024.0), torch.tensor(0), torch.tensor(0)
-        >>> tracker, left = (torch.tensor(n, dtype=torch.int32) for n in (0, 1))
-        >>> update_scale_(scale, tracker, left, steps, skipped, torch.tensor(1), growth_factor=2.0,
-        ...               backoff_factor=0.5, growth_interval=2000, min_scale=1.0,
-        ...               max_scale=2.0**24, hysteresis=1)
-        >>> scale.item(), steps.item(), skipped.item()
-        (512.0, 1, 1)
-    """
-    bad = found_inf != 0
-    steps.add_(1)
-    skipped_steps.add_(bad)
-    left = (overflows_left - bad.to(torch.int32)).clamp_(min=0)
-    tracker = torch.where(bad, 0, growth_tracker + 1)
-    grow = tracker >= growth_interval
-    lower = (scale * backoff_factor).clamp_(min=min_scale)
-    higher = (scale * growth_factor).clamp_(max=max_scale)
-    held = torch.where(bad & (left == 0), lower, scale)
-    torch.where(grow, higher, held, out=scale)
-    torch.where(grow, torch.zeros_like(tracker), tracker, out=growth_tracker)
-    torch.where(grow, torch.full_like(left, hysteresis), left, out=overflows_left)

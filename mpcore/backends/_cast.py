@@ -1,0 +1,56 @@
+"""`cast_into` and `widen_into` of the reference backend: masters to weights and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def cast_into(
+    masters: Sequence[Tensor], weights: Sequence[Tensor], found_inf: Tensor, saturated: Tensor
+) -> None:
+    """Rounds float32 masters into 16-bit weights unless `found_inf` is set; no host sync.
+
+    Args:
+        masters: float32, any shape.
+        weights: float16 / bfloat16, shapes of `masters`. Overwritten with the master rounded to
+            nearest even; a finite master that would round to infinity becomes the largest finite
+            value with its sign; infinities and NaNs stay what they are.
+        found_inf: 0-d int32. Non-zero means that nothing is written or counted.
+        saturated: 0-d int64. The number of clamped weights is added to it.
+
+    Example:
+        >>> weight, count = torch.zeros(2).half(), torch.zeros((), dtype=torch.int64)
+        >>> cast_into([torch.tensor([1.0, 7e4])], [weight], torch.tensor(0), count)
+        >>> weight.tolist(), count.item()
+        ([1.0, 65504.0], 1)
+    """
+    keep = found_inf != 0
+    for master, weight in zip(masters, weights, strict=True):
+        rounded = master.to(weight.dtype)
+        clamped = torch.isinf(rounded) & torch.isfinite(master)
+        largest = torch.finfo(weight.dtype).max
+        rounded = torch.where(clamped, rounded.clamp(-largest, largest), rounded)
+        torch.where(keep, weight, rounded, out=weight)
+        saturated.add_((clamped & keep.logical_not()).sum())
+
+
+@torch.no_grad()
+def widen_into(weights: Sequence[Tensor], masters: Sequence[Tensor]) -> None:
+    """Writes 16-bit weights as float32 masters, which is exact; no host sync.
+
+    Args:
+        weights: float16 / bfloat16, any shape. Left as they are.
+        masters: float32, shapes of `weights`. Overwritten.
+
+    Example:
+        >>> master = torch.empty(2)
+        >>> widen_into([torch.tensor([1.0, 6e-8]).half()], [master])
+        >>> master.tolist()
+        [1.0, 5.960464477539063e-08]
+    """
+    for weight, master in zip(weights, masters, strict=True):
+        master.copy_(weight)

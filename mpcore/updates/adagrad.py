@@ -1,0 +1,83 @@
+"""Adagrad.
+
+Duchi, Hazan and Singer, "Adaptive Subgradient Methods for Online Learning and Stochastic
+Optimization", JMLR 2011; learning-rate decay and epsilon as `torch.optim.Adagrad` has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpcore.updates.rule import TorchFused, UpdateRule
+
+
+class AdagradRule(UpdateRule):
+    """`torch.optim.Adagrad`, for dense gradients."""
+
+    name = "adagrad"
+    optimizers = (torch.optim.Adagrad,)
+    columns = ("sign", "l2", "rate", "eps")
+
+    def moments(self, group: Mapping[str, Any]) -> tuple[str, ...]:
+        """The sum of squares."""
+        return ("sum",)
+
+    def numbers(self, group: Mapping[str, Any], lr: float) -> tuple[float, ...]:
+        """lr, lr_decay, eps, weight_decay, maximize."""
+        names = ("lr_decay", "eps", "weight_decay", "maximize")
+        return (lr, *(float(group[name]) for name in names))
+
+    def scalars(self, numbers: Sequence[Tensor], t: Tensor) -> tuple[Tensor, ...]:
+        """See `UpdateRule.scalars`."""
+        lr, lr_decay, eps, weight_decay, maximize = numbers
+        return (1 - 2 * maximize, weight_decay, lr / (1 + (t - 1) * lr_decay), eps)
+
+    def apply(
+        self, grad: Tensor, param: Tensor, moments: Sequence[Tensor], s: Sequence[Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """See `UpdateRule.apply`."""
+        _, l2, rate, eps = s
+        grad = grad + param * l2
+        total = moments[0] + grad * grad
+        return param - (grad * rate) / (torch.sqrt(total) + eps), (total,)
+
+    def torch_fused(
+        self, group: Mapping[str, Any], numbers: Sequence[float], lr: float | Tensor
+    ) -> TorchFused:
+        """`torch._fused_adagrad_`."""
+        _, lr_decay, eps, weight_decay, maximize = numbers
+        return _FusedAdagrad(lr, lr_decay, weight_decay, eps, bool(maximize))
+
+
+@dataclass(frozen=True)
+class _FusedAdagrad(TorchFused):
+    lr: float | Tensor
+    lr_decay: float
+    weight_decay: float
+    eps: float
+    maximize: bool
+
+    def __call__(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        moments: Sequence[list[Tensor]],
+        steps: list[Tensor],
+    ) -> None:
+        """See `TorchFused`."""
+        torch._fused_adagrad_(
+            params,
+            grads,
+            moments[0],
+            steps,
+            lr=self.lr,
+            lr_decay=self.lr_decay,
+            weight_decay=self.weight_decay,
+            eps=self.eps,
+            maximize=self.maximize,
+        )

@@ -1,0 +1,123 @@
+"""Adam, AdamW and AMSGrad.
+
+Kingma and Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015, algorithm 1; Loshchilov
+and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, algorithm 2; Reddi, Kale and Kumar,
+"On the Convergence of Adam and Beyond", ICLR 2018, algorithm 2. Bias corrections and epsilon stand
+where `torch.optim` has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpcore.updates.rule import TorchFused, UpdateRule, power
+
+
+class AdamRule(UpdateRule):
+    """`torch.optim.Adam` and `AdamW`: L2 or decoupled decay, with or without AMSGrad."""
+
+    name = "adam"
+    optimizers = (torch.optim.Adam, torch.optim.AdamW)
+    columns = (
+        *("sign", "decay", "l2", "beta1", "1-beta1", "beta2", "1-beta2"),
+        *("step_size", "root", "eps"),
+    )
+
+    def why_not(self, group: Mapping[str, Any]) -> str | None:
+        """Early releases of torch did not say in a group whether the decay is decoupled."""
+        if "decoupled_weight_decay" not in group:
+            return "the param group has no decoupled_weight_decay"
+        return super().why_not(group)
+
+    def moments(self, group: Mapping[str, Any]) -> tuple[str, ...]:
+        """Two, and the largest second moment so far with AMSGrad."""
+        third = ("max_exp_avg_sq",) if group["amsgrad"] else ()
+        return ("exp_avg", "exp_avg_sq", *third)
+
+    def numbers(self, group: Mapping[str, Any], lr: float) -> tuple[float, ...]:
+        """lr, beta1, beta2, eps, weight_decay, decoupled, maximize."""
+        decoupled, maximize = group["decoupled_weight_decay"], group["maximize"]
+        beta1, beta2 = group["betas"]
+        options = (group["eps"], group["weight_decay"], decoupled, maximize)
+        return (lr, float(beta1), float(beta2), *map(float, options))
+
+    def scalars(self, numbers: Sequence[Tensor], t: Tensor) -> tuple[Tensor, ...]:
+        """See `UpdateRule.scalars`."""
+        lr, beta1, beta2, eps, weight_decay, decoupled, maximize = numbers
+        return (
+            1 - 2 * maximize,
+            torch.where(decoupled != 0, 1 - lr * weight_decay, 1.0),
+            torch.where(decoupled != 0, 0.0, weight_decay),
+            beta1,
+            1 - beta1,
+            beta2,
+            1 - beta2,
+            lr / (1 - power(beta1, t)),
+            torch.sqrt(1 - power(beta2, t)),
+            eps,
+        )
+
+    def apply(
+        self, grad: Tensor, param: Tensor, moments: Sequence[Tensor], s: Sequence[Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """See `UpdateRule.apply`."""
+        _, decay, l2, beta1, rest1, beta2, rest2, step_size, root, eps = s
+        grad = grad + param * l2
+        param = param * decay
+        mean = moments[0] * beta1 + grad * rest1
+        square = moments[1] * beta2 + (grad * grad) * rest2
+        updated: tuple[Tensor, ...] = (mean, square)
+        if len(moments) == 3:
+            updated = (mean, square, torch.maximum(moments[2], square))
+        return param - (mean * step_size) / (torch.sqrt(updated[-1]) / root + eps), updated
+
+    def torch_fused(
+        self, group: Mapping[str, Any], numbers: Sequence[float], lr: float | Tensor
+    ) -> TorchFused:
+        """`torch._fused_adamw_` or `torch._fused_adam_`."""
+        _, beta1, beta2, eps, weight_decay, decoupled, maximize = numbers
+        return _FusedAdam(
+            lr, beta1, beta2, weight_decay, eps, group["amsgrad"], bool(maximize), bool(decoupled)
+        )
+
+
+@dataclass(frozen=True)
+class _FusedAdam(TorchFused):
+    lr: float | Tensor
+    beta1: float
+    beta2: float
+    weight_decay: float
+    eps: float
+    amsgrad: bool
+    maximize: bool
+    decoupled: bool
+
+    def __call__(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        moments: Sequence[list[Tensor]],
+        steps: list[Tensor],
+    ) -> None:
+        """See `TorchFused`."""
+        kernel = torch._fused_adamw_ if self.decoupled else torch._fused_adam_
+        kernel(
+            params,
+            grads,
+            moments[0],
+            moments[1],
+            moments[2] if self.amsgrad else [],
+            steps,
+            lr=self.lr,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            weight_decay=self.weight_decay,
+            eps=self.eps,
+            amsgrad=self.amsgrad,
+            maximize=self.maximize,
+        )
