@@ -1,4 +1,4 @@
-"""The gradients of one step: unscaled once, checked, clipped by one multiply."""
+"""The gradients of one step: looked at once, clipped by one multiply, unscaled where asked."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ import torch
 from torch import Tensor
 
 from mpcore._checks import SIXTEEN_BIT
-from mpcore.backends import Backend
+from mpcore.backends import Backend, Inspection
 from mpcore.masters import Masters
+from mpcore.step_plan import StepPlan
 
 
 @torch.no_grad()
 def tensor_norms(grads: Sequence[Tensor], coefficient: Tensor) -> Tensor:
-    """Returns the 2-norm of every `grad * coefficient`, without a host sync.
+    """Returns the 2-norm of every `grad * coefficient`, computed in float64; no host sync.
 
-    The product is rounded to float32 as unscaling rounds it, the squares are summed in float64:
-    no sum of finite float32 squares overflows there, so a norm is finite exactly if its
-    gradient is. (Float64 gradients stay float64, and their squares overflow above 1e154.)
+    For float64 gradients, which no backend inspects; their squares overflow above 1e154.
 
     Args:
         grads: Gradients of one device, any shape and floating dtype.
@@ -46,11 +45,21 @@ class _Bucket:
     device: torch.device
     with_master: list[Tensor]
     without: list[Tensor]
-    nonfinite: Tensor  # int32, one flag a parameter, in the order of `params`
+    nonfinite: Tensor | None = None  # int32, non-zero flags overflow, in the order of `params`
 
     @property
     def params(self) -> list[Tensor]:
         return self.with_master + self.without
+
+    def own_flags(self) -> Tensor:
+        """Returns flags that may be written to: those of an inspection belong to it."""
+        if self.nonfinite is None:
+            size = len(self.with_master) + len(self.without)
+            self.nonfinite = torch.zeros(size, dtype=torch.int32, device=self.device)
+        return self.nonfinite
+
+    def add_flags(self, flags: Tensor) -> None:
+        self.nonfinite = flags if self.nonfinite is None else self.nonfinite | flags
 
 
 class StepGradients:
@@ -66,6 +75,7 @@ class StepGradients:
         backend: Does the passes.
         coefficient: 0-d float32, on the device that decides (that of the loss scale).
         external_found_inf: What an outside scaler already found: 0-d, non-zero means overflow.
+        plan: The fused update that will use them, to be prepared on the way; None: another path.
     """
 
     def __init__(
@@ -75,24 +85,31 @@ class StepGradients:
         backend: Backend,
         coefficient: Tensor,
         external_found_inf: Tensor | None = None,
+        plan: StepPlan | None = None,
     ) -> None:
         self.params = list(params)
         self.applied = False
         self.norm: Tensor | None = None
+        self.plan = plan
+        self.plan_is_stale = False  # whether parameters were left out since
+        #: 1 / loss_scale as it was at first: 0-d float32
+        self.unscaled_by = coefficient
+        self._inspected = False
         self._coefficient = coefficient
         self._pending = True
         self._masters = masters
         self._backend = backend
         # what must not be forgotten besides the flags: 0-d, non-zero means overflow
         self._found_before = external_found_inf
-        self._buckets = [self._bucket(device) for device in {p.device: None for p in params}]
+        self._found: Tensor | None = None
+        devices = {p.device: None for p in params}
+        self._buckets = [self._bucket(device, len(devices) == 1) for device in devices]
 
-    def _bucket(self, device: torch.device) -> _Bucket:
-        here = [p for p in self.params if p.device == device]
+    def _bucket(self, device: torch.device, only: bool) -> _Bucket:
+        here = self.params if only else [p for p in self.params if p.device == device]
         halves = [p for p in here if p.dtype in SIXTEEN_BIT]
-        others = [p for p in here if p.dtype not in SIXTEEN_BIT]
-        flags = torch.zeros(len(here), dtype=torch.int32, device=device)
-        return _Bucket(device, halves, others, flags)
+        whole = len(halves) == len(here)
+        return _Bucket(device, halves, [] if whole else [p for p in here if p not in set(halves)])
 
     def apply(self) -> None:
         """Multiplies what is pending: 16-bit gradients into masters' `.grad`, others in place."""
@@ -100,11 +117,12 @@ class StepGradients:
             return
         for bucket in self._buckets:
             coefficient = self._coefficient.to(bucket.device, non_blocking=True)
-            first, rest = bucket.nonfinite.tensor_split([len(bucket.with_master)])
+            flags = torch.zeros_like(bucket.own_flags())
+            first, rest = flags.tensor_split([len(bucket.with_master)])
             if not self.applied:
                 buffers = [torch.empty_like(self._masters.of(p)) for p in bucket.with_master]
                 halves = [_grad(p) for p in bucket.with_master]
-                grads = [_laid_out_like(b, g) for b, g in zip(buffers, halves, strict=True)]
+                grads = [laid_out_like(b, g) for b, g in zip(buffers, halves, strict=True)]
                 for param in bucket.without:
                     _own_memory(param)
                 self._backend.unscale_into(grads, buffers, coefficient, first)
@@ -113,8 +131,10 @@ class StepGradients:
             else:
                 self._backend.unscale_(self._grads(bucket.with_master), coefficient, first)
             self._backend.unscale_(self._grads(bucket.without), coefficient, rest)
+            bucket.add_flags(flags)
         self.applied = True
         self._pending = False
+        self._found = None
 
     def clip(self, max_norm: float) -> Tensor:
         """Lowers the coefficient so that the global norm is at most `max_norm`.
@@ -122,50 +142,104 @@ class StepGradients:
         Returns:
             The 2-norm before clipping, 0-d float32; non-finite if a gradient is.
         """
-        norms = []
-        for bucket in self._buckets:
-            coefficient = self._factor.to(bucket.device, non_blocking=True)
-            grads = self._grads(bucket.params) if self.applied else list(map(_grad, bucket.params))
-            per_tensor = tensor_norms(grads, coefficient)
-            # float64 gradients too large to be clipped: better no step than one without the clip
-            bucket.nonfinite.bitwise_or_(torch.isfinite(per_tensor).logical_not().int())
-            norms.append(per_tensor.to(self._coefficient.device, non_blocking=True))
-        if not norms:
-            self.norm = torch.zeros_like(self._coefficient)
-            return self.norm
-        total = torch.linalg.vector_norm(torch.cat(norms))
-        # torch.nn.utils.clip_grad_norm_ adds the same 1e-6; a norm that is not finite must not
-        # reach the coefficient, or every gradient would look bad instead of the one that is
-        shrink = (max_norm / (total + 1e-6)).clamp(max=1.0)
-        shrink = torch.where(torch.isfinite(total), shrink, torch.ones_like(shrink))
-        self._coefficient = (self._factor.double() * shrink).float()
-        self._pending = True
-        self.norm = total.float()
+        self.norm = self._look(max_norm)
         return self.norm
 
+    def inspect(self) -> None:
+        """Looks for overflow, unless `clip` or `apply` already did."""
+        if not self._inspected and not self.applied:
+            self._look(None)
+
+    def _look(self, max_norm: float | None) -> Tensor:
+        """Reads every gradient once: overflow, norm, coefficient; returns the norm."""
+        self._inspected, self._found = True, None
+        if len(self._buckets) == 1 and not _any_float64(self._buckets[0].params):
+            found = self._inspection(self._buckets[0], max_norm)
+            self._coefficient, self._pending = found.coefficient, True
+            if self._found_before is None and not self.applied:
+                self._found = found.found_inf
+            return found.grad_norm
+        sums = [self._square_sum(bucket) for bucket in self._buckets]
+        total = torch.stack(sums).sum().sqrt() if sums else torch.zeros_like(self._coefficient)
+        if max_norm is not None and sums:
+            # torch.nn.utils.clip_grad_norm_ adds the same 1e-6; a norm that is not finite must not
+            # reach the coefficient, or every gradient would look bad instead of the one that is
+            shrink = (max_norm / (total + 1e-6)).clamp(max=1.0)
+            shrink = torch.where(torch.isfinite(total), shrink, torch.ones_like(shrink))
+            self._coefficient = (self.coefficient.double() * shrink).float()
+            self._pending = True
+        return total.float()
+
+    def _inspection(self, bucket: _Bucket, max_norm: float | None) -> Inspection:
+        coefficient = self.coefficient.to(bucket.device, non_blocking=True)
+        grads = self._stored(bucket)
+        here = None
+        if self.plan is not None and not self.plan_is_stale:
+            here = self.plan.on(bucket.device)
+        if here is None:
+            found = self._backend.inspect(grads, coefficient, max_norm)
+        else:
+            hyper = here.read_hyper()
+            found = self._backend.inspect(
+                grads, coefficient, max_norm, plan=here.prepared_for(hyper), hyper=hyper
+            )
+        bucket.add_flags(found.kinds)
+        return found
+
+    def _square_sum(self, bucket: _Bucket) -> Tensor:
+        if not _any_float64(bucket.params):
+            square_sum = self._inspection(bucket, None).square_sum.sum()
+        else:
+            coefficient = self.coefficient.to(bucket.device, non_blocking=True)
+            norms = tensor_norms(self._stored(bucket), coefficient)
+            # float64 gradients too large to be clipped: better no step than one without the clip
+            bucket.add_flags(torch.isfinite(norms).logical_not().int())
+            square_sum = norms.square().sum()
+        return square_sum.to(self._coefficient.device, non_blocking=True)
+
+    def _stored(self, bucket: _Bucket) -> list[Tensor]:
+        """Returns the gradients as they are: scaled ones of the model, or those `apply` made."""
+        return self._grads(bucket.params) if self.applied else [_grad(p) for p in bucket.params]
+
     @property
-    def _factor(self) -> Tensor:
+    def coefficient(self) -> Tensor:
+        """What stored gradients still have to be multiplied by: 0-d float32."""
         return self._coefficient if self._pending else torch.ones_like(self._coefficient)
 
     def found_inf(self) -> Tensor:
-        """Returns 0-d int32: 1 if any gradient, loaded or unscaled, was not finite, else 0."""
+        """Returns 0-d int32: not 0 if any gradient, loaded or unscaled, was not finite."""
+        if self._found is None:
+            self._found = self._any_flag()
+        return self._found
+
+    def _any_flag(self) -> Tensor:
         home = self._coefficient.device
-        if not self.params and self._found_before is None:
-            return torch.zeros((), dtype=torch.int32, device=home)
-        flags = [b.nonfinite.amax().to(home, non_blocking=True) for b in self._buckets]
+        flags = [bucket.own_flags() for bucket in self._buckets]
+        found = [(f != 0).any().int().to(home, non_blocking=True) for f in flags]
         if self._found_before is not None:
-            flags.append((self._found_before != 0).int().reshape(()).to(home, non_blocking=True))
-        return torch.stack(flags).amax() if len(flags) > 1 else flags[0]
+            found.append((self._found_before != 0).int().reshape(()).to(home, non_blocking=True))
+        if not found:
+            return torch.zeros((), dtype=torch.int32, device=home)
+        return torch.stack(found).amax() if len(found) > 1 else found[0]
 
     def final(self) -> list[Tensor]:
         """Returns the unscaled gradients, in the order of `params`, after `apply`."""
         return self._grads(self.params)
 
+    def stored_of(self, params: Sequence[Tensor]) -> list[Tensor]:
+        """Returns the gradients of `params` as they are, each with the strides of its master."""
+        if self.applied:
+            return self._grads(params)
+        grads = [param.grad for param in params]
+        if all(map(_is_contiguous, grads)) and all(map(Tensor.is_contiguous, params)):
+            return grads  # type: ignore[return-value]
+        return [laid_out_like(self._masters.of(p), _grad(p)) for p in params]
+
     def flags(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields (parameter, 0-d int32 flag) for every gradient, in the order of `params`."""
         flag_of: dict[Tensor, Tensor] = {}
         for bucket in self._buckets:
-            flag_of.update(zip(bucket.params, bucket.nonfinite.unbind(), strict=True))
+            flag_of.update(zip(bucket.params, bucket.own_flags().unbind(), strict=True))
         yield from ((param, flag_of[param]) for param in self.params)
 
     def keep(self, params: Sequence[Tensor]) -> None:
@@ -176,7 +250,8 @@ class StepGradients:
         """
         if len(params) == len(self.params):
             return
-        self._found_before = self.found_inf()
+        self._found_before, self._found = self.found_inf(), None
+        self.plan_is_stale = True
         kept = set(params)
         for param in self.params:
             if param not in kept:
@@ -188,11 +263,13 @@ class StepGradients:
             bucket.with_master = [param for param in bucket.with_master if param in kept]
             bucket.without = [param for param in bucket.without if param in kept]
             flags = [flag_of[param] for param in bucket.params]
-            bucket.nonfinite = torch.stack(flags) if flags else bucket.nonfinite[:0]
+            bucket.nonfinite = torch.stack(flags) if flags else None
         self._buckets = [bucket for bucket in self._buckets if bucket.params]
 
     def release(self) -> None:
         """Drops the masters' gradients: a parameter without one next time must not reuse them."""
+        if not self.applied:
+            return
         for bucket in self._buckets:
             for param in bucket.with_master:
                 self._masters.of(param).grad = None
@@ -201,11 +278,19 @@ class StepGradients:
         return [_grad(self._masters.of(param)) for param in params]
 
 
-def _laid_out_like(buffer: Tensor, grad: Tensor) -> Tensor:
+def _any_float64(params: Sequence[Tensor]) -> bool:
+    return any(param.dtype == torch.float64 for param in params)
+
+
+def laid_out_like(buffer: Tensor, grad: Tensor) -> Tensor:
     """Returns `grad`, or a copy of it with the strides of `buffer`: backends want equal layouts."""
     if grad.stride() == buffer.stride():
         return grad
     return torch.empty_like(buffer, dtype=grad.dtype).copy_(grad)
+
+
+def _is_contiguous(grad: Tensor | None) -> bool:
+    return grad is not None and grad.is_contiguous()
 
 
 def _own_memory(param: Tensor) -> None:

@@ -45,6 +45,8 @@ class Masters:
         self._inner = inner
         self._outer_state = outer_state
         self._master_of: dict[Tensor, Tensor] = {}
+        #: counts what replaces tensors: plans made of older ones are stale
+        self.version = 0
         self.link_state(param for group in inner.param_groups for param in group["params"])
 
     def of(self, param: Tensor) -> Tensor:
@@ -66,6 +68,7 @@ class Masters:
             return
         master = param.detach().float() if value is None else value.detach()
         self._master_of[param] = master
+        self.version += 1
         if param in self._inner.state:
             self._inner.state[master] = upcast(self._inner.state.pop(param))
         self._outer_state[param] = {"master": master, **self._inner.state.get(master, {})}
@@ -94,6 +97,7 @@ class Masters:
         Args:
             states: Per parameter what `outer_state` shows of it. Tensors are taken, not copied.
         """
+        self.version += 1
         self._master_of.clear()
         self._inner.state.clear()
         self._outer_state.clear()

@@ -14,7 +14,6 @@ from mpcore._checks import check_number
 from mpcore._parameters import check_inner
 from mpcore._scaling import External, scale_outputs
 from mpcore.errors import ArgumentError, StageError
-from mpcore.general_path import GeneralPath
 from mpcore.gradients import StepGradients
 from mpcore.loss_scale import (
     DynamicLossScale,
@@ -24,11 +23,11 @@ from mpcore.loss_scale import (
     initial_state,
     resumed_state,
 )
+from mpcore.paths import PATHS, GroupPath, Paths
 from mpcore.stage import Stage
 from mpcore.step_result import StepResult
 from mpcore.wrapper import OptimizerWrapper
 
-PATHS = ("auto", "general")
 Outputs = TypeVar("Outputs")
 
 
@@ -46,13 +45,14 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
             `model.named_parameters()`, so that reports can name parameters. State that it
             already has is kept. Do not call its `step` yourself any more.
         loss_scale: `DynamicLossScale(...)`, `StaticLossScale(scale)` or `NoLossScale()`.
-        backend: "auto", "reference" or "triton"; see `mpcore.backends.resolve`.
-        path: "auto" or "general".
+        backend: "auto", "cpu", "reference" or "triton"; see `mpcore.backends.resolve`.
+        path: "fused" (the backend computes the whole step; AdamW, Adam, SGD, Adagrad and Lion of
+            exactly these types), "general" (the optimizer's own step), or "auto": fused if it can.
 
     Raises:
         ArgumentTypeError: `optimizer` or `loss_scale` is something else.
-        ArgumentError: It is wrapped already, a parameter is complex, integer or there twice, or
-            `backend` or `path` is unknown.
+        ArgumentError: It is wrapped already, a parameter is complex, integer or there twice,
+            `backend` or `path` is unknown, or the step cannot be fused and `path` is "fused".
         BackendError: The backend asked for cannot run here.
 
     Example:
@@ -72,7 +72,7 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
         torch.float32
     """
 
-    _kept = (*OptimizerWrapper._kept, "loss_scaling", "_scale", "_saturated", "_began")
+    _kept = (*OptimizerWrapper._kept, "loss_scaling", "_scale", "_saturated", "_began", "_path")
 
     #: torch.amp.GradScaler then hands over `grad_scale` and `found_inf` and always calls `step`
     _step_supports_amp_scaling = True
@@ -91,6 +91,7 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
             raise ArgumentError(f"path: expected one of {', '.join(PATHS)}, got {path!r}.")
         super().__init__(optimizer, backend)
         self.loss_scaling = loss_scale
+        self._path = path
         params = self._params()
         home = params[0].device if params else torch.device("cpu")
         self._scale = LossScaleTensors.from_state(initial_state(loss_scale), home)
@@ -101,8 +102,8 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
     def _start(self) -> None:
         """Makes what does not outlive a step, or follows from the rest."""
         self.register_state_dict_post_hook(_add_section)
-        self.path = "general"
-        self._general = GeneralPath(self.inner, self._masters, self._module, self._saturated)
+        backend = (self.backend, self._module)
+        self._paths = Paths(self._path, self.inner, self._masters, backend, self._saturated)
         self._stage = Stage(
             self.param_groups,
             self._device_of,
@@ -110,7 +111,19 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
             self._module,
             self.loss_scaling,
             self._scale,
+            self._paths.plan,
         )
+
+    @property
+    def path(self) -> tuple[GroupPath, ...]:
+        """The path of each param group, and why: "fused" or "general"."""
+        return self._paths.chosen
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """See `OptimizerWrapper.add_param_group`."""
+        super().add_param_group(param_group)
+        if hasattr(self, "_paths"):
+            self._paths.choose()
 
     def scale(self, outputs: Outputs) -> Outputs:
         """Returns `outputs` multiplied by the loss scale in float32, without a host sync.
@@ -230,29 +243,33 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
             return self._step_with_closure(closure)
         zeros = None if self._began or External.of(self) else self._stage.collect_zeros()
         if zeros is not None:
-            self._general.initialise_state(zeros)
+            self._paths.initialise_state(zeros)
             return None
         collected = self._collect("step()")
         if not collected.params:
             self._stage.forget_step()
-            self._general.step_without_gradients()
+            self._paths.step_without_gradients()
             return None
-        self._general.step(collected)
-        self._finish(collected)
+        moved = self._paths.step(collected, self._stage.move(External.of(self)))
+        self._finish(collected, moved)
         return None
 
     def _step_with_closure(self, closure: Callable[[], Any]) -> Any:
         self._stage.forget()
         try:
-            result, gradients = self._general.step_with_closure(closure, self._collect_in_closure)
+            result, gradients, moved = self._paths.step_with_closure(
+                closure,
+                lambda: self._stage.collect_evaluation(External.of(self)),
+                self._stage.move(External.of(self)),
+            )
         finally:  # also of a closure that raised
             self._stage.forget()
             self._stage.scaled = False
-        self._finish(gradients)
+        self._finish(gradients, moved)
         return result
 
-    def _finish(self, gradients: StepGradients) -> None:
-        self._stage.finish(gradients, External.of(self))
+    def _finish(self, gradients: StepGradients, moved: bool) -> None:
+        self._stage.finish(gradients, External.of(self), moved=moved)
         self._began = True
 
     @property
@@ -324,24 +341,15 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
         self._start()
 
     def __repr__(self) -> str:
+        paths = ", ".join(f"{i}: {path}" for i, path in enumerate(self.path))
         head = (
             f"MixedPrecisionOptimizer({type(self.inner).__name__}, {self.loss_scaling}, "
-            f"path={self.path!r}, backend={self.backend!r})"
+            f"backend={self.backend!r}, path of each group: {paths})"
         )
         return f"{head}\n{super().__repr__()}"
 
     def _collect(self, caller: str) -> StepGradients:
         return self._stage.collect(caller, External.of(self))
-
-    def _collect_in_closure(self) -> StepGradients:
-        """Returns the gradients of one evaluation of a user's closure, and readies the next."""
-        gradients = self._collect("step(closure)")
-        self._stage.gradients, self._stage.scaled = None, False
-        if not gradients.params:
-            raise StageError(
-                "step(closure): expected the closure to call backward(), got no gradient at all."
-            )
-        return gradients
 
 
 def _add_section(optimizer: Any, saved: dict[str, Any]) -> None:

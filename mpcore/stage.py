@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from mpcore._parameters import name_of, with_gradient
 from mpcore._scaling import External
-from mpcore.backends import Backend
+from mpcore.backends import Backend, ScaleMove
 from mpcore.errors import StageError
 from mpcore.gradients import StepGradients
 from mpcore.loss_scale import LossScale, LossScaleTensors, NoLossScale
 from mpcore.masters import Groups, Masters
+from mpcore.step_plan import StepPlan
 from mpcore.step_result import StepResult
 
 
@@ -27,6 +28,7 @@ class Stage:
         backend: Does the passes over gradients.
         loss_scaling: How the scale moves.
         tensors: The scale and its counters.
+        plan: Returns how the fused path updates the parameters given to it, None on another path.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class Stage:
         backend: Backend,
         loss_scaling: LossScale,
         tensors: LossScaleTensors,
+        plan: Callable[[list[Tensor]], StepPlan | None],
     ) -> None:
         self.gradients: StepGradients | None = None
         self.scaled = False  # whether scale() was called since the last step
@@ -47,7 +50,8 @@ class Stage:
         self._backend = backend
         self._loss_scaling = loss_scaling
         self._tensors = tensors
-        self._used_scale = tensors.scale
+        self._plan = plan
+        self._outside_scale: Tensor | None = None
 
     @property
     def needs_scale(self) -> bool:
@@ -75,10 +79,20 @@ class Stage:
         # all of them: some optimizers move parameters that have no gradient in this step
         self._masters.create_for(p for g in self._groups for p in g["params"] if p.requires_grad)
         scale = self._tensors.scale if external is None else external.scale
-        # latched: what unscales is what scaled, wherever the scale goes at the end of the step
-        self._used_scale = scale.clone()
+        # an outside scale is any number and moves in place; our own follows from the coefficient
+        self._outside_scale = None if external is None else scale.clone()
         self.gradients = self._gradients_of(params, scale, external)
         return self.gradients
+
+    def collect_evaluation(self, external: External | None) -> StepGradients:
+        """Returns the gradients of one evaluation of a user's closure, and readies the next."""
+        gradients = self.collect("step(closure)", external)
+        self.gradients, self.scaled = None, False
+        if not gradients.params:
+            raise StageError(
+                "step(closure): expected the closure to call backward(), got no gradient at all."
+            )
+        return gradients
 
     def collect_zeros(self) -> StepGradients | None:
         """Returns the gradients if there are some, never scaled and all zero; syncs with the host.
@@ -91,7 +105,10 @@ class Stage:
         params = with_gradient(self._groups, self._device_of, self._masters)
         if not params or any(bool(torch.any(p.grad != 0)) for p in params):  # type: ignore[arg-type]
             return None
-        return self._gradients_of(params, torch.ones_like(self._tensors.scale), None)
+        self._masters.create_for(params)
+        return StepGradients(
+            params, self._masters, self._backend, torch.ones_like(self._tensors.scale)
+        )
 
     def _gradients_of(
         self, params: list[Tensor], scale: Tensor, external: External | None
@@ -99,8 +116,11 @@ class Stage:
         self._masters.create_for(params)
         found_inf = None if external is None else external.found_inf
         # the reciprocal of a power of two is exact; outside scalers use other numbers as well
-        coefficient = scale.double().reciprocal().float()
-        return StepGradients(params, self._masters, self._backend, coefficient, found_inf)
+        exact = scale if external is None else scale.double()
+        # a new tensor: what unscales is what scaled, wherever the scale goes at the end of the step
+        coefficient = exact.reciprocal().float()
+        plan = self._plan(params) if params else None
+        return StepGradients(params, self._masters, self._backend, coefficient, found_inf, plan)
 
     def _check_no_newcomer(
         self, caller: str, params: list[Tensor], gradients: StepGradients
@@ -126,17 +146,26 @@ class Stage:
                 "step. Write optimizer.backward(loss), or pass loss_scale=mpcore.NoLossScale()."
             )
 
-    def finish(self, gradients: StepGradients, external: External | None) -> None:
-        """Records the step and, last of all, moves the scale; no host sync."""
+    def finish(
+        self, gradients: StepGradients, external: External | None, *, moved: bool = False
+    ) -> None:
+        """Records the step and, last of all, moves the scale unless it has moved; no host sync."""
         found_inf = gradients.found_inf()
         self.result = StepResult(
-            found_inf, self._used_scale, gradients, lambda p: name_of(p, self._groups)
+            found_inf, gradients, lambda p: name_of(p, self._groups), self._outside_scale
         )
-        moving = self._loss_scaling if external is None else NoLossScale()
-        self._tensors.advance_(moving, found_inf)
+        move = self.move(external)
+        if move is None:
+            self._tensors.count_(found_inf)
+        elif not moved:
+            self._backend.update_scale_(**move.arguments(), found_inf=found_inf)
         self.forget()
         gradients.release()
         self.scaled = False
+
+    def move(self, external: External | None) -> ScaleMove | None:
+        """Returns how the scale moves at the end of a step, None if it only counts."""
+        return None if external is not None else self._tensors.move(self._loss_scaling)
 
     def forget_step(self) -> None:
         """Ends a step that had no gradients: it counts as nothing."""

@@ -14,9 +14,9 @@ class StepResult:
 
     Args:
         found_inf: 0-d; non-zero if the step was skipped.
-        scale: 0-d float32, the scale that the gradients carried.
-        gradients: The step's gradients, for their flags and norm.
+        gradients: The step's gradients, for their flags, their norm and their scale.
         name_of: Names a parameter.
+        scale: 0-d float32, what an outside scaler scaled by; None: the gradients say it.
 
     Example:
         >>> import torch, mpcore
@@ -31,14 +31,14 @@ class StepResult:
     def __init__(
         self,
         found_inf: Tensor,
-        scale: Tensor,
         gradients: StepGradients,
         name_of: Callable[[Tensor], str],
+        scale: Tensor | None = None,
     ) -> None:
         self._found_inf = found_inf
-        self._scale = scale
         self._gradients = gradients
         self._name_of = name_of
+        self._scale = scale
 
     @property
     def skipped(self) -> bool:
@@ -54,7 +54,10 @@ class StepResult:
     @property
     def loss_scale(self) -> float:
         """The scale that the step's gradients were unscaled by; syncs."""
-        return float(self._scale)
+        if self._scale is not None:
+            return float(self._scale)
+        # a power of two: both reciprocals are exact
+        return float(self._gradients.unscaled_by.reciprocal())
 
     def overflowed(self) -> list[str]:
         """Returns the names of the parameters whose gradient was not finite; syncs.

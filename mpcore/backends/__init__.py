@@ -10,15 +10,20 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Iterable, Sequence
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from mpcore.backends import reference
+from mpcore.backends._inspection import Inspection
+from mpcore.backends._scale import ScaleMove
 from mpcore.errors import ArgumentError, BackendError
+from mpcore.updates import Batch, Hyper
 
-NAMES = ("auto", "reference", "triton")
+__all__ = ["NAMES", "Backend", "Inspection", "ScaleMove", "resolve", "why_not_triton"]
+
+NAMES = ("auto", "cpu", "reference", "triton")
 
 
 class Backend(Protocol):
@@ -55,8 +60,27 @@ class Backend(Protocol):
         max_norm: float | None,
         *,
         statistics: bool = False,
-    ) -> reference.Inspection:
+        plan: Any = None,
+        hyper: Hyper | None = None,
+    ) -> Inspection:
         """Finds overflow, norms and the clip; returns these attributes, whatever the class."""
+
+    def plan_update(self, rule: str, batches: Sequence[Batch]) -> Any:
+        """Returns what `update_` needs to know about its tensors, in a form of its own."""
+
+    def prepare_(self, plan: Any, hyper: Hyper) -> None:
+        """Computes the scalars of a plan's next update."""
+
+    def update_(
+        self,
+        plan: Any,
+        grads: Sequence[Sequence[Tensor]],
+        coefficient: Tensor,
+        found_inf: Tensor,
+        saturated: Tensor,
+        then: ScaleMove | None = None,
+    ) -> None:
+        """Updates masters, moments and weights unless `found_inf` is set; then moves the scale."""
 
     def update_scale_(
         self,

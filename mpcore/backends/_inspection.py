@@ -132,16 +132,20 @@ def inspect(
     clip = (_float64(limit, device).float().double() / (norm + 1e-6)).clamp(max=1.0)
     clip = torch.where(everything.kinds == 0, clip, 1.0)
     return Inspection(
-        kinds=torch.stack([none.int().sum(dtype=torch.int32), *(f.kinds for f in found)])[1:],
-        first_bad=torch.stack([none.sum(), *(f.first_bad for f in found)])[1:],
-        square_sum=torch.stack([norm, *(_square_sum(f) for f in found)])[1:],
-        largest=torch.stack([norm.float(), *(_largest(f).view(torch.float32) for f in found)])[1:],
+        kinds=_stack([f.kinds for f in found], none.int()),
+        first_bad=_stack([f.first_bad for f in found], none),
+        square_sum=_stack([_square_sum(f) for f in found], none.double()),
+        largest=_stack([_largest(f).view(torch.float32) for f in found], none.float()),
         found_inf=(everything.kinds != 0).int(),
         grad_norm=norm.float(),
         coefficient=(coefficient.double() * clip).float(),
         counts=_counts(flat, device) if statistics else None,
         histogram=_histogram(flat, device) if statistics else None,
     )
+
+
+def _stack(values: list[Tensor], nothing: Tensor) -> Tensor:
+    return torch.stack(values) if values else nothing
 
 
 def _in_memory_order(tensor: Tensor) -> Tensor:
@@ -155,7 +159,7 @@ def _found_in(values: Tensor, coefficient: Tensor) -> _Found:
     chunks = torch.nn.functional.pad(unscaled, (0, -values.numel() % _CHUNK)).view(-1, _CHUNK)
     chunks = torch.where(chunks.isfinite(), chunks, 0.0)
     largest = (chunks.view(torch.int32) & 0x7FFFFFFF).amax(dim=1)
-    scaled = chunks * ((127 - _exponent(largest)) << 23).view(torch.float32)[:, None]
+    scaled = chunks * ((127 - _exponent(largest)) << 23).view(torch.float32).unsqueeze(1)
     s0, s1, s2, s3 = (scaled * scaled).view(-1, _CHUNK // 4, 4).unbind(dim=2)
     sums = (((s0 + s1) + (s2 + s3)) * 2.0**46).to(torch.int64).sum(dim=1)
     return _Found(*_overflow(values, unscaled), sums, largest)

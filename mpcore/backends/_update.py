@@ -30,13 +30,14 @@ class Plan:
         rule: What computes the update.
         batches: What it updates.
         hyper: The hyper-parameters that the scalars were computed from.
-        scalars: Per batch `[columns, tensors]`, float32; None until `prepare_`.
+        scalars: Per batch and tensor the values of `rule.columns`, 0-d float32; None until
+            `prepare_`.
     """
 
     rule: UpdateRule
     batches: Sequence[Batch]
     hyper: Hyper | None = None
-    scalars: list[Tensor] | None = None
+    scalars: list[list[tuple[Tensor, ...]]] | None = None
 
 
 def plan_update(rule: str, batches: Sequence[Batch]) -> Plan:
@@ -71,21 +72,26 @@ def prepare_(plan: Plan, hyper: Hyper) -> None:
     plan.scalars = [_scalars(plan.rule, batch, hyper) for batch in plan.batches]
 
 
-def _scalars(rule: UpdateRule, batch: Batch, hyper: Hyper) -> Tensor:
-    device = batch.masters[0].device
-    rows = [hyper.numbers[group] for group in batch.groups]
-    numbers = torch.tensor(rows, dtype=torch.float64, device="cpu").to(device, non_blocking=True)
-    columns = list(numbers.unbind(dim=1))
-    lrs = [hyper.lrs[group] for group in batch.groups]
-    if any(lr is not None for lr in lrs):
-        own = columns[0].unbind()
-        chosen = [a if b is None else b.reshape(()).double() for a, b in zip(own, lrs, strict=True)]
-        columns[0] = torch.stack(chosen)
-    t = torch.ones_like(columns[0])
-    if batch.steps is not None:
-        t = torch.stack(list(batch.steps)).double() + 1
-    values = rule.scalars(columns, t)
-    return torch.stack([value.expand_as(t).float() for value in values])
+def _scalars(rule: UpdateRule, batch: Batch, hyper: Hyper) -> list[tuple[Tensor, ...]]:
+    """Returns the scalars of each tensor, computed for all tensors of a param group at once."""
+    members: dict[int, list[int]] = {}
+    for index, group in enumerate(batch.groups):
+        members.setdefault(group, []).append(index)
+    scalars: list[tuple[Tensor, ...]] = [()] * len(batch.groups)
+    for group, indices in members.items():
+        like = torch.ones(len(indices), dtype=torch.float64, device=batch.masters[0].device)
+        # filled on the device: numbers that were copied there could wait for it
+        numbers = [torch.full_like(like, number) for number in hyper.numbers[group]]
+        lr = hyper.lrs[group]
+        if lr is not None:
+            numbers[0] = lr.reshape(()).double().expand_as(like)
+        t = like
+        if batch.steps is not None:
+            t = torch.stack([batch.steps[index] for index in indices]).double() + 1
+        columns = [value.expand_as(like).float().unbind() for value in rule.scalars(numbers, t)]
+        for index, row in zip(indices, zip(*columns, strict=True), strict=True):
+            scalars[index] = row
+    return scalars
 
 
 @torch.no_grad()
@@ -113,9 +119,8 @@ def update_(
     """
     scalars = take_scalars(plan)
     keep = found_inf != 0
-    for batch, batch_grads, columns in zip(plan.batches, grads, scalars, strict=True):
-        for i, (master, grad) in enumerate(zip(batch.masters, batch_grads, strict=True)):
-            s = columns[:, i].unbind()
+    for batch, batch_grads, rows in zip(plan.batches, grads, scalars, strict=True):
+        for i, (master, grad, s) in enumerate(zip(batch.masters, batch_grads, rows, strict=True)):
             moments = [moment[i] for moment in batch.moments]
             g = (grad.float() * coefficient) * s[0]
             param, updated = plan.rule.apply(g, master, moments, s)
@@ -129,7 +134,7 @@ def update_(
         update_scale_(**then.arguments(), found_inf=found_inf)
 
 
-def take_scalars(plan: Plan) -> list[Tensor]:
+def take_scalars(plan: Plan) -> list[list[tuple[Tensor, ...]]]:
     """Returns the scalars of a prepared plan, which then needs to be prepared again."""
     scalars, plan.scalars = plan.scalars, None
     if scalars is None:

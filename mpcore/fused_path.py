@@ -1,0 +1,136 @@
+"""The fused path: the backend updates masters and weights itself, in one pass over them.
+
+    inspect (one read of the gradients)  ->  update (one read, one write)  ->  loss scale
+
+The update reads the scaled gradients and multiplies them by one device scalar, 1 / loss_scale times
+the clip. A step that overflowed is skipped inside the update: nobody asks the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpcore.backends import Backend, ScaleMove
+from mpcore.gradients import StepGradients
+from mpcore.masters import Masters
+from mpcore.step_plan import StepPlan, make_plan
+from mpcore.updates import UpdateRule
+
+
+class FusedPath:
+    """Computes an optimizer's step without it.
+
+    Args:
+        inner: The wrapped optimizer, whose options and state are used; its `step` is not called.
+        rule: What computes the update.
+        masters: Masters and state.
+        backend: Does the passes.
+        saturated: 0-d int64, counts weights clamped to the finite maximum.
+    """
+
+    def __init__(
+        self,
+        inner: torch.optim.Optimizer,
+        rule: UpdateRule,
+        masters: Masters,
+        backend: Backend,
+        saturated: Tensor,
+    ) -> None:
+        self.inner = inner
+        self.rule = rule
+        self._masters = masters
+        self._backend = backend
+        self._saturated = saturated
+        self._plan: tuple[Any, StepPlan] | None = None
+
+    def plan(self, params: Sequence[Tensor]) -> StepPlan:
+        """Returns how `params` are updated, made anew if tensors or options changed; no host sync.
+
+        Args:
+            params: Those that have a gradient; 16-bit ones have a master.
+        """
+        groups = self.inner.param_groups
+        key = (
+            self._masters.version,
+            list(map(id, params)),
+            list(map(Tensor.data_ptr, params)),
+            [list(map(id, group["params"])) for group in groups],
+            [self.rule.moments(group) for group in groups],
+        )
+        if self._plan is None or self._plan[0] != key:
+            self._plan = None  # frees what the old one holds before the new one is made
+            plan = make_plan(
+                params, groups, self.inner.state, self._masters, self.rule, self._backend
+            )
+            self._plan = (key, plan)
+        return self._plan[1]
+
+    def step(self, gradients: StepGradients, move: ScaleMove | None) -> bool:
+        """Updates or skips, then moves the loss scale if it can; no host sync.
+
+        Args:
+            gradients: What to step with.
+            move: How the loss scale moves after the step, or None.
+
+        Returns:
+            Whether the scale has moved: with devices that differ, somebody else has to do it.
+        """
+        plan = gradients.plan
+        if plan is None or gradients.plan_is_stale:
+            plan = self.plan(gradients.params)
+        gradients.inspect()
+        coefficient, found_inf = gradients.coefficient, gradients.found_inf()
+        home = self._saturated.device
+        moved = False
+        for part in plan.devices:
+            part.prepare(self._backend)
+            alone = part.device == home and part is plan.devices[-1]
+            saturated = self._saturated
+            if part.device != home:
+                saturated = torch.zeros_like(saturated, device=part.device)
+            self._backend.update_(
+                part.plan,
+                [gradients.stored_of(params) for params in part.params],
+                coefficient.to(part.device, non_blocking=True),
+                found_inf.to(part.device, non_blocking=True),
+                saturated,
+                then=move if alone else None,
+            )
+            part.used()
+            moved = moved or (alone and move is not None)
+            if part.device != home:
+                self._saturated.add_(saturated.to(home, non_blocking=True))
+        # writes by address, and those of torch's fused kernels, tell autograd nothing
+        torch.autograd.graph.increment_version(plan.written)
+        self._note_step()
+        return moved
+
+    def step_with_closure(
+        self,
+        closure: Callable[[], Any],
+        collect: Callable[[], StepGradients],
+        move: ScaleMove | None,
+    ) -> tuple[Any, StepGradients, bool]:
+        """Evaluates `closure` once and steps, as the optimizers with a rule do; no host sync.
+
+        Args:
+            closure: Clears gradients, computes the loss, calls `backward`, returns the loss.
+            collect: Returns the gradients that the closure left.
+            move: As for `step`.
+
+        Returns:
+            The loss, the gradients, and whether the scale has moved.
+        """
+        with torch.enable_grad():
+            loss = closure()
+            gradients = collect()
+        return loss, gradients, self.step(gradients, move)
+
+    def _note_step(self) -> None:
+        """Tells LR schedulers on the wrapped optimizer that it was stepped: they warn otherwise."""
+        inner: Any = self.inner
+        inner._opt_called = True

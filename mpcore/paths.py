@@ -1,0 +1,202 @@
+"""Which path a step takes: fused where an optimizer and its options are known, else general."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mpcore.backends import Backend, ScaleMove
+from mpcore.errors import ArgumentError
+from mpcore.fused_path import FusedPath
+from mpcore.general_path import DirectStepGuard, GeneralPath
+from mpcore.gradients import StepGradients
+from mpcore.masters import Groups, Masters
+from mpcore.step_plan import StepPlan
+from mpcore.updates import rule_of
+
+PATHS = ("auto", "fused", "general")
+
+
+class GroupPath(NamedTuple):
+    """The path of one param group.
+
+    Attributes:
+        path: "fused" or "general".
+        reason: Why it is not the fused one, or which update it is.
+
+    Example:
+        >>> str(GroupPath("general", "foreach=True asks for torch's own implementation"))
+        "general: foreach=True asks for torch's own implementation"
+    """
+
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+def choose_paths(asked: str, inner: torch.optim.Optimizer, backend: str) -> tuple[GroupPath, ...]:
+    """Returns the path of each param group; all take the same one. No host sync.
+
+    Args:
+        asked: "auto", "fused" or "general".
+        inner: The wrapped optimizer.
+        backend: Its name. The reference backend is an oracle and fuses only when asked to.
+
+    Raises:
+        ArgumentError: "fused" was asked for and cannot be taken.
+    """
+    groups = inner.param_groups
+    if asked == "general":
+        return tuple(GroupPath("general", "it was asked for") for _ in groups)
+    if asked == "auto" and backend == "reference":
+        reason = 'the reference backend fuses only if path is "fused"'
+        return tuple(GroupPath("general", reason) for _ in groups)
+    reasons = _reasons(inner, groups)
+    stopped = next((i for i, reason in enumerate(reasons) if reason is not None), None)
+    if stopped is None:
+        rule = rule_of(inner)
+        return tuple(GroupPath("fused", "" if rule is None else rule.name) for _ in groups)
+    if asked == "fused":
+        raise ArgumentError(
+            f"path: expected a step that can be fused, got param group {stopped}: "
+            f'{reasons[stopped]}. Pass path="auto" or path="general".'
+        )
+    because = f"group {stopped} needs it"
+    return tuple(GroupPath("general", reason or because) for reason in reasons)
+
+
+def still_fused(inner: torch.optim.Optimizer) -> bool:
+    """Whether options and hooks still allow the fused path, parameters being what they were.
+
+    Cheap enough for every step: options may change between steps.
+    """
+    rule = rule_of(inner)
+    if rule is None or _why_step_must_run(inner) is not None:
+        return False
+    return all(rule.why_not(group) is None for group in inner.param_groups)
+
+
+def _reasons(inner: torch.optim.Optimizer, groups: Groups) -> list[str | None]:
+    """Returns per group why its step cannot be fused, or None."""
+    rule = rule_of(inner)
+    if rule is None:
+        return [f"no fused update for {type(inner).__name__}"] * len(groups)
+    hooked = _why_step_must_run(inner)
+    if hooked is not None:
+        return [hooked] * len(groups)
+    return [rule.why_not(group) or _why_not_params(group["params"]) for group in groups]
+
+
+def _why_step_must_run(inner: torch.optim.Optimizer) -> str | None:
+    """Returns what would be lost if the wrapped optimizer's own `step` were not called."""
+    hooks = [*inner._optimizer_step_pre_hooks.values(), *inner._optimizer_step_post_hooks.values()]
+    if not all(isinstance(hook, DirectStepGuard) for hook in hooks):
+        return "the wrapped optimizer has step hooks"
+    step: Any = inner.__dict__.get("step")
+    if step is not None and not hasattr(step, "_wrapped_by_lr_sched"):
+        return "the wrapped optimizer's step was replaced"
+    return None
+
+
+def _why_not_params(params: list[Tensor]) -> str | None:
+    for param in params:
+        if param.dtype == torch.float64:
+            return "a parameter is float64"
+        if not param.is_contiguous() and not _is_dense(param):
+            return "a parameter has gaps in memory or overlaps itself"
+    return None
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements lie in memory side by side, in whatever order of dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+class Paths:
+    """Both paths over one optimizer, and which of them the next step takes.
+
+    Args:
+        asked: "auto", "fused" or "general".
+        inner: The wrapped optimizer.
+        masters: Masters and state.
+        backend: Its name and what does the passes.
+        saturated: 0-d int64, counts weights clamped to the finite maximum.
+
+    Raises:
+        ArgumentError: "fused" was asked for and cannot be taken.
+    """
+
+    def __init__(
+        self,
+        asked: str,
+        inner: torch.optim.Optimizer,
+        masters: Masters,
+        backend: tuple[str, Backend],
+        saturated: Tensor,
+    ) -> None:
+        self._asked = asked
+        self._backend, module = backend
+        self._inner = inner
+        rule = rule_of(inner)
+        self._general = GeneralPath(inner, masters, module, saturated)
+        self._fused: FusedPath | None = None
+        if rule is not None:
+            self._fused = FusedPath(inner, rule, masters, module, saturated)
+        self.choose()
+
+    def choose(self) -> None:
+        """Looks again at every option and parameter."""
+        self.chosen = choose_paths(self._asked, self._inner, self._backend)
+
+    def _now(self) -> FusedPath | None:
+        """Returns the fused path if the next step takes it."""
+        fused = bool(self.chosen) and self.chosen[0].path == "fused"
+        if fused and not still_fused(self._inner):
+            self.choose()
+            fused = bool(self.chosen) and self.chosen[0].path == "fused"
+        return self._fused if fused else None
+
+    def plan(self, params: list[Tensor]) -> StepPlan | None:
+        """Returns how the fused path updates `params`; None if the general path steps."""
+        fused = self._now()
+        return None if fused is None else fused.plan(params)
+
+    def step(self, gradients: StepGradients, move: ScaleMove | None) -> bool:
+        """Steps or skips; returns whether the loss scale has moved with it."""
+        if gradients.plan is not None and self._fused is not None:
+            return self._fused.step(gradients, move)
+        self._general.step(gradients)
+        return False
+
+    def step_without_gradients(self) -> None:
+        """Lets the wrapped optimizer do what it does without gradients: usually nothing."""
+        if self._now() is None:
+            self._general.step_without_gradients()
+
+    def initialise_state(self, gradients: StepGradients) -> None:
+        """Makes the optimizer's state and changes no weight."""
+        self._general.initialise_state(gradients)
+
+    def step_with_closure(
+        self,
+        closure: Callable[[], Any],
+        collect: Callable[[], StepGradients],
+        move: ScaleMove | None,
+    ) -> tuple[Any, StepGradients, bool]:
+        """Returns the closure's loss, the last gradients, and whether the loss scale has moved."""
+        fused = self._now()
+        if fused is not None:
+            return fused.step_with_closure(closure, collect, move)
+        return *self._general.step_with_closure(closure, collect), False

@@ -1,0 +1,156 @@
+"""Which tensors a fused step updates, in which batches, with which hyper-parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpcore._checks import SIXTEEN_BIT
+from mpcore.backends import Backend
+from mpcore.masters import Groups, Masters
+from mpcore.updates import Batch, Hyper, UpdateRule
+
+
+@dataclass
+class DevicePlan:
+    """The batches of one device.
+
+    Attributes:
+        device: Where all of it is.
+        params: The parameters of each batch, in the order of its masters.
+        plan: What the backend made of the batches.
+        rule: What computes the update.
+        groups: The optimizer's param groups.
+    """
+
+    device: torch.device
+    params: list[list[Tensor]]
+    plan: Any
+    rule: UpdateRule
+    groups: Groups
+    _prepared: tuple[Any, ...] | None = field(default=None, init=False)
+
+    def read_hyper(self) -> Hyper:
+        """Returns the hyper-parameters as they are now; no host sync."""
+        rates = [_learning_rate(group["lr"], self.device) for group in self.groups]
+        numbers = tuple(
+            self.rule.numbers(group, rate if isinstance(rate, float) else 0.0)
+            for group, rate in zip(self.groups, rates, strict=True)
+        )
+        return Hyper(numbers, tuple(rate if isinstance(rate, Tensor) else None for rate in rates))
+
+    def prepared_for(self, hyper: Hyper) -> Any:
+        """Returns the backend's plan and remembers what it is going to be prepared for."""
+        self._prepared = _identity(hyper)
+        return self.plan
+
+    def prepare(self, backend: Backend) -> None:
+        """Prepares the plan unless it is, for the hyper-parameters of now."""
+        hyper = self.read_hyper()
+        if self._prepared != _identity(hyper):
+            backend.prepare_(self.prepared_for(hyper), hyper)
+
+    def used(self) -> None:
+        """Notes that an update took what was prepared."""
+        self._prepared = None
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The batches of all devices, for one set of parameters that have a gradient."""
+
+    devices: tuple[DevicePlan, ...]
+    written: tuple[Tensor, ...]
+
+    def on(self, device: torch.device) -> DevicePlan:
+        """Returns the part of one device."""
+        return next(part for part in self.devices if part.device == device)
+
+
+def make_plan(
+    params: Sequence[Tensor],
+    groups: Groups,
+    inner_state: dict[Tensor, dict[str, Any]],
+    masters: Masters,
+    rule: UpdateRule,
+    backend: Backend,
+) -> StepPlan:
+    """Sorts parameters into batches and makes what is missing of their state; no host sync.
+
+    Args:
+        params: Those that have a gradient; 16-bit ones have a master.
+        groups: The optimizer's param groups.
+        inner_state: The wrapped optimizer's state, by master.
+        masters: Where the masters are.
+        rule: What computes the update.
+        backend: Does it.
+    """
+    group_of = {param: i for i, group in enumerate(groups) for param in group["params"]}
+    names_of = [rule.moments(group) for group in groups]
+    sorted_params: dict[torch.device, dict[tuple[Any, ...], list[Tensor]]] = {}
+    for param in params:
+        half = param.dtype if param.dtype in SIXTEEN_BIT else None
+        key = (names_of[group_of[param]], half)
+        sorted_params.setdefault(param.device, {}).setdefault(key, []).append(param)
+    devices = []
+    for device, by_key in sorted_params.items():
+        batches = []
+        for (names, half), members in by_key.items():
+            held = [masters.of(param) for param in members]
+            states = [_complete(inner_state, master, names, rule) for master in held]
+            counts = rule.counts_steps(names)
+            batches.append(
+                Batch(
+                    masters=held,
+                    weights=None if half is None else members,
+                    moments=[[state[name] for state in states] for name in names],
+                    steps=[state["step"] for state in states] if counts else None,
+                    groups=[group_of[param] for param in members],
+                )
+            )
+        plan = backend.plan_update(rule.name, batches)
+        devices.append(DevicePlan(device, list(by_key.values()), plan, rule, groups))
+    masters.link_state(params)
+    return StepPlan(tuple(devices), tuple(params))
+
+
+def _complete(
+    inner_state: dict[Tensor, dict[str, Any]],
+    master: Tensor,
+    names: tuple[str, ...],
+    rule: UpdateRule,
+) -> Mapping[str, Tensor]:
+    """Returns the state of a master with every moment and the step count in it, as kernels want."""
+    state = inner_state[master] if names or rule.counts_steps(names) else {}
+    had_moments = bool(names) and state.get(names[0]) is not None
+    for name in names:
+        moment = state.get(name)
+        if moment is None:
+            state[name] = torch.zeros_like(master)
+        elif moment.dtype != torch.float32 or moment.stride() != master.stride():
+            state[name] = torch.empty_like(master).copy_(moment)
+    if rule.counts_steps(names):
+        step = state.get("step")
+        # torch.optim.SGD counts nothing: a velocity that exists has had its first step
+        value = float(had_moments) if step is None else step
+        if not isinstance(value, Tensor):
+            state["step"] = torch.full((), value, dtype=torch.float32, device=master.device)
+        elif value.device != master.device or value.dtype != torch.float32:
+            state["step"] = value.to(master.device, torch.float32, non_blocking=True)
+    return state
+
+
+def _learning_rate(lr: float | Tensor, device: torch.device) -> float | Tensor:
+    """Returns a learning rate that the host knows as a number, another one as its tensor."""
+    if isinstance(lr, Tensor) and lr.device.type != "cpu":
+        return lr.to(device, non_blocking=True)
+    return float(lr)
+
+
+def _identity(hyper: Hyper) -> tuple[Any, ...]:
+    """Returns what is equal exactly if two are: tensors by object and number of writes."""
+    return (hyper.numbers, *((id(lr), lr._version) for lr in hyper.lrs if lr is not None))
