@@ -1,8 +1,8 @@
 """The backends, and the only place that chooses between them.
 
-A backend is a module with the functions of `Backend`, same names and signatures. `resolve` is a
-pure function of a name and the tensors' devices and dtypes: "auto" chooses, any other name is
-taken literally and raises if it cannot run.
+A backend is a module, or an object, with the functions of `Backend`, same names and signatures.
+`resolve` looks at a name and the tensors' devices and dtypes alone: "auto" chooses, any other name
+is taken literally and raises if it cannot run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from mpcore.backends import reference
+from mpcore.backends import compiled, cpu, reference
 from mpcore.backends._inspection import Inspection
 from mpcore.backends._scale import ScaleMove
 from mpcore.errors import ArgumentError, BackendError
@@ -23,7 +23,7 @@ from mpcore.updates import Batch, Hyper
 
 __all__ = ["NAMES", "Backend", "Inspection", "ScaleMove", "resolve", "why_not_triton"]
 
-NAMES = ("auto", "cpu", "reference", "triton")
+NAMES = ("auto", "cpu", "compiled", "reference", "triton")
 
 
 class Backend(Protocol):
@@ -122,11 +122,11 @@ def why_not_triton(
 def resolve(
     name: str, devices: Iterable[torch.device], dtypes: Iterable[torch.dtype] = ()
 ) -> tuple[str, Backend]:
-    """Returns the name and the module of the backend to use; reads no tensor.
+    """Returns the name of the backend to use, and the backend; reads no tensor.
 
     Args:
-        name: "auto" (Triton on a GPU where it can run, otherwise plain PyTorch), "reference" or
-            "triton".
+        name: "auto" (Triton on a GPU where it can run, the cpu backend on a CPU, otherwise plain
+            PyTorch), "cpu", "compiled", "reference" or "triton".
         devices: The devices of the tensors it will work on.
         dtypes: The dtypes of those tensors.
 
@@ -136,21 +136,36 @@ def resolve(
 
     Example:
         >>> resolve("auto", [torch.device("cpu")])[0]
-        'reference'
+        'cpu'
     """
     devices, dtypes = list(devices), list(dtypes)
+    kinds = {device.type for device in devices}
     if name not in NAMES:
         raise ArgumentError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}.")
+    if name == "auto":
+        name = _best(kinds, devices, dtypes)
     if name == "reference":
         return name, reference
-    if name == "auto" and {device.type for device in devices} != {"cuda"}:
-        return "reference", reference
+    if name in ("cpu", "compiled"):
+        if not kinds <= {"cpu"}:
+            raise BackendError(
+                f"backend: expected one that can run here, got {name!r}: the parameters are on "
+                f'{sorted(kinds)}. Pass backend="auto".'
+            )
+        return name, cpu if name == "cpu" else compiled
     reason = why_not_triton(devices, dtypes)
-    if reason is None:
-        return "triton", cast(Backend, importlib.import_module("mpcore_kernels"))
-    if name == "triton":
+    if reason is not None:
         raise BackendError(
             f'backend: expected one that can run here, got "triton": {reason}. '
             'Pass backend="auto" or backend="reference".'
         )
-    return "reference", reference
+    # a launcher of its own: its tables live as long as the optimizer
+    return name, cast(Backend, importlib.import_module("mpcore_kernels").Launcher())
+
+
+def _best(kinds: set[str], devices: Iterable[torch.device], dtypes: Iterable[torch.dtype]) -> str:
+    """Returns what "auto" stands for."""
+    if kinds <= {"cpu"}:
+        return "cpu"
+    fits = kinds == {"cuda"} and why_not_triton(devices, dtypes) is None
+    return "triton" if fits else "reference"

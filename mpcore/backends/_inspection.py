@@ -26,6 +26,7 @@ from mpcore._checks import SIXTEEN_BIT
 from mpcore.backends._update import Plan, prepare_
 from mpcore.errors import ArgumentError
 from mpcore.updates import Hyper
+from mpcore.updates.square_root import sqrt64
 
 _CHUNK = 4096
 _INFINITY = 0x7F800000
@@ -43,6 +44,7 @@ class Inspection:
         square_sum: `[len(grads)]`, float64. Sum of squares of unscaled values; NaN if the gradient
             holds a NaN, infinity if something else in `kinds` is set.
         largest: `[len(grads)]`, float32. Largest magnitude among finite unscaled values, or 0.
+            None from the cpu backend without statistics.
         found_inf: `[]`, int32. 1 if any element of `kinds` is not 0, else 0.
         grad_norm: `[]`, float32. Square root of the sum of all squares, NaN or infinity like them.
         coefficient: `[]`, float32. The coefficient times the clip factor.
@@ -56,7 +58,7 @@ class Inspection:
     kinds: Tensor
     first_bad: Tensor
     square_sum: Tensor
-    largest: Tensor
+    largest: Tensor | None
     found_inf: Tensor
     grad_norm: Tensor
     coefficient: Tensor
@@ -103,18 +105,8 @@ def inspect(
         >>> found.found_inf.item(), found.grad_norm.item(), round(found.coefficient.item(), 4)
         (0, 5.0, 0.1)
     """
-    limit = float("inf") if max_norm is None else float(max_norm)
-    if not limit >= 0:
-        raise ArgumentError(
-            f"max_norm: expected a number of at least 0 or None, got {max_norm!r}. "
-            "Pass None to leave gradients as they are."
-        )
-    for index, grad in enumerate(grads):
-        if grad.dtype not in (*SIXTEEN_BIT, torch.float32):
-            raise ArgumentError(
-                f"grads[{index}]: expected float16, bfloat16 or float32, got {grad.dtype}. "
-                "Cast it first."
-            )
+    limit = check_max_norm(max_norm)
+    check_dtypes(grads)
     if plan is not None and hyper is not None:
         prepare_(plan, hyper)
     device = coefficient.device
@@ -128,7 +120,7 @@ def inspect(
         torch.cat([none, *(f.sums for f in found)]),
         torch.cat([none.int(), *(f.largest for f in found)]),
     )
-    norm = _square_sum(everything).sqrt()
+    norm = sqrt64(_square_sum(everything))
     clip = (_float64(limit, device).float().double() / (norm + 1e-6)).clamp(max=1.0)
     clip = torch.where(everything.kinds == 0, clip, 1.0)
     return Inspection(
@@ -142,6 +134,27 @@ def inspect(
         counts=_counts(flat, device) if statistics else None,
         histogram=_histogram(flat, device) if statistics else None,
     )
+
+
+def check_max_norm(max_norm: float | None) -> float:
+    """Returns the limit of the norm, infinity for none; raises if it is negative or NaN."""
+    limit = float("inf") if max_norm is None else float(max_norm)
+    if not limit >= 0:
+        raise ArgumentError(
+            f"max_norm: expected a number of at least 0 or None, got {max_norm!r}. "
+            "Pass None to leave gradients as they are."
+        )
+    return limit
+
+
+def check_dtypes(grads: Sequence[Tensor]) -> None:
+    """Raises unless every gradient has a dtype that can be inspected."""
+    for index, grad in enumerate(grads):
+        if grad.dtype not in (*SIXTEEN_BIT, torch.float32):
+            raise ArgumentError(
+                f"grads[{index}]: expected float16, bfloat16 or float32, got {grad.dtype}. "
+                "Cast it first."
+            )
 
 
 def _stack(values: list[Tensor], nothing: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mpcore.updates.rule import TorchFused, UpdateRule
+from mpcore.updates.square_root import SquareRoot, sqrt32
 
 
 class AdagradRule(UpdateRule):
@@ -38,25 +39,28 @@ class AdagradRule(UpdateRule):
         return (1 - 2 * maximize, weight_decay, lr / (1 + (t - 1) * lr_decay), eps)
 
     def apply(
-        self, grad: Tensor, param: Tensor, moments: Sequence[Tensor], s: Sequence[Tensor]
+        self,
+        grad: Tensor,
+        param: Tensor,
+        moments: Sequence[Tensor],
+        s: Sequence[Tensor],
+        sqrt: SquareRoot = sqrt32,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """See `UpdateRule.apply`."""
         _, l2, rate, eps = s
         grad = grad + param * l2
         total = moments[0] + grad * grad
-        return param - (grad * rate) / (torch.sqrt(total) + eps), (total,)
+        return param - (grad * rate) / (sqrt(total) + eps), (total,)
 
-    def torch_fused(
-        self, group: Mapping[str, Any], numbers: Sequence[float], lr: float | Tensor
-    ) -> TorchFused:
+    def torch_fused(self, numbers: Sequence[float], moments: int) -> TorchFused:
         """`torch._fused_adagrad_`."""
-        _, lr_decay, eps, weight_decay, maximize = numbers
+        lr, lr_decay, eps, weight_decay, maximize = numbers
         return _FusedAdagrad(lr, lr_decay, weight_decay, eps, bool(maximize))
 
 
 @dataclass(frozen=True)
 class _FusedAdagrad(TorchFused):
-    lr: float | Tensor
+    lr: float
     lr_decay: float
     weight_decay: float
     eps: float

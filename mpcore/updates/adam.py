@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mpcore.updates.rule import TorchFused, UpdateRule, power
+from mpcore.updates.square_root import SquareRoot, sqrt32, sqrt64
 
 
 class AdamRule(UpdateRule):
@@ -58,12 +59,17 @@ class AdamRule(UpdateRule):
             beta2,
             1 - beta2,
             lr / (1 - power(beta1, t)),
-            torch.sqrt(1 - power(beta2, t)),
+            sqrt64(1 - power(beta2, t)),
             eps,
         )
 
     def apply(
-        self, grad: Tensor, param: Tensor, moments: Sequence[Tensor], s: Sequence[Tensor]
+        self,
+        grad: Tensor,
+        param: Tensor,
+        moments: Sequence[Tensor],
+        s: Sequence[Tensor],
+        sqrt: SquareRoot = sqrt32,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """See `UpdateRule.apply`."""
         _, decay, l2, beta1, rest1, beta2, rest2, step_size, root, eps = s
@@ -74,21 +80,19 @@ class AdamRule(UpdateRule):
         updated: tuple[Tensor, ...] = (mean, square)
         if len(moments) == 3:
             updated = (mean, square, torch.maximum(moments[2], square))
-        return param - (mean * step_size) / (torch.sqrt(updated[-1]) / root + eps), updated
+        return param - (mean * step_size) / (sqrt(updated[-1]) / root + eps), updated
 
-    def torch_fused(
-        self, group: Mapping[str, Any], numbers: Sequence[float], lr: float | Tensor
-    ) -> TorchFused:
+    def torch_fused(self, numbers: Sequence[float], moments: int) -> TorchFused:
         """`torch._fused_adamw_` or `torch._fused_adam_`."""
-        _, beta1, beta2, eps, weight_decay, decoupled, maximize = numbers
+        lr, beta1, beta2, eps, weight_decay, decoupled, maximize = numbers
         return _FusedAdam(
-            lr, beta1, beta2, weight_decay, eps, group["amsgrad"], bool(maximize), bool(decoupled)
+            lr, beta1, beta2, weight_decay, eps, moments == 3, bool(maximize), bool(decoupled)
         )
 
 
 @dataclass(frozen=True)
 class _FusedAdam(TorchFused):
-    lr: float | Tensor
+    lr: float
     beta1: float
     beta2: float
     weight_decay: float

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mpcore.optim.lion import Lion
 from mpcore.updates.rule import UpdateRule
+from mpcore.updates.square_root import SquareRoot, sqrt32
 
 
 class LionRule(UpdateRule):
@@ -42,7 +43,12 @@ class LionRule(UpdateRule):
         return (1 - 2 * maximize, decay, beta1, 1 - beta1, beta2, 1 - beta2, lr)
 
     def apply(
-        self, grad: Tensor, param: Tensor, moments: Sequence[Tensor], s: Sequence[Tensor]
+        self,
+        grad: Tensor,
+        param: Tensor,
+        moments: Sequence[Tensor],
+        s: Sequence[Tensor],
+        sqrt: SquareRoot = sqrt32,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """See `UpdateRule.apply`."""
         _, decay, beta1, rest1, beta2, rest2, lr = s

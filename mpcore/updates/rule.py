@@ -20,6 +20,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from mpcore.updates.square_root import SquareRoot, sqrt32
+
 
 class UpdateRule(ABC):
     """How one optimizer updates.
@@ -53,7 +55,12 @@ class UpdateRule(ABC):
 
     @abstractmethod
     def apply(
-        self, grad: Tensor, param: Tensor, moments: Sequence[Tensor], s: Sequence[Tensor]
+        self,
+        grad: Tensor,
+        param: Tensor,
+        moments: Sequence[Tensor],
+        s: Sequence[Tensor],
+        sqrt: SquareRoot = sqrt32,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Returns the updated parameter and moments, and changes nothing.
 
@@ -62,16 +69,20 @@ class UpdateRule(ABC):
             param: float32, the master.
             moments: float32, in the order of `moments`.
             s: The scalars, 0-d float32 each.
+            sqrt: A square root of float32 that rounds to nearest.
         """
 
     def counts_steps(self, moments: Sequence[str]) -> bool:
         """Whether a parameter with these moments needs to know how many updates it has had."""
         return True
 
-    def torch_fused(
-        self, group: Mapping[str, Any], numbers: Sequence[float], lr: float | Tensor
-    ) -> TorchFused | None:
-        """Returns torch's fused kernel for a param group, or None if torch has none."""
+    def torch_fused(self, numbers: Sequence[float], moments: int) -> TorchFused | None:
+        """Returns torch's fused CPU kernel for a param group, or None if torch has none.
+
+        Args:
+            numbers: The group's hyper-parameters, as `numbers` returns them.
+            moments: How many moments its parameters have.
+        """
         return None
 
     def why_not(self, group: Mapping[str, Any]) -> str | None:

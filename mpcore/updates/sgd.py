@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mpcore.updates.rule import TorchFused, UpdateRule
+from mpcore.updates.square_root import SquareRoot, sqrt32
 
 
 class SGDRule(UpdateRule):
@@ -48,7 +49,12 @@ class SGDRule(UpdateRule):
         return (1 - 2 * maximize, weight_decay, momentum, 1 - dampening, first, nesterov, lr)
 
     def apply(
-        self, grad: Tensor, param: Tensor, moments: Sequence[Tensor], s: Sequence[Tensor]
+        self,
+        grad: Tensor,
+        param: Tensor,
+        moments: Sequence[Tensor],
+        s: Sequence[Tensor],
+        sqrt: SquareRoot = sqrt32,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """See `UpdateRule.apply`."""
         _, l2, momentum, rest, first, nesterov, lr = s
@@ -59,17 +65,15 @@ class SGDRule(UpdateRule):
         step = torch.where(nesterov != 0, grad + velocity * momentum, velocity)
         return param - step * lr, (velocity,)
 
-    def torch_fused(
-        self, group: Mapping[str, Any], numbers: Sequence[float], lr: float | Tensor
-    ) -> TorchFused:
+    def torch_fused(self, numbers: Sequence[float], moments: int) -> TorchFused:
         """`torch._fused_sgd_`."""
-        _, momentum, dampening, weight_decay, nesterov, maximize = numbers
+        lr, momentum, dampening, weight_decay, nesterov, maximize = numbers
         return _FusedSGD(lr, momentum, dampening, weight_decay, bool(nesterov), bool(maximize))
 
 
 @dataclass(frozen=True)
 class _FusedSGD(TorchFused):
-    lr: float | Tensor
+    lr: float
     momentum: float
     dampening: float
     weight_decay: float
@@ -83,16 +87,29 @@ class _FusedSGD(TorchFused):
         moments: Sequence[list[Tensor]],
         steps: list[Tensor],
     ) -> None:
-        """See `TorchFused`; all tensors must agree on whether this is their first step."""
+        """See `TorchFused`."""
+        if not moments:
+            self._run(params, grads, [], first=False)
+            return
+        firsts = [float(step) == 1 for step in steps]
+        for first in (True, False):
+            chosen = [i for i, is_first in enumerate(firsts) if is_first == first]
+            if chosen:
+                parts = ([part[i] for i in chosen] for part in (params, grads, moments[0]))
+                self._run(*parts, first=first)
+
+    def _run(
+        self, params: list[Tensor], grads: list[Tensor], velocities: list[Tensor], *, first: bool
+    ) -> None:
         torch._fused_sgd_(
             params,
             grads,
-            moments[0] if moments else [],
+            velocities,
             weight_decay=self.weight_decay,
             momentum=self.momentum,
             lr=self.lr,
             dampening=self.dampening,
             nesterov=self.nesterov,
             maximize=self.maximize,
-            is_first_step=bool(moments) and float(steps[0]) == 1,
+            is_first_step=first,
         )

@@ -1,0 +1,187 @@
+"""Fused updates of the cpu backend: torch's own fused kernels, block by block.
+
+    scratch = float32(grad) * coefficient       in the cache
+    torch's fused kernel on (master, scratch, moments)
+    weight = rounded master                     while it is in the cache
+
+Bitwise oracle: `torch.optim.X(fused=True)` over float32 copies with the unscaled gradients. A rule
+without such a kernel runs in plain torch, with the bits of the reference backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mpcore.backends import _update
+from mpcore.backends._blocks import (
+    CHUNK,
+    Piece,
+    blocks,
+    copy_all,
+    cut,
+    layout,
+    memory_order,
+    new_scratch,
+    none_reaches,
+)
+from mpcore.backends._cast import cast_into
+from mpcore.backends._scale import ScaleMove, update_scale_
+from mpcore.updates import Batch, Hyper
+
+# plain torch needs several temporaries of the size of a block
+_SMALL_CHUNK = CHUNK // 8
+
+
+@dataclass
+class _Group:
+    """The tensors of one batch that share a param group, flat, and how they are cut."""
+
+    number: int
+    members: list[int]
+    masters: list[Tensor]
+    weights: list[Tensor] | None
+    moments: list[list[Tensor]]
+    sizes: list[int]
+
+
+@dataclass
+class Plan(_update.Plan):
+    """A plan of the reference backend, and its batches by param group."""
+
+    groups: list[list[_Group]] = field(default_factory=list)
+
+
+def plan_update(rule: str, batches: Sequence[Batch]) -> Plan:
+    """Returns what `update_` needs to know about its tensors; see the reference backend."""
+    checked = _update.plan_update(rule, batches)
+    plan = Plan(checked.rule, checked.batches)
+    plan.groups = [_groups(batch) for batch in plan.batches]
+    return plan
+
+
+def _groups(batch: Batch) -> list[_Group]:
+    members: dict[int, list[int]] = {}
+    for index, group in enumerate(batch.groups):
+        members.setdefault(group, []).append(index)
+    return [_group(batch, number, here) for number, here in members.items()]
+
+
+def _group(batch: Batch, number: int, members: list[int]) -> _Group:
+    def flat(tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [memory_order(tensors[index]) for index in members]
+
+    return _Group(
+        number,
+        members,
+        masters=flat(batch.masters),
+        weights=None if batch.weights is None else flat(batch.weights),
+        moments=[flat(moment) for moment in batch.moments],
+        sizes=[batch.masters[index].numel() for index in members],
+    )
+
+
+def prepare_(plan: Plan, hyper: Hyper) -> None:
+    """Takes the hyper-parameters of the next update; see the reference backend."""
+    numbers = [
+        row if lr is None else (float(lr), *row[1:])
+        for row, lr in zip(hyper.numbers, hyper.lrs, strict=True)
+    ]
+    plan.hyper = Hyper(tuple(numbers), tuple(None for _ in numbers))
+    if plan.rule.torch_fused(numbers[0], 0) is None:
+        _update.prepare_(plan, plan.hyper)
+    else:
+        plan.scalars = []  # torch's kernels compute their own
+
+
+@torch.no_grad()
+def update_(
+    plan: Plan,
+    grads: Sequence[Sequence[Tensor]],
+    coefficient: Tensor,
+    found_inf: Tensor,
+    saturated: Tensor,
+    then: ScaleMove | None = None,
+) -> None:
+    """Updates masters, moments, step counts and weights unless `found_inf` is set; CPU tensors.
+
+    Args:
+        plan: See the reference backend, also for the others.
+        grads: See there.
+        coefficient: See there.
+        found_inf: See there.
+        saturated: See there.
+        then: See there.
+    """
+    scalars = _update.take_scalars(plan)
+    if not bool(found_inf):
+        scratch = new_scratch([sum(group.sizes) for batch in plan.groups for group in batch])
+        for index, (batch, groups) in enumerate(zip(plan.batches, plan.groups, strict=True)):
+            if batch.steps:
+                torch._foreach_add_(list(batch.steps), 1)
+            for group in groups:
+                flat = [memory_order(grads[index][i]) for i in group.members]
+                steps = [batch.steps[i] for i in group.members] if batch.steps else []
+                rows = [scalars[index][i] for i in group.members] if scalars else None
+                _update_group(plan, group, flat, steps, rows, coefficient, saturated, scratch)
+    if then is not None:
+        update_scale_(**then.arguments(), found_inf=found_inf)
+
+
+def _update_group(
+    plan: Plan,
+    group: _Group,
+    grads: list[Tensor],
+    steps: list[Tensor],
+    rows: list[tuple[Tensor, ...]] | None,
+    coefficient: Tensor,
+    saturated: Tensor,
+    scratch: Tensor,
+) -> None:
+    numbers = plan.hyper.numbers[group.number] if plan.hyper is not None else ()
+    fused = plan.rule.torch_fused(numbers, len(group.moments))
+    unscaled = float(coefficient) != 1.0
+    for block in blocks(group.sizes, CHUNK if rows is None else _SMALL_CHUNK):
+        here = layout(block, scratch)
+        copy_all(here, cut(grads, block))
+        if unscaled:
+            scratch[: sum(piece.numel() for piece in here)].mul_(coefficient)
+        masters = cut(group.masters, block)
+        moments = [cut(moment, block) for moment in group.moments]
+        if fused is not None:
+            fused(masters, here, moments, [steps[piece.index] for piece in block] if steps else [])
+        elif rows is not None:
+            _apply(plan, block, masters, here, moments, rows)
+        if group.weights is not None:
+            _round(masters, cut(group.weights, block), scratch, saturated)
+
+
+def _apply(
+    plan: Plan,
+    block: list[Piece],
+    masters: list[Tensor],
+    grads: list[Tensor],
+    moments: list[list[Tensor]],
+    rows: list[tuple[Tensor, ...]],
+) -> None:
+    """Updates a block with the arithmetic of the reference backend."""
+    for i, piece in enumerate(block):
+        s = rows[piece.index]
+        old = [moment[i] for moment in moments]
+        param, updated = plan.rule.apply(grads[i] * s[0], masters[i], old, s)
+        masters[i].copy_(param)
+        for moment, value in zip(old, updated, strict=True):
+            moment.copy_(value)
+
+
+def _round(
+    masters: list[Tensor], weights: list[Tensor], scratch: Tensor, saturated: Tensor
+) -> None:
+    """Rounds masters into weights; the exact search for clamped ones is for large weights only."""
+    if none_reaches(masters, scratch, torch.finfo(weights[0].dtype).max):
+        copy_all(weights, masters)
+    else:
+        cast_into(masters, weights, torch.zeros((), dtype=torch.int32), saturated)

@@ -1,0 +1,119 @@
+"""The default backend for CPU tensors: what the reference backend does, blocked for the cache.
+
+    unscale, cast, widen    the bits of the reference backend
+    inspect                 its flags; norms within 1e-6            `_cpu_inspection.py`
+    update                  the bits of `torch.optim`, fused=True   `_cpu_update.py`
+
+Reading a tensor of the host costs nothing, so skips are decided before any work is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mpcore.backends import reference
+from mpcore.backends._blocks import blocks, copy_all, cut, memory_order, new_scratch, none_reaches
+from mpcore.backends._cast import widen_into
+from mpcore.backends._cpu_inspection import inspect
+from mpcore.backends._cpu_update import plan_update, prepare_, update_
+from mpcore.backends._scale import update_scale_
+
+__all__ = [
+    "cast_into",
+    "inspect",
+    "plan_update",
+    "prepare_",
+    "unscale_",
+    "unscale_into",
+    "update_",
+    "update_scale_",
+    "widen_into",
+]
+
+
+@torch.no_grad()
+def unscale_(grads: Sequence[Tensor], coefficient: Tensor, nonfinite: Tensor) -> None:
+    """Multiplies every gradient by `coefficient` in place and flags overflow; CPU tensors.
+
+    Bitwise `mpcore.backends.reference.unscale_`, which documents the arguments.
+    """
+    if any(grad.dtype != torch.float32 or not _is_dense(grad) for grad in grads):
+        reference.unscale_(grads, coefficient, nonfinite)
+        return
+    flat = [memory_order(grad) for grad in grads]
+    found = torch.zeros(1)
+    for block in blocks([grad.numel() for grad in flat]):
+        _multiply(cut(flat, block), coefficient, found)
+    _flag(flat, coefficient, found, nonfinite)
+
+
+@torch.no_grad()
+def unscale_into(
+    grads: Sequence[Tensor], outs: Sequence[Tensor], coefficient: Tensor, nonfinite: Tensor
+) -> None:
+    """Writes every gradient times `coefficient` to `outs` in float32 and flags; CPU tensors.
+
+    Bitwise `mpcore.backends.reference.unscale_into`, which documents the arguments.
+    """
+    for grad, out in zip(grads, outs, strict=True):
+        if grad.stride() != out.stride() or not _is_dense(out):
+            reference.unscale_into(grads, outs, coefficient, nonfinite)
+            return
+    sources, flat = [memory_order(g) for g in grads], [memory_order(out) for out in outs]
+    found = torch.zeros(1)
+    for block in blocks([out.numel() for out in flat]):
+        here = cut(flat, block)
+        copy_all(here, cut(sources, block))
+        _multiply(here, coefficient, found)
+    _flag(flat, coefficient, found, nonfinite)
+
+
+def _multiply(pieces: list[Tensor], coefficient: Tensor, found: Tensor) -> None:
+    """Multiplies in place; sets `found` if a value is not finite before."""
+    torch._amp_foreach_non_finite_check_and_unscale_(pieces, found, coefficient)
+
+
+def _flag(flat: Sequence[Tensor], coefficient: Tensor, found: Tensor, nonfinite: Tensor) -> None:
+    """Raises the flag of each product that is not finite; looks only if there can be one."""
+    # a product can overflow only where it grows
+    if bool(found) or not float(coefficient) <= 1.0:
+        for index, values in enumerate(flat):
+            if not bool(values.isfinite().all()):
+                nonfinite[index] = 1
+
+
+@torch.no_grad()
+def cast_into(
+    masters: Sequence[Tensor], weights: Sequence[Tensor], found_inf: Tensor, saturated: Tensor
+) -> None:
+    """Rounds float32 masters into 16-bit weights unless `found_inf` is set; CPU tensors.
+
+    Bitwise `mpcore.backends.reference.cast_into`, which documents the arguments.
+    """
+    if bool(found_inf):
+        return
+    by_dtype: dict[torch.dtype, list[int]] = {}
+    for index, (master, weight) in enumerate(zip(masters, weights, strict=True)):
+        if master.stride() != weight.stride() or not _is_dense(weight):
+            reference.cast_into([master], [weight], found_inf, saturated)
+        else:
+            by_dtype.setdefault(weight.dtype, []).append(index)
+    for dtype, indices in by_dtype.items():
+        sources = [memory_order(masters[index]) for index in indices]
+        targets = [memory_order(weights[index]) for index in indices]
+        sizes = [target.numel() for target in targets]
+        scratch, limit = new_scratch(sizes), torch.finfo(dtype).max
+        for block in blocks(sizes):
+            held, rounded = cut(sources, block), cut(targets, block)
+            if none_reaches(held, scratch, limit):
+                copy_all(rounded, held)
+            else:
+                reference.cast_into(held, rounded, found_inf, saturated)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether `memory_order` is a view of it."""
+    return memory_order(tensor).data_ptr() == tensor.data_ptr()
