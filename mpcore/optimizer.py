@@ -92,8 +92,7 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
         super().__init__(optimizer, backend)
         self.loss_scaling = loss_scale
         self._path = path
-        params = self._params()
-        home = params[0].device if params else torch.device("cpu")
+        home = next((param.device for param in self._params()), torch.device("cpu"))
         self._scale = LossScaleTensors.from_state(initial_state(loss_scale), home)
         self._saturated = torch.zeros((), dtype=torch.int64, device=home)
         self._began = False  # whether a step has counted
@@ -117,13 +116,7 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
     @property
     def path(self) -> tuple[GroupPath, ...]:
         """The path of each param group, and why: "fused" or "general"."""
-        return self._paths.chosen
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """See `OptimizerWrapper.add_param_group`."""
-        super().add_param_group(param_group)
-        if hasattr(self, "_paths"):
-            self._paths.choose()
+        return self._paths.current()
 
     def scale(self, outputs: Outputs) -> Outputs:
         """Returns `outputs` multiplied by the loss scale in float32, without a host sync.

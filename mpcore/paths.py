@@ -70,15 +70,14 @@ def choose_paths(asked: str, inner: torch.optim.Optimizer, backend: str) -> tupl
     return tuple(GroupPath("general", reason or because) for reason in reasons)
 
 
-def still_fused(inner: torch.optim.Optimizer) -> bool:
-    """Whether options and hooks still allow the fused path, parameters being what they were.
-
-    Cheap enough for every step: options may change between steps.
-    """
+def _signature(inner: torch.optim.Optimizer) -> list[Any]:
+    """Returns what the choice depends on, parameters themselves aside: cheap enough for each step."""
     rule = rule_of(inner)
-    if rule is None or _why_step_must_run(inner) is not None:
-        return False
-    return all(rule.why_not(group) is None for group in inner.param_groups)
+    groups = inner.param_groups
+    sizes = [len(group["params"]) for group in groups]
+    if rule is None:
+        return sizes
+    return [sizes, _why_step_must_run(inner), *(rule.why_not(group) for group in groups)]
 
 
 def _reasons(inner: torch.optim.Optimizer, groups: Groups) -> list[str | None]:
@@ -154,19 +153,25 @@ class Paths:
         self._fused: FusedPath | None = None
         if rule is not None:
             self._fused = FusedPath(inner, rule, masters, module, saturated)
-        self.choose()
+        self._signature: list[Any] = []
+        self._chosen: tuple[GroupPath, ...] = ()
+        self.current()
 
-    def choose(self) -> None:
-        """Looks again at every option and parameter."""
-        self.chosen = choose_paths(self._asked, self._inner, self._backend)
+    def current(self) -> tuple[GroupPath, ...]:
+        """Returns the path of each param group, as options and hooks are now."""
+        signature = _signature(self._inner)
+        if signature != self._signature:
+            self._chosen = choose_paths(self._asked, self._inner, self._backend)
+            self._signature = signature
+        return self._chosen
+
+    def _is_fused(self) -> bool:
+        return bool(self._chosen) and self._chosen[0].path == "fused"
 
     def _now(self) -> FusedPath | None:
         """Returns the fused path if the next step takes it."""
-        fused = bool(self.chosen) and self.chosen[0].path == "fused"
-        if fused and not still_fused(self._inner):
-            self.choose()
-            fused = bool(self.chosen) and self.chosen[0].path == "fused"
-        return self._fused if fused else None
+        self.current()
+        return self._fused if self._is_fused() else None
 
     def plan(self, params: list[Tensor]) -> StepPlan | None:
         """Returns how the fused path updates `params`; None if the general path steps."""
