@@ -71,7 +71,7 @@ def choose_paths(asked: str, inner: torch.optim.Optimizer, backend: str) -> tupl
 
 
 def _signature(inner: torch.optim.Optimizer) -> list[Any]:
-    """Returns what the choice depends on, parameters themselves aside: cheap enough for each step."""
+    """Returns what the choice depends on, parameters themselves aside; cheap, for each step."""
     rule = rule_of(inner)
     groups = inner.param_groups
     sizes = [len(group["params"]) for group in groups]
