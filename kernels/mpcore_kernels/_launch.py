@@ -66,7 +66,7 @@ class Variant:
         values = [
             str(value) if isinstance(value, tl.dtype) else f"{name}={value}"
             for name, value in self.constants
-            if name != "CHUNK"
+            if name not in ("CHUNK", "ROUND")
         ]
         return " ".join([self.kernel.__name__.strip("_").removesuffix("_kernel"), *values])
 

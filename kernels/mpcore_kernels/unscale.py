@@ -33,6 +33,7 @@ from mpcore_kernels._dtypes import FORMATS, is_nonfinite, narrow, pointer, widen
 from mpcore_kernels._launch import Variant
 from mpcore_kernels._table import (
     CHUNK,
+    ROUND,
     WARPS,
     Table,
     aligned_pointer,
@@ -51,15 +52,15 @@ def _unscale_block(
     coefficient,
     GRAD: tl.constexpr,
     OUT: tl.constexpr,
-    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Unscales the first `count` elements (None: all); returns 1 if any result is non-finite."""
-    offsets = tl.arange(0, CHUNK)
+    """Unscales the first `count` of BLOCK elements (None: all); returns 1 where one is non-finite."""
+    offsets = tl.arange(0, BLOCK)
     mask = None if count is None else offsets < count
     bits = tl.load(grad_ptr + offsets, mask=mask, other=None if count is None else 0)
     out = narrow(widen(bits, GRAD) * coefficient, OUT)
     tl.store(out_ptr + offsets, out, mask=mask)
-    return tl.max(is_nonfinite(out, OUT).to(tl.int32), axis=0)
+    return is_nonfinite(out, OUT).to(tl.int32)
 
 
 # a kernel must not be compiled anew because a 0-d argument is a view at another offset
@@ -74,6 +75,7 @@ def _unscale_kernel(
     GRAD: tl.constexpr,  # f16 | bf16 | f32, what the table's sources hold
     OUT: tl.constexpr,  # f32 or GRAD, what the table's destinations hold
     CHUNK: tl.constexpr,
+    ROUND: tl.constexpr,  # what is masked at a time
 ):
     """Writes gradient times coefficient for one chunk; flags its tensor if that is non-finite.
 
@@ -91,12 +93,18 @@ def _unscale_kernel(
     if is_aligned(grad, GRAD, OUT) & is_aligned(out, OUT, GRAD) & (start + CHUNK <= size):
         grad_ptr = aligned_pointer(grad, start, GRAD, OUT)
         out_ptr = aligned_pointer(out, start, OUT, GRAD)
-        bad = _unscale_block(grad_ptr, out_ptr, None, coefficient, GRAD, OUT, CHUNK)
+        block = _unscale_block(grad_ptr, out_ptr, None, coefficient, GRAD, OUT, CHUNK)
+        bad = tl.max(block, axis=0)
     else:
         grad_ptr = pointer(grad, GRAD) + start
         out_ptr = pointer(out, OUT) + start
         count = tl.minimum(size - start, CHUNK).to(tl.int32)
-        bad = _unscale_block(grad_ptr, out_ptr, count, coefficient, GRAD, OUT, CHUNK)
+        lanes = tl.zeros((ROUND,), tl.int32)
+        for at in range(0, count, ROUND):
+            lanes |= _unscale_block(
+                grad_ptr + at, out_ptr + at, count - at, coefficient, GRAD, OUT, ROUND
+            )
+        bad = tl.max(lanes, axis=0)
     if bad != 0:
         tl.store(nonfinite_ptr + index, 1)
 
@@ -106,7 +114,12 @@ def variant(source: torch.dtype, destination: torch.dtype) -> Variant:
     return Variant(
         kernel=_unscale_kernel,
         arguments=("*i64", "*i64", "*fp32", "*i32"),
-        constants=(("GRAD", FORMATS[source]), ("OUT", FORMATS[destination]), ("CHUNK", CHUNK)),
+        constants=(
+            ("GRAD", FORMATS[source]),
+            ("OUT", FORMATS[destination]),
+            ("CHUNK", CHUNK),
+            ("ROUND", ROUND),
+        ),
         num_warps=WARPS,
         # one multiplication, no addition: there is nothing to fuse, and nothing may appear
         enable_fp_fusion=False,
