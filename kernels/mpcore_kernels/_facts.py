@@ -25,8 +25,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from mpcore_kernels import _amdgcn, _sass
+from mpcore_kernels._blocks import Block
 from mpcore_kernels._launch import Variant
-from mpcore_kernels._machine_code import Block, Body, bodies
+from mpcore_kernels._machine_code import Body, bodies
 
 # arithmetic that PTX lets its assembler contract, or that is contracted already
 _PTX_FUSED = re.compile(r"\s(?:(?:fma|mad)\.[\w.]*f(?:16|32|64)|(?:mul|add|sub)\.f(?:32|64)\s)")
@@ -55,7 +56,8 @@ class Facts:
         shared: Bytes of shared memory per program.
         barriers: Waits for other threads in all of the code.
         fused: Fused multiply-adds outside the routines of division, square root and conversion.
-        approximations: Operations that are not rounded correctly, such as `div.full.f32`.
+        approximations: Operations that are not rounded correctly, such as `div.full.f32`: in PTX,
+            and in LLVM's language as well as in the machine code for AMD.
         flushes: Whether subnormal numbers are flushed, or results not rounded to nearest even.
         float_atomics: Atomic operations on floating-point numbers.
         specialized: Arguments whose values a launch would compile into the code.
@@ -132,7 +134,8 @@ def _read_amd(variant: Variant, target: GPUTarget, compiled: Any) -> Facts:
         stack=numbers["private_segment_fixed_size"],
         spills=numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"],
         fused=fused,
-        approximations=tuple(sorted(set(_LLVM_APPROXIMATE.findall(middle)))),
+        approximations=_amdgcn.approximations(code)
+        + tuple(sorted(set(_LLVM_APPROXIMATE.findall(middle)))),
         flushes=any(modes[name] != value for name, value in exact.items()),
         float_atomics=_float_atomics(blocks, r"_f\d\d|_bf16"),
         **_common(variant, target, compiled, blocks, _amdgcn.ENTRY),

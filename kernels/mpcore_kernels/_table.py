@@ -34,9 +34,9 @@ from mpcore_kernels._dtypes import access_bytes, pointer
 # sm_90, no spills
 CHUNK = 4096
 WARPS = 8
-# what masked bodies take at a time. Smaller than CHUNK, because Triton gives all blocks of one shape
-# that hang together one layout: masked accesses would get the loads of the wide layout and stores of
-# a narrow one, with an exchange through shared memory in between
+# what masked bodies take at a time. Not CHUNK: Triton chooses one layout for blocks of one shape
+# that start from the same addresses. Masked loads would get that of the wide loads, and masked
+# stores one of their own, with an exchange through shared memory in between
 ROUND = 1024
 
 _COLUMNS = 5

@@ -117,6 +117,7 @@ def variant(source: torch.dtype, destination: torch.dtype) -> Variant:
         reads=(source,),
         writes=(destination,),
         chunk=CHUNK,
+        counters=(1,),
         reductions=1,
     )
 

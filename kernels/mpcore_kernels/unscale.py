@@ -54,7 +54,7 @@ def _unscale_block(
     OUT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Unscales the first `count` of BLOCK elements (None: all); returns 1 where one is non-finite."""
+    """Unscales the first `count` of BLOCK elements (None: all); returns 1 where not finite."""
     offsets = tl.arange(0, BLOCK)
     mask = None if count is None else offsets < count
     bits = tl.load(grad_ptr + offsets, mask=mask, other=None if count is None else 0)
@@ -126,6 +126,7 @@ def variant(source: torch.dtype, destination: torch.dtype) -> Variant:
         reads=(source,),
         writes=(destination,),
         chunk=CHUNK,
+        results=(torch.int32,),
         reductions=1,
     )
 

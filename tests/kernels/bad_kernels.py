@@ -87,6 +87,84 @@ def approximate(x_ptr, y_ptr, CHUNK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize_on_alignment=NAMES)
+def root(x_ptr, y_ptr, CHUNK: tl.constexpr):
+    """Takes Triton's fast square root, beside an exact one."""
+    x_ptr = at_chunk(x_ptr, CHUNK)
+    y_ptr = at_chunk(y_ptr, CHUNK)
+    x = tl.load(x_ptr)
+    tl.store(y_ptr, tl.sqrt(x) + tl.sqrt_rn(x + 1))
+
+
+@triton.jit(do_not_specialize_on_alignment=NAMES)
+def exponential(x_ptr, y_ptr, CHUNK: tl.constexpr):
+    """Takes a power, which no GPU rounds correctly."""
+    x_ptr = at_chunk(x_ptr, CHUNK)
+    y_ptr = at_chunk(y_ptr, CHUNK)
+    tl.store(y_ptr, tl.exp(tl.load(x_ptr)))
+
+
+@triton.jit(do_not_specialize_on_alignment=NAMES)
+def reciprocal_on_amd(x_ptr, y_ptr, CHUNK: tl.constexpr):
+    """Hides a fast reciprocal from LLVM, beside an exact division."""
+    x_ptr = at_chunk(x_ptr, CHUNK)
+    y_ptr = at_chunk(y_ptr, CHUNK)
+    x = tl.load(x_ptr)
+    fast = tl.inline_asm_elementwise(
+        "v_rcp_f32 $0, $1", "=v,v", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+    tl.store(y_ptr, tl.div_rn(fast, x))
+
+
+@triton.jit(do_not_specialize_on_alignment=[*NAMES, "n_ptr"])
+def exchanging_tail(x_ptr, y_ptr, n_ptr, CHUNK: tl.constexpr):
+    """Is elementwise, but loads and stores of its last chunk have two layouts."""
+    start = tl.program_id(0) * CHUNK
+    n = tl.load(n_ptr)
+    if start + CHUNK <= n:
+        tl.store(at_chunk(y_ptr, CHUNK), tl.load(at_chunk(x_ptr, CHUNK)) * 2)
+    else:
+        x_ptr += start
+        y_ptr += start
+        offsets = tl.arange(0, CHUNK)
+        mask = offsets < n - start
+        x = tl.load(x_ptr + offsets, mask=mask, other=0)
+        tl.store(y_ptr + offsets, x * 2, mask=mask)
+
+
+@triton.jit(do_not_specialize_on_alignment=[*NAMES, "n_ptr"])
+def waiting_tail(x_ptr, y_ptr, n_ptr, CHUNK: tl.constexpr):
+    """Reduces its last chunk in rounds, and waits in each."""
+    start = tl.program_id(0) * CHUNK
+    n = tl.load(n_ptr)
+    if start + CHUNK <= n:
+        largest = tl.max(tl.load(at_chunk(x_ptr, CHUNK)), axis=0)
+    else:
+        largest = tl.full((), 0.0, tl.float32)
+        for at in range(start, n, 1024):
+            offsets = tl.arange(0, 1024)
+            x = tl.load(x_ptr + at + offsets, mask=offsets < n - at, other=0)
+            largest = tl.maximum(largest, tl.max(x, axis=0))
+    tl.store(y_ptr + tl.program_id(0), largest)
+
+
+@triton.jit(do_not_specialize_on_alignment=NAMES)
+def reports_twice(x_ptr, y_ptr, CHUNK: tl.constexpr):
+    """Writes two numbers about a chunk where one was declared."""
+    largest = tl.max(tl.load(at_chunk(x_ptr, CHUNK)), axis=0)
+    tl.store(y_ptr + tl.program_id(0) * 3, largest)
+    tl.store(y_ptr + tl.program_id(0) * 3 + 2, -largest)
+
+
+@triton.jit(do_not_specialize_on_alignment=NAMES)
+def counts_twice(x_ptr, y_ptr, CHUNK: tl.constexpr):
+    """Adds to two counters where one was declared."""
+    x = tl.load(at_chunk(x_ptr, CHUNK))
+    negative = tl.sum((x < 0).to(tl.int32), axis=0)
+    tl.atomic_add(y_ptr, negative, sem="relaxed")
+    tl.atomic_add(y_ptr + 1, CHUNK - negative, sem="relaxed")
+
+
+@triton.jit(do_not_specialize_on_alignment=NAMES)
 def twice(x_ptr, y_ptr, CHUNK: tl.constexpr):
     """Reads what it has read."""
     x_ptr = at_chunk(x_ptr, CHUNK)
@@ -154,6 +232,19 @@ VARIANTS = [
     variant(contracted_beside_a_division),
     variant(exact_division),
     variant(approximate),
+    variant(root),
+    variant(exponential),
+    variant(reciprocal_on_amd),
+    variant(exchanging_tail, arguments=("*fp32", "*fp32", "*i32")),
+    variant(
+        waiting_tail,
+        arguments=("*fp32", "*fp32", "*i32"),
+        writes=(),
+        results=(torch.float32,),
+        reductions=1,
+    ),
+    variant(reports_twice, writes=(), results=(torch.float32,), reductions=1),
+    variant(counts_twice, arguments=("*fp32", "*i32"), writes=(), counters=(1,), reductions=1),
     variant(twice),
     variant(barrier),
     variant(spills, constants=(("CHUNK", LONG),), chunk=LONG, num_warps=1),
@@ -165,6 +256,8 @@ if __name__ == "__main__":
     found = {}
     for bad in VARIANTS:
         for target in TARGETS[1::2]:
+            if bad.kernel is reciprocal_on_amd and target.backend != "hip":
+                continue
             facts = examine(bad, target)
             found[f"{bad.kernel.__name__} {facts.target}"] = {
                 "findings": findings(bad, facts),

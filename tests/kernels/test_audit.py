@@ -42,6 +42,12 @@ BROKEN = {
     "spills": "bytes of local memory",
     "float_atomic": "atomics on floating-point numbers",
     "specialized": "compiles in the value of x_ptr, y_ptr, n",
+    "root": "approximate arithmetic",
+    "exponential": "approximate arithmetic",
+    "exchanging_tail": "accesses in an elementwise kernel",
+    "waiting_tail": "a barrier in a loop",
+    "reports_twice": "writes 8 bytes per chunk, needs 4",
+    "counts_twice": "2 atomics per thread, expected 1",
 }
 
 
@@ -54,6 +60,13 @@ def test_each_rule_is_broken_by_a_kernel_that_was_written_for_it(bad):
             found = bad[f"{name} {target}"]["findings"]
             assert any(words in finding for finding in found), (name, target, found)
     assert bad["approximate sm_90"]["findings"] == ["approximate arithmetic: div.full.f32"]
+    # the same source is an exact division there
+    assert bad["approximate gfx942"]["findings"] == []
+    only_in_machine_code = {"exponential": "v_exp_f32", "reciprocal_on_amd": "v_rcp_f32"}
+    for name, opcode in only_in_machine_code.items():
+        assert bad[f"{name} gfx942"]["findings"] == [f"approximate arithmetic: {opcode}"]
+    exchange = bad["exchanging_tail sm_90"]["findings"]
+    assert any("barriers on the path of other chunks, expected 0" in found for found in exchange)
 
 
 def test_interpreted_kernels_are_refused(capsys):

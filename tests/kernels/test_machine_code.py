@@ -3,7 +3,8 @@
 import pytest
 
 from mpcore_kernels import _amdgcn, _sass
-from mpcore_kernels._machine_code import Block, Instruction, bodies, thread_dependent
+from mpcore_kernels._blocks import Block, Instruction
+from mpcore_kernels._machine_code import bodies, thread_dependent
 
 # a flag and a size are read by all threads alike; R0 is the thread's index
 SASS = """
@@ -185,6 +186,31 @@ def test_amd_scratch_is_local_memory():
 def test_amd_adding_minus_zero_is_no_fused_multiply_add():
     assert _amdgcn.fused(AMD) == 1
     assert _amdgcn.fused(AMD.replace("neg(0)", "v1")) == 2
+
+
+def test_what_one_thread_writes_behind_a_jump_counts_for_the_chunk():
+    # all threads but one jump over the stores
+    code = SASS.replace("@!P2 EXIT", "@P2 BRA `(.L_x_3)").replace(
+        "EXIT ;\n.L_x_2:",
+        "RED.E.ADD.64.STRONG.GPU desc[UR6][R4.64], R2 ;\n.L_x_3:\n"
+        "        /*0121*/                   EXIT ;\n.L_x_2:",
+    )
+    full, masked = bodies(_sass.parse(code), frozenset(), 16)
+    assert (dict(full.results), full.atomics) == ({4: 1}, 1)
+    assert (dict(masked.results), masked.atomics) == ({4: 1}, 1)
+    assert full.bytes_per_chunk == 4
+    assert dict(full.stores) == {16: 1}
+
+
+def test_barriers_in_loops_are_seen():
+    full, masked = bodies(_sass.parse(SASS), frozenset(), 16)
+    assert not full.waits_in_a_loop
+    looped = SASS.replace(
+        "        /*00a0*/", "        /*0091*/    @P4 BRA `(.L_x_4) ;\n        /*00a0*/"
+    )
+    looped = looped.replace("        /*0090*/", ".L_x_4:\n        /*0090*/")
+    full, masked = bodies(_sass.parse(looped), frozenset(), 16)
+    assert (full.waits_in_a_loop, full.loops, masked.waits_in_a_loop) == (True, False, False)
 
 
 def test_a_path_that_moves_too_little_is_not_that_of_a_full_chunk():
