@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from hypothesis import strategies as st
 
+from mpcore_testing.comparisons import TALLY
+
 HALVES = [torch.float16, torch.bfloat16]
 FLOATS = [*HALVES, torch.float32]
 INTEGER = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
@@ -24,6 +26,7 @@ def assert_same_bits(actual, expected):
     """Fails unless both tensors hold the same bits, up to the payload of NaNs."""
     assert actual.dtype == expected.dtype
     assert actual.shape == expected.shape
+    TALLY.add(actual.numel())
     differs = (bits_of(actual) != bits_of(expected)).nonzero()
     if len(differs):
         where = tuple(differs[0].tolist())
