@@ -192,9 +192,9 @@ def _part(block: Block, is_element: Sequence[bool], in_a_loop: bool) -> Body:
             loads[instruction.width] += 1
         atomics += instruction.access == "atomic"
     return Body(
-        loads=loads,
-        stores=stores,
-        results=results,
+        loads=dict(loads),
+        stores=dict(stores),
+        results=dict(results),
         atomics=atomics,
         barriers=sum(instruction.barrier for instruction in block.instructions),
         shared=sum(instruction.memory == "shared" for instruction in block.instructions),
@@ -207,9 +207,9 @@ def _part(block: Block, is_element: Sequence[bool], in_a_loop: bool) -> Body:
 
 def _join(first: Body, rest: Body) -> Body:
     return Body(
-        loads=Counter(first.loads) + Counter(rest.loads),
-        stores=Counter(first.stores) + Counter(rest.stores),
-        results=Counter(first.results) + Counter(rest.results),
+        loads=dict(Counter(first.loads) + Counter(rest.loads)),
+        stores=dict(Counter(first.stores) + Counter(rest.stores)),
+        results=dict(Counter(first.results) + Counter(rest.results)),
         atomics=first.atomics + rest.atomics,
         barriers=first.barriers + rest.barriers,
         shared=first.shared + rest.shared,
@@ -223,8 +223,9 @@ def _join(first: Body, rest: Body) -> Body:
 def _shorter(one: Body, other: Body) -> Body:
     """Returns the shorter of two paths to the same elements.
 
-    What is written about a chunk is the most that either of them writes: one thread of all takes
-    the way around the jump by which the others avoid it.
+    What is written about a chunk is the most that either of them writes: one thread does that, and
+    all others jump over it. Barriers are those of the shorter one: the longer one may be that of a
+    chunk that is looked at again, because it is not finite.
     """
     return replace(
         min(one, other, key=lambda body: body.instructions),

@@ -29,7 +29,14 @@ from mpcore_kernels._checks import (
     check_state,
     check_tensors,
 )
-from mpcore_kernels._dtypes import FORMATS, is_nonfinite, narrow, pointer, widen
+from mpcore_kernels._dtypes import (
+    FORMATS,
+    is_nonfinite,
+    magnitude_of,
+    narrow_product,
+    pointer,
+    widen,
+)
 from mpcore_kernels._launch import Variant
 from mpcore_kernels._table import (
     CHUNK,
@@ -54,13 +61,13 @@ def _unscale_block(
     OUT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Unscales the first `count` of BLOCK elements (None: all); returns 1 where not finite."""
+    """Unscales the first `count` of BLOCK elements (None: all); returns the magnitudes stored."""
     offsets = tl.arange(0, BLOCK)
     mask = None if count is None else offsets < count
     bits = tl.load(grad_ptr + offsets, mask=mask, other=None if count is None else 0)
-    out = narrow(widen(bits, GRAD) * coefficient, OUT)
+    out = narrow_product(widen(bits, GRAD) * coefficient, OUT)
     tl.store(out_ptr + offsets, out, mask=mask)
-    return is_nonfinite(out, OUT).to(tl.int32)
+    return magnitude_of(out, OUT)
 
 
 # a kernel must not be compiled anew because a 0-d argument is a view at another offset
@@ -84,7 +91,8 @@ def _unscale_kernel(
               tensor's end load +0, store nothing, and cannot raise a flag of their own: +0 times
               the coefficient is non-finite only if every product is.
     Numerics: load -> FP32 (exact) -> one FP32 multiply -> round to nearest even -> store. Nothing
-              is added, so nothing can be contracted. The flag tests the bits that are stored.
+              is added, so nothing can be contracted. The flag tests the bits that are stored: the
+              largest magnitude among them tells.
     Order:    programs are independent. A flag is raised by a plain store: all writers of a flag
               write 1 and nobody reads it, so their order cannot be seen.
     """
@@ -94,18 +102,20 @@ def _unscale_kernel(
         grad_ptr = aligned_pointer(grad, start, GRAD, OUT)
         out_ptr = aligned_pointer(out, start, OUT, GRAD)
         block = _unscale_block(grad_ptr, out_ptr, None, coefficient, GRAD, OUT, CHUNK)
-        bad = tl.max(block, axis=0)
+        largest = tl.max(block, axis=0)
     else:
         grad_ptr = pointer(grad, GRAD) + start
         out_ptr = pointer(out, OUT) + start
         count = tl.minimum(size - start, CHUNK).to(tl.int32)
         lanes = tl.zeros((ROUND,), tl.int32)
         for at in range(0, count, ROUND):
-            lanes |= _unscale_block(
+            block = _unscale_block(
                 grad_ptr + at, out_ptr + at, count - at, coefficient, GRAD, OUT, ROUND
             )
-        bad = tl.max(lanes, axis=0)
-    if bad != 0:
+            lanes = tl.maximum(lanes, block)
+        largest = tl.max(lanes, axis=0)
+    # infinities and NaNs have larger magnitudes than every number
+    if is_nonfinite(largest, OUT):
         tl.store(nonfinite_ptr + index, 1)
 
 

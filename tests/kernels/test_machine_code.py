@@ -1,8 +1,10 @@
 """Disassembly is read as it is meant, on snippets short enough to check by eye."""
 
+import dataclasses
+
 import pytest
 
-from mpcore_kernels import _amdgcn, _sass
+from mpcore_kernels import _amdgcn, _sass, audit
 from mpcore_kernels._blocks import Block, Instruction
 from mpcore_kernels._machine_code import bodies, thread_dependent
 
@@ -200,6 +202,11 @@ def test_what_one_thread_writes_behind_a_jump_counts_for_the_chunk():
     assert (dict(masked.results), masked.atomics) == ({4: 1}, 1)
     assert full.bytes_per_chunk == 4
     assert dict(full.stores) == {16: 1}
+
+
+def test_what_a_body_does_can_be_written_as_json():
+    full, _ = bodies(_sass.parse(SASS), frozenset(), 16)
+    assert audit._plain(dataclasses.asdict(full))["loads"] == {"16": 2}
 
 
 def test_barriers_in_loops_are_seen():

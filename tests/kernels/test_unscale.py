@@ -77,18 +77,6 @@ def assert_into(values, coefficient, device, offsets=None, out_offsets=None):
     assert nonfinite == [int(not e.isfinite().all()) for e in expected]
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("power", POWERS)
-def test_unscale_multiplies_all_65536_patterns_as_torch_does(dtype, power, device):
-    assert_in_place([all_patterns(dtype)], 2.0**power, device)
-
-
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("power", POWERS)
-def test_unscale_into_multiplies_all_65536_patterns_as_torch_does(dtype, power, device):
-    assert_into([all_patterns(dtype)], 2.0**power, device)
-
-
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("size", SIZES)
 def test_unscale_touches_a_tensor_of_any_size_and_nothing_around_it(dtype, size, device):
@@ -101,6 +89,18 @@ def test_unscale_takes_many_tensors_of_mixed_sizes_and_dtypes_in_one_call(device
     values = [random_bits(n, FLOATS[i % 3], seed=i) for i, n in enumerate(shuffled)]
     assert_in_place(values, 2.0**-7, device)
     assert_into(values, 2.0**-7, device)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("power", POWERS)
+def test_unscale_multiplies_all_65536_patterns_as_torch_does(dtype, power, device):
+    assert_in_place([all_patterns(dtype)], 2.0**power, device)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("power", POWERS)
+def test_unscale_into_multiplies_all_65536_patterns_as_torch_does(dtype, power, device):
+    assert_into([all_patterns(dtype)], 2.0**power, device)
 
 
 @given(values=tensors(), bits=float32_bits())
