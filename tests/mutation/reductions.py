@@ -66,7 +66,7 @@ SUMS = mutants(
     ("test_inspect.py", "test_against_reference.py"),
     ("half the units", "70368744177664.0", "35184372088832.0"),
     ("the exponent is one too large", "(bits >> 23) - 127", "(bits >> 23) - 126"),
-    ("exponents are not clamped from below", "- 127, -126)", "- 127, -127)"),
+    ("exponents are not clamped from above", "- 127, -126), 126)", "- 127, -126), 127)"),
     ("a shift ends at 31", "exponent_of(largest)), 63)", "exponent_of(largest)), 31)"),
     (
         "squares overflow",
