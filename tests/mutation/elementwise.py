@@ -5,6 +5,7 @@ from mutant import mutants
 _ROUND = "(0x7FFF + ((bits >> 16) & 1))"
 _NAN = "tl.where(is_nan, bits | 0x00400000, rounded)"
 _FINITE = "clamped = (magnitude >= bound) & (magnitude < 0x7F800000)"
+_INFINITE = "if largest == (0x7F800000 if OUT.is_fp32() else 0x7C00 if OUT.is_fp16() else 0x7F80):"
 _OTHER = "other=None if count is None else 0"
 
 DTYPES = mutants(
@@ -31,6 +32,12 @@ DTYPES = mutants(
     ("infinities are clamped", _FINITE, _FINITE.replace("< 0x7F", "<= 0x7F")),
     ("NaNs are clamped", _FINITE, "clamped = magnitude >= bound"),
     ("clamping loses the sign", "sign | largest", "largest"),
+    (
+        "a negative product loses its sign",
+        "narrow(tl.abs(x), FORMAT) | sign",
+        "narrow(tl.abs(x), FORMAT)",
+    ),
+    ("magnitudes keep their sign", "(bits & unsigned).to(tl.int32)", "bits.to(tl.int32)"),
     ("exponent mask one bit short", "- (1 << format.fp_m", "- (2 << format.fp_m"),
     ("only an infinity is not finite", "(bits & exponent) == exponent", "bits == exponent"),
 )
@@ -144,15 +151,20 @@ UNSCALE = mutants(
     ),
     ("every chunk counts as full", "(start + CHUNK <= size)", "(start < size)"),
     ("masked lanes load an infinity", _OTHER, "other=None if count is None else 0x7C00"),
-    ("no flag is ever raised", "if bad != 0:", "if bad == 2:"),
-    ("the flag is raised when all is well", "if bad != 0:", "if bad == 0:"),
+    ("no flag is ever raised", "if is_nonfinite(largest, OUT):", "if largest == -1:"),
+    (
+        "the flag is raised when all is well",
+        "if is_nonfinite(largest, OUT):",
+        "if not is_nonfinite(largest, OUT):",
+    ),
+    ("a NaN alone raises no flag", "if is_nonfinite(largest, OUT):", _INFINITE),
     ("the flag is not 1", "nonfinite_ptr + index, 1)", "nonfinite_ptr + index, 2)"),
     (
         "later chunks clear the flag",
-        "    if bad != 0:\n        tl.store(nonfinite_ptr + index, 1)",
-        "    tl.store(nonfinite_ptr + index, bad)",
+        "    if is_nonfinite(largest, OUT):\n        tl.store(nonfinite_ptr + index, 1)",
+        "    tl.store(nonfinite_ptr + index, is_nonfinite(largest, OUT).to(tl.int32))",
     ),
-    ("the flag looks at what was loaded", "is_nonfinite(out, OUT)", "is_nonfinite(bits, GRAD)"),
+    ("the flag looks at what was loaded", "magnitude_of(out, OUT)", "magnitude_of(bits, GRAD)"),
     (
         "only if all of a full chunk is non-finite is it flagged",
         "tl.max(block, axis=0)",
@@ -171,7 +183,7 @@ UNSCALE = mutants(
         "range(0, count, ROUND + 1)",
     ),
     ("every round is masked like the first", "count - at, coefficient", "count, coefficient"),
-    ("a round forgets what those before found", "lanes |= _unscale", "lanes = _unscale"),
+    ("a round forgets what those before found", "tl.maximum(lanes, block)", "block"),
     (
         "masked bodies write where they read",
         "out_ptr = pointer(out, OUT) + start",
