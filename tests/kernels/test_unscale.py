@@ -169,7 +169,7 @@ def test_unscale_writes_its_flags_and_none_beside_them(device):
 def test_unscale_takes_20000_tensors(device):
     values = [torch.full((1 + i % 3,), 1.0 + i % 7, dtype=FLOATS[i % 3]) for i in range(20_000)]
     values[0][0] = values[19_999][0] = torch.nan
-    grads = [value.to(device) for value in values]
+    grads = [value.to(device, copy=True) for value in values]
     nonfinite = flags(20_000, device)
     unscale_(grads, scalar(0.5, device), nonfinite)
     assert nonfinite.tolist() == [1] + [0] * 19_998 + [1]
