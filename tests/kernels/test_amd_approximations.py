@@ -84,3 +84,11 @@ def test_amd_an_approximation_beside_exact_routines_is_found(opcode):
 
 def test_amd_the_start_of_an_integer_division_is_no_approximation():
     assert approximations("\n\tv_rcp_iflag_f32_e32 v4, v4\n") == ()
+
+
+def test_amd_a_routine_that_goes_on_with_another_value_is_an_approximation():
+    # the reciprocal is gone before it is refined
+    reciprocal = "\tv_rcp_f32_e32 v5, v4\n"
+    code = DIVISION.replace(reciprocal, f"{reciprocal}\tv_mov_b32_e32 v5, v30\n")
+    assert code != DIVISION
+    assert approximations(code) == ("v_rcp_f32",)

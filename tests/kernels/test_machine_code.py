@@ -204,6 +204,13 @@ def test_what_one_thread_writes_behind_a_jump_counts_for_the_chunk():
     assert dict(full.stores) == {16: 1}
 
 
+def test_what_one_thread_jumps_to_and_writes_counts_for_the_chunk():
+    jump = "@P2 BRA `(.L_x_5) ;\n        /*0101*/                   EXIT ;\n.L_x_5:"
+    code = SASS.replace("@!P2 EXIT ;", jump)
+    for body in bodies(_sass.parse(code), frozenset(), 16):
+        assert dict(body.results) == {4: 1}
+
+
 def test_what_a_body_does_can_be_written_as_json():
     full, _ = bodies(_sass.parse(SASS), frozenset(), 16)
     assert audit._plain(dataclasses.asdict(full))["loads"] == {"16": 2}
