@@ -11,7 +11,7 @@ _LINE = re.compile(r"^\t([a-z]\w+)\s*([^;]*)")
 _LABEL = re.compile(r"^(\.LBB\w+):")
 _REGISTERS = re.compile(r"\b([vsa])(?:(\d+)|\[(\d+):(\d+)\])|\b(vcc)\b")
 _WIDTHS = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "short": 2, "byte": 1}
-_FUSED = re.compile(r"^v_(pk_)?(fma|fmac|mac|mad)_(mix\w*_)?(legacy_)?f(16|32|64)")
+_FUSED = re.compile(r"^v_(pk_)?(fma|mac|mad)(c|[am]k)?_(mix\w*_)?(legacy_)?f(16|32|64)")
 # these exchange values between threads, through the hardware of shared memory but not its contents
 _EXCHANGES = ("ds_bpermute", "ds_permute", "ds_swizzle")
 # not correctly rounded. Routines for division and square root start from some of them;
@@ -54,10 +54,24 @@ def parse(assembly: str) -> list[Block]:
 
 def fused(assembly: str) -> int:
     """Returns how many fused multiply-adds there are, in whatever precision."""
-    matches = filter(None, map(_LINE.match, _kernel_lines(assembly)))
-    found = [match.group(2) for match in matches if _FUSED.match(match.group(1))]
     # to add -0 changes nothing: this multiplies a half, widened on the way, and no more
-    return sum(re.match(r"[^,]+,[^,]+,[^,]+, neg\(0\)", operands) is None for operands in found)
+    return sum(addend != "neg(0)" for addend in _addends(assembly))
+
+
+def adds_zero(assembly: str) -> int:
+    """Returns how many products are added to the constant +0, which makes +0 of -0.
+
+    Compilers do so where an FP32 product is rounded to FP16, by v_fma_mixlo_f16: those of Triton
+    3.7 and 3.8 do.
+    """
+    return sum(addend in ("0", "0x0", "0.0") for addend in _addends(assembly))
+
+
+def _addends(assembly: str) -> list[str]:
+    """Returns what each fused multiply-add adds; nothing for those that add to their result."""
+    matches = filter(None, map(_LINE.match, _kernel_lines(assembly)))
+    found = [match.group(2).split(",") for match in matches if _FUSED.match(match.group(1))]
+    return [fields[3].split()[0] if len(fields) > 3 else "" for fields in found]
 
 
 def approximations(assembly: str) -> tuple[str, ...]:

@@ -80,9 +80,9 @@ def narrow(x, FORMAT: tl.constexpr):
 def narrow_product(x, FORMAT: tl.constexpr):
     """Returns what `narrow` does, for an `x` that is the result of a multiplication.
 
-    Some compilers for AMD make one instruction of a multiplication and a rounding to FP16: a fused
-    multiply-add whose addend is +0. The sum of -0 and +0 is +0, so a product of -0 would lose its
-    sign. Here only magnitudes are rounded, to which +0 adds nothing, and the sign is put back.
+    For AMD, Triton 3.7 and 3.8 make one instruction of a multiplication and a rounding to FP16: a
+    fused multiply-add whose addend is +0. The sum of -0 and +0 is +0, so a product of -0 would lose
+    its sign. Here the sign does not pass through the rounding: it is taken from `x` and put back.
     """
     if FORMAT.is_fp16():
         sign = (x.to(tl.int32, bitcast=True) >> 16).to(tl.int16) & -0x8000

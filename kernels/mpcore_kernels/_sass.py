@@ -77,6 +77,17 @@ def fused(disassembly: str) -> int:
     return found
 
 
+def adds_zero(disassembly: str) -> int:
+    """Returns how many products are added to the constant +0, which makes +0 of -0."""
+    found = 0
+    for match in filter(None, map(_LINE.match, _kernel_lines(disassembly))):
+        opcode, operands = match.group(2), match.group(3)
+        if opcode.split(".")[0] in _FUSED and not _CONSTANT.match(operands):
+            # RZ is a register that holds +0
+            found += operands.split(",")[-1].split(".")[0].strip() == "RZ"
+    return found
+
+
 def _kernel_lines(disassembly: str) -> list[str]:
     """Returns the lines of the section that holds the code."""
     section = disassembly.split("\n.text.", 1)[-1]

@@ -26,6 +26,9 @@ def findings(variant: Variant, facts: Facts) -> list[str]:
         found.append(f"spills: {facts.spills}, and {facts.stack} bytes of local memory")
     if facts.fused and not variant.enable_fp_fusion:
         found.append(f"{facts.fused} fused multiply-adds, declared uncontracted")
+    if facts.adds_zero:
+        # also where contraction is declared: that is about roundings, not about signs
+        found.append(f"{facts.adds_zero} products added to +0, which makes +0 of -0")
     if facts.approximations:
         found.append(f"approximate arithmetic: {', '.join(facts.approximations)}")
     if facts.flushes:

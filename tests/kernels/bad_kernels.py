@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from mpcore_kernels import _dtypes
+from mpcore_kernels._dtypes import narrow_product, widen
 from mpcore_kernels._facts import examine
 from mpcore_kernels._launch import Variant
 from mpcore_kernels._table import CHUNK, WARPS
@@ -57,6 +59,51 @@ def contracted(x_ptr, y_ptr, CHUNK: tl.constexpr):
     y_ptr = at_chunk(y_ptr, CHUNK)
     x = tl.load(x_ptr)
     tl.store(y_ptr, tl.fma(x, x, x))
+
+
+@triton.jit(do_not_specialize_on_alignment=NAMES)
+def adds_zero(x_ptr, y_ptr, CHUNK: tl.constexpr):
+    """Multiplies by a fused multiply-add, which makes +0 of -0."""
+    x_ptr = at_chunk(x_ptr, CHUNK)
+    y_ptr = at_chunk(y_ptr, CHUNK)
+    tl.store(y_ptr, tl.fma(tl.load(x_ptr), 2.5, 0.0))
+
+
+@triton.jit(do_not_specialize_on_alignment=[*NAMES, "factor_ptr"])
+def rounded_product(x_ptr, y_ptr, factor_ptr, CHUNK: tl.constexpr):
+    """Rounds a product to FP16, sign and all; without promises, which would make vectors of it."""
+    offsets = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    product = widen(tl.load(x_ptr + offsets), tl.float16) * tl.load(factor_ptr)
+    tl.store(y_ptr + offsets, _dtypes.narrow(product, tl.float16))
+
+
+@triton.jit(do_not_specialize_on_alignment=[*NAMES, "factor_ptr"])
+def rounded_magnitude(x_ptr, y_ptr, factor_ptr, CHUNK: tl.constexpr):
+    """Does what `rounded_product` does, but for the sign."""
+    offsets = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    product = widen(tl.load(x_ptr + offsets), tl.float16) * tl.load(factor_ptr)
+    tl.store(y_ptr + offsets, narrow_product(product, tl.float16))
+
+
+@triton.jit(do_not_specialize_on_alignment=NAMES)
+def adds_zero_beside_a_division(x_ptr, y_ptr, CHUNK: tl.constexpr):
+    """Does so where a division brings other fused multiply-adds along."""
+    x_ptr = at_chunk(x_ptr, CHUNK)
+    y_ptr = at_chunk(y_ptr, CHUNK)
+    x = tl.load(x_ptr)
+    tl.store(y_ptr, tl.div_rn(x + 1, tl.fma(x, 2.5, 0.0)))
+
+
+@triton.jit(do_not_specialize_on_alignment=NAMES)
+def adds_zero_on_amd(x_ptr, y_ptr, CHUNK: tl.constexpr):
+    """Does what LLVM may do to a product that is rounded to FP16, beside a division."""
+    x_ptr = at_chunk(x_ptr, CHUNK)
+    y_ptr = at_chunk(y_ptr, CHUNK)
+    x = tl.load(x_ptr)
+    product = tl.inline_asm_elementwise(
+        "v_fma_mixlo_f16 $0, $1, $1, 0", "=v,v", [x], dtype=tl.int32, is_pure=True, pack=1
+    )
+    tl.store(y_ptr, tl.div_rn(x, product.to(tl.float32, bitcast=True)))
 
 
 @triton.jit(do_not_specialize_on_alignment=NAMES)
@@ -223,12 +270,23 @@ def variant(kernel, **changes):
     return Variant(kernel=kernel, **(fields | changes))
 
 
-LONG = 16384
+# more than 512 registers for each thread of one warp, also where products replace their factors
+LONG = 32768
+HALVES = {
+    "arguments": ("*i16", "*i16", "*fp32"),
+    "reads": (torch.float16,),
+    "writes": (torch.float16,),
+}
 VARIANTS = [
     variant(good),
     variant(narrow),
     variant(masked, arguments=("*fp32", "*fp32", "*i32")),
     variant(contracted),
+    variant(adds_zero),
+    variant(rounded_product, **HALVES),
+    variant(rounded_magnitude, **HALVES),
+    variant(adds_zero_beside_a_division),
+    variant(adds_zero_on_amd),
     variant(contracted_beside_a_division),
     variant(exact_division),
     variant(approximate),
@@ -256,7 +314,7 @@ if __name__ == "__main__":
     found = {}
     for bad in VARIANTS:
         for target in TARGETS[1::2]:
-            if bad.kernel is reciprocal_on_amd and target.backend != "hip":
+            if bad.kernel in (reciprocal_on_amd, adds_zero_on_amd) and target.backend != "hip":
                 continue
             facts = examine(bad, target)
             found[f"{bad.kernel.__name__} {facts.target}"] = {

@@ -155,6 +155,13 @@ def test_sass_fused_multiply_adds_are_counted_but_not_constants():
     line = "        /*0012*/                   {} ;\n        /*0020*/"
     for real in ("FFMA R5, R6, R7, R8", "@P0 DFMA R5, R6, R7, R8", "FFMA2 R4, R6, R8, R10"):
         assert _sass.fused(SASS.replace("        /*0020*/", line.format(real))) == 1
+        assert _sass.adds_zero(SASS.replace("        /*0020*/", line.format(real))) == 0
+    for zero in ("FFMA R5, R6, R7, RZ", "HFMA2 R5, R6.H0_H0, R7, RZ.H0_H0"):
+        assert _sass.adds_zero(SASS.replace("        /*0020*/", line.format(zero))) == 1
+    minus = "FFMA R5, R6, RZ, -RZ"
+    assert _sass.adds_zero(SASS.replace("        /*0020*/", line.format(minus))) == 0
+    constant = "HFMA2.MMA R5, -RZ, RZ, 0, RZ"
+    assert _sass.adds_zero(SASS.replace("        /*0020*/", line.format(constant))) == 0
     constant = "HFMA2.MMA R5, -RZ, RZ, 0, 1.5"
     assert _sass.fused(SASS.replace("        /*0020*/", line.format(constant))) == 0
 
@@ -188,6 +195,35 @@ def test_amd_scratch_is_local_memory():
 def test_amd_adding_minus_zero_is_no_fused_multiply_add():
     assert _amdgcn.fused(AMD) == 1
     assert _amdgcn.fused(AMD.replace("neg(0)", "v1")) == 2
+    assert _amdgcn.adds_zero(AMD) == 0
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        "v_fma_mixlo_f16 v9, s4, v7, 0 op_sel_hi:[0,1,0]",
+        "v_fma_mixhi_f16 v9, s4, v7, 0",
+        "v_fma_f32 v9, v7, s4, 0",
+        "v_fmaak_f32 v9, v7, s4, 0x0",
+        "v_pk_fma_f32 v[8:9], v[6:7], s[4:5], 0 op_sel_hi:[1,1,0]",
+        "v_fma_f64 v[8:9], v[6:7], s[4:5], 0",
+    ],
+)
+def test_amd_adding_plus_zero_is_seen(product):
+    line = "v_fma_mix_f32 v9, v7, s4, neg(0) op_sel_hi:[1,0,0]"
+    assert _amdgcn.adds_zero(AMD.replace(line, product)) == 1
+    assert _amdgcn.fused(AMD.replace(line, product)) == 2
+
+
+def test_amd_constants_of_fused_multiply_adds_are_not_taken_for_zero():
+    line = "v_fma_mix_f32 v9, v7, s4, neg(0) op_sel_hi:[1,0,0]"
+    for other in (
+        "v_fmamk_f32 v9, v7, 0x0, v8",
+        "v_fmac_f32_e32 v9, v7, v0",
+        "v_fma_f32 v9, 0, v7, 1.0",
+    ):
+        assert _amdgcn.adds_zero(AMD.replace(line, other)) == 0
+        assert _amdgcn.fused(AMD.replace(line, other)) == 2
 
 
 def test_what_one_thread_writes_behind_a_jump_counts_for_the_chunk():
