@@ -2,8 +2,11 @@
 
 import os
 
+import pytest
 import torch
 from hypothesis import settings
+
+from mpcore_testing.comparisons import PROPERTY, TALLY, summary
 
 # read when a kernel is decorated, so it must be set before anything imports the kernels
 if not torch.cuda.is_available():
@@ -12,3 +15,23 @@ if not torch.cuda.is_available():
 settings.register_profile("dev", deadline=None, max_examples=30)
 settings.register_profile("ci", deadline=None, max_examples=100, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Notes how many values a test compared, in its report: workers and their host share those."""
+    before = TALLY.values
+    try:
+        return (yield)
+    finally:
+        if TALLY.values > before:
+            item.user_properties.append((PROPERTY, TALLY.values - before))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Prints how many values all tests compared, and how long those tests took."""
+    reports = [report for group in terminalreporter.stats.values() for report in group]
+    line = summary(report for report in reports if hasattr(report, "user_properties"))
+    if line:
+        terminalreporter.section("bitwise comparisons")
+        terminalreporter.line(line)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 
-from mpcore_kernels._machine_code import Block, Instruction
+from mpcore_kernels._blocks import Block, Instruction
 
 # "\tbuffer_store_dwordx4 v[2:5], v14, s[16:19], 0 offen"
 _LINE = re.compile(r"^\t([a-z]\w+)\s*([^;]*)")
 _LABEL = re.compile(r"^(\.LBB\w+):")
 _REGISTERS = re.compile(r"\b([vsa])(?:(\d+)|\[(\d+):(\d+)\])|\b(vcc)\b")
 _WIDTHS = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "short": 2, "byte": 1}
-_FUSED = re.compile(r"^v_(pk_)?(fma|fmac|mac|mad)_(mix\w*_)?(legacy_)?f(16|32|64)")
+_FUSED = re.compile(r"^v_(pk_)?(fma|mac|mad)(c|[am]k)?_(mix\w*_)?(legacy_)?f(16|32|64)")
 # these exchange values between threads, through the hardware of shared memory but not its contents
 _EXCHANGES = ("ds_bpermute", "ds_permute", "ds_swizzle")
+# not correctly rounded. Routines for division and square root start from some of them;
+# v_rcp_iflag_f32, from which divisions of integers start, is not among them
+_APPROXIMATE = re.compile(r"^v_(rcp|rsq|sqrt|exp|log|sin|cos)_(?:legacy_)?f(16|32|64)")
 # the thread's index is in v0 when a kernel starts
 ENTRY = frozenset({"v0"})
 
@@ -51,10 +54,75 @@ def parse(assembly: str) -> list[Block]:
 
 def fused(assembly: str) -> int:
     """Returns how many fused multiply-adds there are, in whatever precision."""
-    matches = filter(None, map(_LINE.match, _kernel_lines(assembly)))
-    found = [match.group(2) for match in matches if _FUSED.match(match.group(1))]
     # to add -0 changes nothing: this multiplies a half, widened on the way, and no more
-    return sum(re.match(r"[^,]+,[^,]+,[^,]+, neg\(0\)", operands) is None for operands in found)
+    return sum(addend != "neg(0)" for addend in _addends(assembly))
+
+
+def adds_zero(assembly: str) -> int:
+    """Returns how many products are added to the constant +0, which makes +0 of -0.
+
+    Compilers do so where an FP32 product is rounded to FP16, by v_fma_mixlo_f16: those of Triton
+    3.7 and 3.8 do.
+    """
+    return sum(addend in ("0", "0x0", "0.0") for addend in _addends(assembly))
+
+
+def _addends(assembly: str) -> list[str]:
+    """Returns what each fused multiply-add adds; nothing for those that add to their result."""
+    matches = filter(None, map(_LINE.match, _kernel_lines(assembly)))
+    found = [match.group(2).split(",") for match in matches if _FUSED.match(match.group(1))]
+    return [fields[3].split()[0] if len(fields) > 3 else "" for fields in found]
+
+
+def approximations(assembly: str) -> tuple[str, ...]:
+    """Returns the instructions with approximate results that no exact routine corrects."""
+    found = set()
+    for block in parse(assembly):
+        for place, instruction in enumerate(block.instructions):
+            if _APPROXIMATE.match(instruction.opcode) and not _is_refined(block, place):
+                found.add(re.sub(r"_e(32|64)$", "", instruction.opcode))
+    return tuple(sorted(found))
+
+
+def _is_refined(block: Block, place: int) -> bool:
+    """Tells whether the instruction at `place` is the start of a correctly rounded routine.
+
+    LLVM has three of them, each in one block. Division takes the reciprocal of what v_div_scale
+    made of the divisor and ends in v_div_fmas and v_div_fixup. The float32 root compares the
+    neighbours of the approximate one, one place below and above, by a fused multiply-add each. The
+    float64 root takes seven fused multiply-adds from the reciprocal of the root.
+    """
+    instruction = block.instructions[place]
+    match = _APPROXIMATE.match(instruction.opcode)
+    assert match is not None
+    kind, bits = match.groups()
+    direct, derived = _uses(block, place)
+    names = [re.sub(r"_e(32|64)$", "", other.opcode) for other in derived]
+    if kind == "rcp" and bits != "16":
+        before = reversed(block.instructions[:place])
+        source = next((other for other in before if other.writes & instruction.reads), None)
+        scaled = source is not None and source.opcode.startswith(f"v_div_scale_f{bits}")
+        return scaled and {f"v_div_fmas_f{bits}", f"v_div_fixup_f{bits}"} <= set(names)
+    fused = sum(name in (f"v_fma_f{bits}", f"v_fmac_f{bits}") for name in names)
+    if (kind, bits) == ("sqrt", "32"):
+        return sum(other.opcode.startswith("v_add_u32") for other in direct) == 2 <= fused
+    return (kind, bits) == ("rsq", "64") and fused >= 7
+
+
+def _uses(block: Block, place: int) -> tuple[list[Instruction], list[Instruction]]:
+    """Returns what reads a result before it is overwritten, and what depends on it at all."""
+    result = set(block.instructions[place].writes)
+    known, direct, derived = set(result), [], []
+    for instruction in block.instructions[place + 1 :]:
+        if instruction.reads & result:
+            direct.append(instruction)
+        result -= instruction.writes
+        if instruction.reads & known:
+            derived.append(instruction)
+            known |= instruction.writes
+        else:
+            known -= instruction.writes
+    return direct, derived
 
 
 def _kernel_lines(assembly: str) -> list[str]:

@@ -150,8 +150,14 @@ def key_of(name: str, lists: Sequence[Sequence[Tensor]]) -> Key | None:
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Tells whether the current stream is captured into a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    """Tells whether the current stream of `device` is captured into a CUDA graph.
+
+    Each device has a current stream of its own, and a launch goes to that of its tensors' device.
+    """
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def current_stream(device: torch.device) -> int:

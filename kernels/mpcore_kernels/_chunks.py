@@ -145,6 +145,8 @@ def variant(dtype: torch.dtype, statistics: bool) -> Variant:
         enable_fp_fusion=False,
         reads=(dtype,),
         chunk=CHUNK,
+        results=(torch.int64, torch.int32, torch.int32, torch.int32),
+        counters=(CATEGORIES, EXPONENTS) if statistics else (),
         # maximum and sum; two histograms are made of several each. A chunk that is not finite
         # needs more, off the path that the audit judges.
         reductions=5 if statistics else 2,

@@ -77,6 +77,21 @@ def narrow(x, FORMAT: tl.constexpr):
 
 
 @triton.jit
+def narrow_product(x, FORMAT: tl.constexpr):
+    """Returns what `narrow` does, for an `x` that is the result of a multiplication.
+
+    For AMD, Triton 3.7 and 3.8 make one instruction of a multiplication and a rounding to FP16: a
+    fused multiply-add whose addend is +0. The sum of -0 and +0 is +0, so a product of -0 would lose
+    its sign. Here the sign does not pass through the rounding: it is taken from `x` and put back.
+    """
+    if FORMAT.is_fp16():
+        sign = (x.to(tl.int32, bitcast=True) >> 16).to(tl.int16) & -0x8000
+        return narrow(tl.abs(x), FORMAT) | sign
+    else:
+        return narrow(x, FORMAT)
+
+
+@triton.jit
 def saturate(x, FORMAT: tl.constexpr):
     """Returns `x` with finite values that FORMAT would round to infinity clamped, and which.
 
@@ -92,6 +107,16 @@ def saturate(x, FORMAT: tl.constexpr):
     clamped = (magnitude >= bound) & (magnitude < 0x7F800000)
     sign = bits ^ magnitude
     return tl.where(clamped, sign | largest, bits).to(tl.float32, bitcast=True), clamped
+
+
+@triton.jit
+def magnitude_of(bits, FORMAT: tl.constexpr):
+    """Returns the bits of FORMAT without their sign, as int32.
+
+    They compare like the magnitudes do, with infinity above all numbers and NaNs above infinity.
+    """
+    unsigned: tl.constexpr = 0x7FFFFFFF if FORMAT.is_fp32() else 0x7FFF
+    return (bits & unsigned).to(tl.int32)
 
 
 @triton.constexpr_function

@@ -25,11 +25,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from mpcore_kernels import _amdgcn, _sass
+from mpcore_kernels._blocks import Block
 from mpcore_kernels._launch import Variant
-from mpcore_kernels._machine_code import Block, Body, bodies
+from mpcore_kernels._machine_code import Body, bodies
 
 # arithmetic that PTX lets its assembler contract, or that is contracted already
 _PTX_FUSED = re.compile(r"\s(?:(?:fma|mad)\.[\w.]*f(?:16|32|64)|(?:mul|add|sub)\.f(?:32|64)\s)")
+_PTX_ADDS_ZERO = re.compile(r"\sfma\.[\w.]*f(?:16|32|64)\s[^;]*, 0[fd]0+;")
 _PTX_ROUTINES = re.compile(r"\s(?:div|sqrt|rcp)\.r[nzmp]\.[\w.]*f(?:32|64)")
 _PTX_APPROXIMATE = re.compile(r"\s((?:\w+\.approx|div\.full)[\w.]*)")
 # the same for LLVM's language; conversions between int64 and floats are made of arithmetic on AMD
@@ -55,7 +57,10 @@ class Facts:
         shared: Bytes of shared memory per program.
         barriers: Waits for other threads in all of the code.
         fused: Fused multiply-adds outside the routines of division, square root and conversion.
-        approximations: Operations that are not rounded correctly, such as `div.full.f32`.
+        adds_zero: Products that are added to +0 and to nothing else. On NVIDIA, whose routines do
+            so, outside of them; on AMD anywhere.
+        approximations: Operations that are not rounded correctly, such as `div.full.f32`: in PTX,
+            and in LLVM's language as well as in the machine code for AMD.
         flushes: Whether subnormal numbers are flushed, or results not rounded to nearest even.
         float_atomics: Atomic operations on floating-point numbers.
         specialized: Arguments whose values a launch would compile into the code.
@@ -70,6 +75,7 @@ class Facts:
     shared: int
     barriers: int
     fused: int
+    adds_zero: int
     approximations: tuple[str, ...]
     flushes: bool
     float_atomics: tuple[str, ...]
@@ -96,11 +102,11 @@ def _read_nvidia(variant: Variant, target: GPUTarget, compiled: Any) -> Facts:
     resources = {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", usage)}
     blocks, ptx = _sass.parse(code), compiled.asm["ptx"]
     instructions = [i for block in blocks for i in block.instructions]
-    fused = _sass.fused(code)
+    fused, adds_zero = _sass.fused(code), _sass.adds_zero(code)
     flushes = any("FTZ" in i.opcode.split(".") for i in instructions)
     if _PTX_ROUTINES.search(ptx):
         # the routines fuse and flush where they may; everything else has its origin in the PTX
-        fused = len(_PTX_FUSED.findall(ptx))
+        fused, adds_zero = len(_PTX_FUSED.findall(ptx)), len(_PTX_ADDS_ZERO.findall(ptx))
         flushes = ".ftz" in ptx
     return Facts(
         target=f"sm_{target.arch}",
@@ -108,6 +114,7 @@ def _read_nvidia(variant: Variant, target: GPUTarget, compiled: Any) -> Facts:
         stack=resources["STACK"] + resources["LOCAL"],
         spills=sum(i.memory == "local" for i in instructions),
         fused=fused,
+        adds_zero=adds_zero,
         approximations=tuple(sorted(set(_PTX_APPROXIMATE.findall(ptx)))),
         flushes=flushes,
         float_atomics=_float_atomics(blocks, r"\.F\d\d|\.BF16"),
@@ -132,7 +139,9 @@ def _read_amd(variant: Variant, target: GPUTarget, compiled: Any) -> Facts:
         stack=numbers["private_segment_fixed_size"],
         spills=numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"],
         fused=fused,
-        approximations=tuple(sorted(set(_LLVM_APPROXIMATE.findall(middle)))),
+        adds_zero=_amdgcn.adds_zero(code),
+        approximations=_amdgcn.approximations(code)
+        + tuple(sorted(set(_LLVM_APPROXIMATE.findall(middle)))),
         flushes=any(modes[name] != value for name, value in exact.items()),
         float_atomics=_float_atomics(blocks, r"_f\d\d|_bf16"),
         **_common(variant, target, compiled, blocks, _amdgcn.ENTRY),

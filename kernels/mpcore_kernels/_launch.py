@@ -46,6 +46,9 @@ class Variant:
         reads: Dtypes of the tensors of which a program reads each element of its chunk, once.
         writes: Dtypes of the tensors of which a program writes each element of its chunk, once.
         chunk: Elements per program; 0 if programs do not work on chunks of tensors.
+        results: Dtypes of the numbers that a program writes about its chunk, each one once, or
+            not at all if there is nothing to report.
+        counters: Sizes of the groups of integers to which a program adds, each one once at most.
         reductions: How many values a program reduces over its chunk; 0 for an elementwise kernel,
             which needs neither shared memory nor barriers.
     """
@@ -58,6 +61,8 @@ class Variant:
     reads: tuple[torch.dtype, ...] = ()
     writes: tuple[torch.dtype, ...] = ()
     chunk: int = 0
+    results: tuple[torch.dtype, ...] = ()
+    counters: tuple[int, ...] = ()
     reductions: int = 0
 
     @property
@@ -66,7 +71,7 @@ class Variant:
         values = [
             str(value) if isinstance(value, tl.dtype) else f"{name}={value}"
             for name, value in self.constants
-            if name != "CHUNK"
+            if name not in ("CHUNK", "ROUND")
         ]
         return " ".join([self.kernel.__name__.strip("_").removesuffix("_kernel"), *values])
 
@@ -74,6 +79,11 @@ class Variant:
     def bytes_needed(self) -> int:
         """Bytes that one element costs when each tensor is read or written once."""
         return sum(dtype.itemsize for dtype in self.reads + self.writes)
+
+    @property
+    def bytes_needed_per_chunk(self) -> int:
+        """Bytes that a program writes about its chunk."""
+        return sum(dtype.itemsize for dtype in self.results)
 
     def options(self) -> dict[str, Any]:
         """Returns the compiler options, the same for a launch and for the audit."""

@@ -1,7 +1,7 @@
 """What one compiled kernel does, found by following its instructions.
 
-`_sass.py` and `_amdgcn.py` turn disassembly into the instructions and blocks below; this module
-asks two questions of them, the same for both makers.
+`_sass.py` and `_amdgcn.py` turn disassembly into the blocks of `_blocks.py`; this module asks two
+questions of them, the same for both makers.
 
 *Which accesses belong to the elements of a tensor?* A program also reads its entry of the table
 and a scalar or two, and may store a flag. All threads give those the same address, while each
@@ -17,54 +17,19 @@ path that no execution takes (compilers for AMD leave some, through both bodies)
 needs to, and is therefore never chosen.
 
 Not seen: what a subroutine does (only division and square root have any, and they access no
-memory), and how often a loop runs: `Body.loops` tells that elements are accessed in one.
+memory), and how often a loop runs: `Body.loops` tells that elements are accessed in one, and
+`Body.waits_in_a_loop` that threads wait in one.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+
+from mpcore_kernels._blocks import Block, after_successors, back_edges, in_a_loop
 
 _MOST_PATHS = 1000
-
-
-@dataclass(frozen=True)
-class Instruction:
-    """One instruction, reduced to what the audit looks at.
-
-    Attributes:
-        opcode: As the disassembler prints it.
-        writes: Registers that it sets.
-        reads: Registers that it depends on, those of addresses included.
-        address: The registers of `reads` that make its address.
-        conditional: Whether a predicate may switch it off, so that it may leave `writes` alone.
-        thread: Whether it reads the index of the thread.
-        memory: `"global"`, `"shared"`, `"local"`, or empty if it accesses no memory.
-        access: `"load"`, `"store"`, `"atomic"`, or empty.
-        width: Bytes per thread that it moves to or from memory.
-        barrier: Whether it waits for other threads of the program.
-    """
-
-    opcode: str
-    writes: frozenset[str] = frozenset()
-    reads: frozenset[str] = frozenset()
-    address: frozenset[str] = frozenset()
-    conditional: bool = False
-    thread: bool = False
-    memory: str = ""
-    access: str = ""
-    width: int = 0
-    barrier: bool = False
-
-
-@dataclass
-class Block:
-    """Instructions without a jump among them, and the labels of the blocks that may follow."""
-
-    label: str
-    instructions: list[Instruction] = field(default_factory=list)
-    successors: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -74,19 +39,26 @@ class Body:
     Attributes:
         loads: How many loads of elements there are of each width in bytes.
         stores: The same of stores.
+        results: The same of stores at addresses that all threads share: a program's, not a
+            thread's.
+        atomics: Atomic operations, whatever their addresses.
         barriers: Waits for other threads.
         shared: Accesses to shared memory.
         instructions: Everything that is executed.
         loops: Whether there is a loop around an access to elements; it is counted once.
+        waits_in_a_loop: Whether there is one around a barrier.
         labels: The blocks with accesses to elements.
     """
 
     loads: Mapping[int, int]
     stores: Mapping[int, int]
+    results: Mapping[int, int]
+    atomics: int
     barriers: int
     shared: int
     instructions: int
     loops: bool
+    waits_in_a_loop: bool
     labels: frozenset[str]
 
     @property
@@ -99,6 +71,11 @@ class Body:
         """Bytes that those move."""
         both = (*self.loads.items(), *self.stores.items())
         return sum(width * count for width, count in both)
+
+    @property
+    def bytes_per_chunk(self) -> int:
+        """Bytes that a program writes about its chunk."""
+        return sum(width * count for width, count in self.results.items())
 
 
 def thread_dependent(blocks: Sequence[Block], entry: frozenset[str]) -> dict[str, list[bool]]:
@@ -163,12 +140,12 @@ def _cheapest(
     """
     by_label = {block.label: block for block in blocks}
     parts = {
-        block.label: _part(block, is_element[block.label], _in_a_loop(by_label, block.label))
+        block.label: _part(block, is_element[block.label], in_a_loop(by_label, block.label))
         for block in blocks
     }
-    back = _back_edges(by_label, blocks[0].label)
+    back = back_edges(by_label, blocks[0].label)
     found: dict[str, dict[frozenset[str], Body]] = {}
-    for label in _after_successors(by_label, blocks[0].label, back):
+    for label in after_successors(by_label, blocks[0].label, back):
         nexts = [
             body
             for successor in by_label[label].successors
@@ -178,9 +155,8 @@ def _cheapest(
         found[label] = {}
         for rest in nexts or [_EMPTY]:
             body = _join(parts[label], rest)
-            best = found[label].get(body.labels)
-            if best is None or body.instructions < best.instructions:
-                found[label][body.labels] = body
+            other = found[label].get(body.labels, body)
+            found[label][body.labels] = _shorter(body, other)
         if len(found[label]) > _MOST_PATHS:
             raise RuntimeError(
                 f"audit: expected at most {_MOST_PATHS} paths that access different elements, got "
@@ -198,85 +174,61 @@ def _cheapest(
     )
 
 
-_EMPTY = Body({}, {}, 0, 0, 0, False, frozenset())
-
-
-def _in_a_loop(by_label: Mapping[str, Block], label: str) -> bool:
-    """Tells whether a block can run again after it ran."""
-    seen: set[str] = set()
-    waiting = list(by_label[label].successors)
-    while waiting:
-        successor = waiting.pop()
-        if successor not in seen:
-            seen.add(successor)
-            waiting += by_label[successor].successors
-    return label in seen
+_EMPTY = Body({}, {}, {}, 0, 0, 0, 0, False, False, frozenset())
 
 
 def _part(block: Block, is_element: Sequence[bool], in_a_loop: bool) -> Body:
     """Returns what one block contributes to the paths that go through it."""
     loads: Counter[int] = Counter()
     stores: Counter[int] = Counter()
+    results: Counter[int] = Counter()
+    atomics = 0
     for instruction, element in zip(block.instructions, is_element, strict=True):
-        if element and instruction.memory == "global":
-            if instruction.access == "load":
-                loads[instruction.width] += 1
-            elif instruction.access == "store":
-                stores[instruction.width] += 1
+        if instruction.memory != "global":
+            continue
+        if instruction.access == "store":
+            (stores if element else results)[instruction.width] += 1
+        elif instruction.access == "load" and element:
+            loads[instruction.width] += 1
+        atomics += instruction.access == "atomic"
     return Body(
-        loads=loads,
-        stores=stores,
+        loads=dict(loads),
+        stores=dict(stores),
+        results=dict(results),
+        atomics=atomics,
         barriers=sum(instruction.barrier for instruction in block.instructions),
         shared=sum(instruction.memory == "shared" for instruction in block.instructions),
         instructions=len(block.instructions),
         loops=bool(loads or stores) and in_a_loop,
+        waits_in_a_loop=in_a_loop and any(i.barrier for i in block.instructions),
         labels=frozenset([block.label] if loads or stores else []),
     )
 
 
 def _join(first: Body, rest: Body) -> Body:
     return Body(
-        loads=Counter(first.loads) + Counter(rest.loads),
-        stores=Counter(first.stores) + Counter(rest.stores),
+        loads=dict(Counter(first.loads) + Counter(rest.loads)),
+        stores=dict(Counter(first.stores) + Counter(rest.stores)),
+        results=dict(Counter(first.results) + Counter(rest.results)),
+        atomics=first.atomics + rest.atomics,
         barriers=first.barriers + rest.barriers,
         shared=first.shared + rest.shared,
         instructions=first.instructions + rest.instructions,
         loops=first.loops or rest.loops,
+        waits_in_a_loop=first.waits_in_a_loop or rest.waits_in_a_loop,
         labels=first.labels | rest.labels,
     )
 
 
-def _back_edges(by_label: Mapping[str, Block], entry: str) -> set[tuple[str, str]]:
-    """Returns the jumps that close a loop."""
-    back, done, open_blocks = set(), set(), [entry]
-    pending = {entry: list(by_label[entry].successors)}
-    while open_blocks:
-        label = open_blocks[-1]
-        if not pending[label]:
-            done.add(open_blocks.pop())
-            continue
-        successor = pending[label].pop()
-        if successor in open_blocks:
-            back.add((label, successor))
-        elif successor not in done:
-            open_blocks.append(successor)
-            pending[successor] = list(by_label[successor].successors)
-    return back
+def _shorter(one: Body, other: Body) -> Body:
+    """Returns the shorter of two paths to the same elements.
 
-
-def _after_successors(
-    by_label: Mapping[str, Block], entry: str, back: set[tuple[str, str]]
-) -> list[str]:
-    """Returns the blocks that can be reached, each after all that may follow it."""
-    order: list[str] = []
-    seen: set[str] = set()
-    stack = [(entry, False)]
-    while stack:
-        label, finished = stack.pop()
-        if finished:
-            order.append(label)
-        elif label not in seen:
-            seen.add(label)
-            stack.append((label, True))
-            stack += [(s, False) for s in by_label[label].successors if (label, s) not in back]
-    return order
+    What is written about a chunk is the most that either of them writes: one thread does that, and
+    all others jump over it. Barriers are those of the shorter one: the longer one may be that of a
+    chunk that is looked at again, because it is not finite.
+    """
+    return replace(
+        min(one, other, key=lambda body: body.instructions),
+        results=max(one, other, key=lambda body: body.bytes_per_chunk).results,
+        atomics=max(one.atomics, other.atomics),
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from mpcore_kernels._machine_code import Block, Instruction
+from mpcore_kernels._blocks import Block, Instruction
 
 # "        /*0210*/              @!P2 STG.E.128 desc[UR6][R32.64+0x10], R16 ;"
 _LINE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P(?:\d|T))\s+)?([A-Z][\w.]*)\s*([^;]*);")
@@ -74,6 +74,17 @@ def fused(disassembly: str) -> int:
         opcode, operands = match.group(2), match.group(3)
         if opcode.split(".")[0] in _FUSED and not _CONSTANT.match(operands):
             found += 1
+    return found
+
+
+def adds_zero(disassembly: str) -> int:
+    """Returns how many products are added to the constant +0, which makes +0 of -0."""
+    found = 0
+    for match in filter(None, map(_LINE.match, _kernel_lines(disassembly))):
+        opcode, operands = match.group(2), match.group(3)
+        if opcode.split(".")[0] in _FUSED and not _CONSTANT.match(operands):
+            # RZ is a register that holds +0
+            found += operands.split(",")[-1].split(".")[0].strip() == "RZ"
     return found
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mpcore_kernels._dtypes import exponent_mask, is_nonfinite, widen
+from mpcore_kernels._dtypes import exponent_mask, is_nonfinite, magnitude_of, widen
 from mpcore_kernels._sums import magnitude_bits
 
 #: How many categories of values are told apart: NaN, +inf, -inf, zero, subnormal, normal.
@@ -25,7 +25,7 @@ _EXPONENTS_IN_KERNEL = tl.constexpr(EXPONENTS)
 def _category(bits, FORMAT: tl.constexpr):
     """Returns which column of `Inspection.counts` each value belongs to."""
     exponent: tl.constexpr = exponent_mask(FORMAT)
-    magnitude = bits & (0x7FFFFFFF if FORMAT.is_fp32() else 0x7FFF)
+    magnitude = magnitude_of(bits, FORMAT)
     special = tl.where(magnitude > exponent, 0, tl.where(bits < 0, 2, 1))
     small = tl.where(magnitude == 0, 3, 4)
     finite = tl.where((bits & exponent) == 0, small, 5)

@@ -34,6 +34,10 @@ from mpcore_kernels._dtypes import access_bytes, pointer
 # sm_90, no spills
 CHUNK = 4096
 WARPS = 8
+# what masked bodies take at a time. Not CHUNK: Triton chooses one layout for blocks of one shape
+# that start from the same addresses. Masked loads would get that of the wide loads, and masked
+# stores one of their own, with an exchange through shared memory in between
+ROUND = 1024
 
 _COLUMNS = 5
 _COLUMNS_IN_KERNEL = tl.constexpr(_COLUMNS)

@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+import triton
 
 from mpcore_kernels._facts import Facts
 from mpcore_kernels._launch import Variant
 
 # what the widest access moves
 WIDEST = 16
+# how often threads wait in one reduction, by the release of Triton from which on that holds
+_BARRIERS_PER_REDUCTION = (((3, 8), 1), ((0, 0), 2))
 
 
 def findings(variant: Variant, facts: Facts) -> list[str]:
@@ -23,6 +26,9 @@ def findings(variant: Variant, facts: Facts) -> list[str]:
         found.append(f"spills: {facts.spills}, and {facts.stack} bytes of local memory")
     if facts.fused and not variant.enable_fp_fusion:
         found.append(f"{facts.fused} fused multiply-adds, declared uncontracted")
+    if facts.adds_zero:
+        # also where contraction is declared: that is about roundings, not about signs
+        found.append(f"{facts.adds_zero} products added to +0, which makes +0 of -0")
     if facts.approximations:
         found.append(f"approximate arithmetic: {', '.join(facts.approximations)}")
     if facts.flushes:
@@ -33,7 +39,27 @@ def findings(variant: Variant, facts: Facts) -> list[str]:
         found.append(f"a launch compiles in the value of {', '.join(facts.specialized)}")
     if variant.chunk:
         found += _findings_on_full_chunks(variant, facts)
-    return found
+    return found + _findings_on_waiting(variant, facts)
+
+
+def allowed_barriers(reductions: int, release: str = triton.__version__) -> int:
+    """Returns how often the threads of a program may wait for each other.
+
+    Triton reduces inside a warp by exchanging registers, which takes no barrier. Across warps, one
+    thread of each stores its result to shared memory, all wait, and every thread loads the results
+    of all warps. Before 3.8 the loads were made by some threads, which stored what came out, all
+    waited again, and every thread loaded that.
+
+    One reduction after another uses the same shared memory, so that all wait once more between
+    the last load of one and the first store of the next.
+
+    Example:
+        >>> [allowed_barriers(reductions, "3.9.0") for reductions in (0, 1, 2)]
+        [0, 1, 3]
+    """
+    number = tuple(map(int, release.split(".")[:2]))
+    each = next(each for since, each in _BARRIERS_PER_REDUCTION if number >= since)
+    return reductions * each + max(0, reductions - 1)
 
 
 def needed_widths(dtypes: Sequence[torch.dtype], among: Sequence[torch.dtype]) -> dict[int, int]:
@@ -65,12 +91,43 @@ def _findings_on_full_chunks(variant: Variant, facts: Facts) -> list[str]:
     both = variant.reads + variant.writes
     found += _too_narrow("loads", body.loads, variant.reads, both, elements)
     found += _too_narrow("stores", body.stores, variant.writes, both, elements)
-    # one publishes the results of the warps; older compilers also wait before they reuse the place
-    allowed = 2 * variant.reductions
-    if body.barriers > allowed:
-        found.append(f"{body.barriers} barriers on the full-chunk path, expected {allowed}")
-    if body.shared and not variant.reductions:
-        found.append(f"{body.shared} accesses to shared memory in an elementwise kernel")
+    return found + _findings_on_results(variant, facts)
+
+
+def _findings_on_results(variant: Variant, facts: Facts) -> list[str]:
+    """Returns where a program writes more about its chunk than it has to say."""
+    body, found = facts.bodies[0], []
+    written, needed = body.bytes_per_chunk, variant.bytes_needed_per_chunk
+    if written > needed:
+        found.append(f"writes {written} bytes per chunk, needs {needed}")
+    elif written < needed:
+        found.append(f"writes {written} bytes per chunk as far as can be seen, needs {needed}")
+    # a thread adds to one counter of a group, or to the neighbours that fill the widest access, or
+    # to more where there are more counters than threads
+    shares = [max(WIDEST // 8, -(-size // facts.threads)) for size in variant.counters]
+    additions = sum(map(min, variant.counters, shares))
+    if body.atomics > additions:
+        found.append(f"{body.atomics} atomics per thread, expected {additions}")
+    return found
+
+
+def _findings_on_waiting(variant: Variant, facts: Facts) -> list[str]:
+    """Returns where threads wait for each other, or share memory, more than reductions need."""
+    allowed, found = allowed_barriers(variant.reductions), []
+    names = ("the full-chunk path", "the path of other chunks")
+    waits = [(body.barriers, name) for body, name in zip(facts.bodies, names, strict=False)]
+    if not variant.reductions or not facts.bodies:
+        waits.append((facts.barriers, "all paths together"))
+    for barriers, name in waits:
+        if barriers > allowed:
+            found.append(f"{barriers} barriers on {name}, expected {allowed}")
+    if any(body.waits_in_a_loop for body in facts.bodies):
+        found.append("a barrier in a loop, whose rounds cannot be counted")
+    accesses = sum(body.shared for body in facts.bodies)
+    if (facts.shared or accesses) and not variant.reductions:
+        found.append(
+            f"{facts.shared} bytes of shared memory, {accesses} accesses in an elementwise kernel"
+        )
     return found
 
 

@@ -44,6 +44,7 @@ COLUMNS = (
     "loads",
     "stores",
     "bytes",
+    "per chunk",
     "barriers",
     "instructions",
     "masked",
@@ -69,6 +70,7 @@ def row(variant: Variant, facts: Facts) -> dict[str, str]:
             "loads": _widths(full.loads),
             "stores": _widths(full.stores),
             "bytes": f"{full.bytes / elements:g} of {variant.bytes_needed}",
+            "per chunk": _per_chunk(variant, full),
             "barriers": str(full.barriers),
             "instructions": f"{full.instructions / elements:.1f}",
             "masked": "".join(map(_masked, masked)),
@@ -76,9 +78,19 @@ def row(variant: Variant, facts: Facts) -> dict[str, str]:
     return {column: cells.get(column, "") or "-" for column in COLUMNS}
 
 
+def _per_chunk(variant: Variant, full: Body) -> str:
+    """Returns how many bytes a program writes about its chunk, of how many."""
+    parts = []
+    if variant.results or full.results:
+        parts.append(f"{full.bytes_per_chunk} of {variant.bytes_needed_per_chunk}")
+    if variant.counters:
+        parts.append(f"adds to {sum(variant.counters)}")
+    return ", ".join(parts)
+
+
 def _masked(body: Body) -> str:
     """Returns how a chunk that is not full, or not aligned, is read and written."""
-    return f"{_widths(body.loads)} in, {_widths(body.stores)} out, {body.barriers} barriers"
+    return f"{_widths(body.loads)} in, {_widths(body.stores)} out, barriers: {body.barriers}"
 
 
 def _widths(accesses: Any) -> str:

@@ -29,6 +29,7 @@ from mpcore_kernels._dtypes import FORMATS, narrow, pointer, saturate, widen
 from mpcore_kernels._launch import Variant
 from mpcore_kernels._table import (
     CHUNK,
+    ROUND,
     WARPS,
     Table,
     aligned_pointer,
@@ -41,15 +42,15 @@ from mpcore_kernels._table import (
 
 @triton.jit
 def _cast_block(
-    master_ptr, weight_ptr, count, MASTER: tl.constexpr, WEIGHT: tl.constexpr, CHUNK: tl.constexpr
+    master_ptr, weight_ptr, count, MASTER: tl.constexpr, WEIGHT: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Casts the first `count` elements (None: all); returns how many were clamped."""
-    offsets = tl.arange(0, CHUNK)
+    """Casts the first `count` of BLOCK elements (None: all); returns 1 where one was clamped."""
+    offsets = tl.arange(0, BLOCK)
     mask = None if count is None else offsets < count
     bits = tl.load(master_ptr + offsets, mask=mask, other=None if count is None else 0)
     master, clamped = saturate(widen(bits, MASTER), WEIGHT)
     tl.store(weight_ptr + offsets, narrow(master, WEIGHT), mask=mask)
-    return tl.sum(clamped.to(tl.int32), axis=0)
+    return clamped.to(tl.int32)
 
 
 # a kernel must not be compiled anew because a 0-d argument is a view at another offset
@@ -64,6 +65,7 @@ def _cast_kernel(
     MASTER: tl.constexpr,  # f32, what the table's sources hold
     WEIGHT: tl.constexpr,  # f16 | bf16, what the table's destinations hold
     CHUNK: tl.constexpr,
+    ROUND: tl.constexpr,  # what is masked at a time
 ):
     """Writes the rounded, clamped masters of one chunk and counts the clamped, unless found_inf.
 
@@ -81,12 +83,18 @@ def _cast_kernel(
         if aligned & (start + CHUNK <= size):
             master_ptr = aligned_pointer(master, start, MASTER, WEIGHT)
             weight_ptr = aligned_pointer(weight, start, WEIGHT, MASTER)
-            clamped = _cast_block(master_ptr, weight_ptr, None, MASTER, WEIGHT, CHUNK)
+            block = _cast_block(master_ptr, weight_ptr, None, MASTER, WEIGHT, CHUNK)
+            clamped = tl.sum(block, axis=0)
         else:
             master_ptr = pointer(master, MASTER) + start
             weight_ptr = pointer(weight, WEIGHT) + start
             count = tl.minimum(size - start, CHUNK).to(tl.int32)
-            clamped = _cast_block(master_ptr, weight_ptr, count, MASTER, WEIGHT, CHUNK)
+            lanes = tl.zeros((ROUND,), tl.int32)
+            for at in range(0, count, ROUND):
+                lanes += _cast_block(
+                    master_ptr + at, weight_ptr + at, count - at, MASTER, WEIGHT, ROUND
+                )
+            clamped = tl.sum(lanes, axis=0)
         if clamped != 0:
             # relaxed: nothing else is published along with the count
             tl.atomic_add(saturated_ptr, clamped.to(tl.int64), sem="relaxed")
@@ -101,6 +109,7 @@ def variant(source: torch.dtype, destination: torch.dtype) -> Variant:
             ("MASTER", FORMATS[source]),
             ("WEIGHT", FORMATS[destination]),
             ("CHUNK", CHUNK),
+            ("ROUND", ROUND),
         ),
         num_warps=WARPS,
         # no floating-point arithmetic but the conversion: nothing to fuse, and nothing may appear
@@ -108,6 +117,7 @@ def variant(source: torch.dtype, destination: torch.dtype) -> Variant:
         reads=(source,),
         writes=(destination,),
         chunk=CHUNK,
+        counters=(1,),
         reductions=1,
     )
 

@@ -29,10 +29,18 @@ from mpcore_kernels._checks import (
     check_state,
     check_tensors,
 )
-from mpcore_kernels._dtypes import FORMATS, is_nonfinite, narrow, pointer, widen
+from mpcore_kernels._dtypes import (
+    FORMATS,
+    is_nonfinite,
+    magnitude_of,
+    narrow_product,
+    pointer,
+    widen,
+)
 from mpcore_kernels._launch import Variant
 from mpcore_kernels._table import (
     CHUNK,
+    ROUND,
     WARPS,
     Table,
     aligned_pointer,
@@ -51,15 +59,15 @@ def _unscale_block(
     coefficient,
     GRAD: tl.constexpr,
     OUT: tl.constexpr,
-    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Unscales the first `count` elements (None: all); returns 1 if any result is non-finite."""
-    offsets = tl.arange(0, CHUNK)
+    """Unscales the first `count` of BLOCK elements (None: all); returns the magnitudes stored."""
+    offsets = tl.arange(0, BLOCK)
     mask = None if count is None else offsets < count
     bits = tl.load(grad_ptr + offsets, mask=mask, other=None if count is None else 0)
-    out = narrow(widen(bits, GRAD) * coefficient, OUT)
+    out = narrow_product(widen(bits, GRAD) * coefficient, OUT)
     tl.store(out_ptr + offsets, out, mask=mask)
-    return tl.max(is_nonfinite(out, OUT).to(tl.int32), axis=0)
+    return magnitude_of(out, OUT)
 
 
 # a kernel must not be compiled anew because a 0-d argument is a view at another offset
@@ -74,6 +82,7 @@ def _unscale_kernel(
     GRAD: tl.constexpr,  # f16 | bf16 | f32, what the table's sources hold
     OUT: tl.constexpr,  # f32 or GRAD, what the table's destinations hold
     CHUNK: tl.constexpr,
+    ROUND: tl.constexpr,  # what is masked at a time
 ):
     """Writes gradient times coefficient for one chunk; flags its tensor if that is non-finite.
 
@@ -82,7 +91,8 @@ def _unscale_kernel(
               tensor's end load +0, store nothing, and cannot raise a flag of their own: +0 times
               the coefficient is non-finite only if every product is.
     Numerics: load -> FP32 (exact) -> one FP32 multiply -> round to nearest even -> store. Nothing
-              is added, so nothing can be contracted. The flag tests the bits that are stored.
+              is added, so nothing can be contracted. The flag tests the bits that are stored: the
+              largest magnitude among them tells.
     Order:    programs are independent. A flag is raised by a plain store: all writers of a flag
               write 1 and nobody reads it, so their order cannot be seen.
     """
@@ -91,13 +101,21 @@ def _unscale_kernel(
     if is_aligned(grad, GRAD, OUT) & is_aligned(out, OUT, GRAD) & (start + CHUNK <= size):
         grad_ptr = aligned_pointer(grad, start, GRAD, OUT)
         out_ptr = aligned_pointer(out, start, OUT, GRAD)
-        bad = _unscale_block(grad_ptr, out_ptr, None, coefficient, GRAD, OUT, CHUNK)
+        block = _unscale_block(grad_ptr, out_ptr, None, coefficient, GRAD, OUT, CHUNK)
+        largest = tl.max(block, axis=0)
     else:
         grad_ptr = pointer(grad, GRAD) + start
         out_ptr = pointer(out, OUT) + start
         count = tl.minimum(size - start, CHUNK).to(tl.int32)
-        bad = _unscale_block(grad_ptr, out_ptr, count, coefficient, GRAD, OUT, CHUNK)
-    if bad != 0:
+        lanes = tl.zeros((ROUND,), tl.int32)
+        for at in range(0, count, ROUND):
+            block = _unscale_block(
+                grad_ptr + at, out_ptr + at, count - at, coefficient, GRAD, OUT, ROUND
+            )
+            lanes = tl.maximum(lanes, block)
+        largest = tl.max(lanes, axis=0)
+    # infinities and NaNs have larger magnitudes than every number
+    if is_nonfinite(largest, OUT):
         tl.store(nonfinite_ptr + index, 1)
 
 
@@ -106,13 +124,19 @@ def variant(source: torch.dtype, destination: torch.dtype) -> Variant:
     return Variant(
         kernel=_unscale_kernel,
         arguments=("*i64", "*i64", "*fp32", "*i32"),
-        constants=(("GRAD", FORMATS[source]), ("OUT", FORMATS[destination]), ("CHUNK", CHUNK)),
+        constants=(
+            ("GRAD", FORMATS[source]),
+            ("OUT", FORMATS[destination]),
+            ("CHUNK", CHUNK),
+            ("ROUND", ROUND),
+        ),
         num_warps=WARPS,
         # one multiplication, no addition: there is nothing to fuse, and nothing may appear
         enable_fp_fusion=False,
         reads=(source,),
         writes=(destination,),
         chunk=CHUNK,
+        results=(torch.int32,),
         reductions=1,
     )
 

@@ -20,6 +20,7 @@ from mpcore_kernels._dtypes import FORMATS, narrow, pointer, widen
 from mpcore_kernels._launch import Variant
 from mpcore_kernels._table import (
     CHUNK,
+    ROUND,
     WARPS,
     Table,
     aligned_pointer,
@@ -34,10 +35,10 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 @triton.jit
 def _widen_block(
-    weight_ptr, master_ptr, count, WEIGHT: tl.constexpr, MASTER: tl.constexpr, CHUNK: tl.constexpr
+    weight_ptr, master_ptr, count, WEIGHT: tl.constexpr, MASTER: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Widens the first `count` elements (None: all)."""
-    offsets = tl.arange(0, CHUNK)
+    """Widens the first `count` of BLOCK elements (None: all)."""
+    offsets = tl.arange(0, BLOCK)
     mask = None if count is None else offsets < count
     bits = tl.load(weight_ptr + offsets, mask=mask, other=None if count is None else 0)
     tl.store(master_ptr + offsets, narrow(widen(bits, WEIGHT), MASTER), mask=mask)
@@ -50,6 +51,7 @@ def _widen_kernel(
     WEIGHT: tl.constexpr,  # f16 | bf16, what the table's sources hold
     MASTER: tl.constexpr,  # f32, what the table's destinations hold
     CHUNK: tl.constexpr,
+    ROUND: tl.constexpr,  # what is masked at a time
 ):
     """Writes the weights of one chunk as float32.
 
@@ -69,7 +71,8 @@ def _widen_kernel(
         weight_ptr = pointer(weight, WEIGHT) + start
         master_ptr = pointer(master, MASTER) + start
         count = tl.minimum(size - start, CHUNK).to(tl.int32)
-        _widen_block(weight_ptr, master_ptr, count, WEIGHT, MASTER, CHUNK)
+        for at in range(0, count, ROUND):
+            _widen_block(weight_ptr + at, master_ptr + at, count - at, WEIGHT, MASTER, ROUND)
 
 
 def variant(source: torch.dtype, destination: torch.dtype) -> Variant:
@@ -81,6 +84,7 @@ def variant(source: torch.dtype, destination: torch.dtype) -> Variant:
             ("WEIGHT", FORMATS[source]),
             ("MASTER", FORMATS[destination]),
             ("CHUNK", CHUNK),
+            ("ROUND", ROUND),
         ),
         num_warps=WARPS,
         # no arithmetic: nothing to fuse, and nothing may appear

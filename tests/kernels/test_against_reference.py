@@ -15,6 +15,7 @@ from mpcore_testing.inspections import assert_same_inspection
 from mpcore_testing.kernels import (
     FLOATS,
     HALVES,
+    SIZES,
     all_patterns,
     assert_same_bits,
     flags,
@@ -118,6 +119,41 @@ def test_backends_agree_on_tensors_of_several_chunks(device):
     assert results[0][2:] == results[1][2:]
 
 
+def every_result(backend, values, device):
+    """What the backend's functions on tensors make of `values`, as flat lists of tensors."""
+    coefficient, nonfinite = torch.tensor(0.37, device=device), flags(2 * len(values), device)
+    grads, halves = copies(values, device), [v for v in values if v.dtype in HALVES]
+    outs = [torch.full_like(g, 3.0, dtype=torch.float32) for g in grads]
+    backend.unscale_into(grads, outs, coefficient, nonfinite[: len(values)])
+    backend.unscale_(grads, coefficient, nonfinite[len(values) :])
+    weights = [torch.full_like(o, 3.0, dtype=HALVES[i % 2]) for i, o in enumerate(outs)]
+    saturated = torch.tensor(0, device=device)
+    backend.cast_into(outs, weights, flags(1, device)[0], saturated)
+    masters = [torch.full_like(v, 3.0, dtype=torch.float32, device=device) for v in halves]
+    backend.widen_into(copies(halves, device), masters)
+    return [*grads, *outs, *weights, *masters], [nonfinite.tolist(), saturated.item()]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("size", SIZES)
+def test_backends_agree_on_a_tensor_of_any_size(dtype, size, device):
+    values = [random_bits(size, dtype, seed=size), random_finite(size, dtype, seed=size)]
+    for chosen in (values[:1], values[1:], values):
+        actual, expected = (every_result(b, chosen, device) for b in (mpcore_kernels, reference))
+        assert_all_same(actual[0], expected[0])
+        assert actual[1] == expected[1]
+        assert_inspect_alike(chosen, torch.tensor(0.37, device=device), 1.0, device)
+
+
+def test_backends_agree_on_many_tensors_of_mixed_sizes_and_dtypes(device):
+    sizes = [SIZES[(3 * i) % len(SIZES)] for i in range(3 * len(SIZES))]
+    values = [random_bits(n, FLOATS[i % 3], seed=i) for i, n in enumerate(sizes)]
+    actual, expected = (every_result(b, values, device) for b in (mpcore_kernels, reference))
+    assert_all_same(actual[0], expected[0])
+    assert actual[1] == expected[1]
+    assert_inspect_alike(values, torch.tensor(0.37, device=device), 1.0, device)
+
+
 def assert_inspect_alike(values, coefficient, max_norm, device):
     grads = copies(values, device)
     found = [
@@ -140,7 +176,7 @@ def test_backends_inspect_alike(values, bits, max_norm, device):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("exponent", range(-14, 25))
+@pytest.mark.parametrize("exponent", range(-24, 25))
 def test_backends_inspect_all_patterns_alike_at_every_power_of_two(dtype, exponent, device):
     patterns = all_patterns(dtype)
     values = [patterns, patterns[patterns.isfinite()]]

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import triton
 
 from mpcore_kernels import audit
 from mpcore_kernels._variants import variants
@@ -36,12 +37,20 @@ BROKEN = {
     "narrow": "loads of 32 bits",
     "masked": "loads of 32 bits",
     "contracted": "fused multiply-adds, declared uncontracted",
+    "adds_zero": "products added to +0, which makes +0 of -0",
+    "adds_zero_beside_a_division": "products added to +0, which makes +0 of -0",
     "contracted_beside_a_division": "fused multiply-adds, declared uncontracted",
     "twice": "moves 16 bytes per element, needs 8",
     "barrier": "barriers on the full-chunk path, expected 0",
     "spills": "bytes of local memory",
     "float_atomic": "atomics on floating-point numbers",
     "specialized": "compiles in the value of x_ptr, y_ptr, n",
+    "root": "approximate arithmetic",
+    "exponential": "approximate arithmetic",
+    "exchanging_tail": "accesses in an elementwise kernel",
+    "waiting_tail": "a barrier in a loop",
+    "reports_twice": "writes 8 bytes per chunk, needs 4",
+    "counts_twice": "2 atomics per thread, expected 1",
 }
 
 
@@ -54,6 +63,26 @@ def test_each_rule_is_broken_by_a_kernel_that_was_written_for_it(bad):
             found = bad[f"{name} {target}"]["findings"]
             assert any(words in finding for finding in found), (name, target, found)
     assert bad["approximate sm_90"]["findings"] == ["approximate arithmetic: div.full.f32"]
+    # the same source is an exact division there
+    assert bad["approximate gfx942"]["findings"] == []
+    only_in_machine_code = {"exponential": "v_exp_f32", "reciprocal_on_amd": "v_rcp_f32"}
+    for name, opcode in only_in_machine_code.items():
+        assert bad[f"{name} gfx942"]["findings"] == [f"approximate arithmetic: {opcode}"]
+    # where a division brings fused multiply-adds along, these are told apart
+    assert bad["adds_zero_on_amd gfx942"]["findings"] == [
+        "8 products added to +0, which makes +0 of -0"
+    ]
+    exchange = bad["exchanging_tail sm_90"]["findings"]
+    assert any("barriers on the path of other chunks, expected 0" in found for found in exchange)
+
+
+def test_a_sign_that_compilers_lose_is_seen_and_kept_by_rounding_magnitudes(bad):
+    lost = "8 products added to +0, which makes +0 of -0"
+    # the compiler of 3.9 does not make one instruction of the product and its rounding
+    loses = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
+    assert (lost in bad["rounded_product gfx942"]["findings"]) == loses
+    for name in ("rounded_product sm_90", "rounded_magnitude sm_90", "rounded_magnitude gfx942"):
+        assert not any("+0" in finding for finding in bad[name]["findings"])
 
 
 def test_interpreted_kernels_are_refused(capsys):

@@ -1,5 +1,6 @@
 """Tables kept from call to call: found again when nothing changed, never stale, never too many."""
 
+import contextlib
 import gc
 
 import pytest
@@ -28,6 +29,38 @@ class Builder:
 
 def look_up(cache, build, tensors, name="unscale_"):
     return cached(cache, name, [tensors], CPU, build)
+
+
+class Devices:
+    """Stands in for `torch.cuda` where there are two GPUs, each with a current stream."""
+
+    def __init__(self, capturing):
+        self.current = 0
+        self.capturing = capturing
+
+    @contextlib.contextmanager
+    def device(self, device):
+        before, self.current = self.current, device.index
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def is_current_stream_capturing(self):
+        return self.current in self.capturing
+
+
+@pytest.mark.parametrize("captured", [0, 1])
+@pytest.mark.parametrize("current", [0, 1])
+def test_a_capture_is_looked_for_on_the_device_of_the_tensors(monkeypatch, captured, current):
+    devices = Devices(capturing={captured})
+    devices.current = current
+    for name in ("device", "is_current_stream_capturing"):
+        monkeypatch.setattr(torch.cuda, name, getattr(devices, name))
+    found = [_cache.is_capturing(torch.device("cuda", index)) for index in (0, 1)]
+    assert found == [captured == 0, captured == 1]
+    assert devices.current == current
+    assert not _cache.is_capturing(CPU)
 
 
 @pytest.fixture

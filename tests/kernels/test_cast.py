@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpcore_kernels import cast_into
-from mpcore_kernels._table import CHUNK
+from mpcore_kernels._table import CHUNK, ROUND
 from mpcore_testing.kernels import (
     HALVES,
+    SIZES,
     all_patterns,
     assert_same_bits,
     guarded,
@@ -19,7 +20,6 @@ from mpcore_testing.kernels import (
     tensors,
 )
 
-SIZES = [0, 1, 7, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 3]
 LARGEST = {torch.float16: 65504.0, torch.bfloat16: (2.0**8 - 1) * 2.0**120}
 
 
@@ -45,7 +45,8 @@ def run(masters, dtypes, device, found_inf=0, offsets=None, weight_offsets=None)
     placed = [guarded(m, device, o) for m, o in zip(masters, offsets or zeros, strict=True)]
     blanks = [torch.full_like(m, 3.0, dtype=d) for m, d in zip(masters, dtypes, strict=True)]
     weights = [guarded(b, device, o) for b, o in zip(blanks, weight_offsets or zeros, strict=True)]
-    saturated = count(1000, device)
+    counts = torch.tensor([-5, 1000, -5], device=device)
+    saturated = counts[1]
     cast_into(
         [p.tensor for p in placed], [w.tensor for w in weights], found(found_inf, device), saturated
     )
@@ -54,6 +55,7 @@ def run(masters, dtypes, device, found_inf=0, offsets=None, weight_offsets=None)
         p.assert_margins_intact()
     for w in weights:
         w.assert_margins_intact()
+    assert counts.tolist() == [-5, saturated.item(), -5]
     return [w.tensor.cpu() for w in weights], saturated.item() - 1000
 
 
@@ -138,7 +140,8 @@ def test_cast_keeps_infinities_and_nans_visible_and_uncounted(dtype, device):
 @pytest.mark.parametrize("found_inf", [1, 2, -1, 2**31 - 1, -(2**31)])
 def test_cast_writes_and_counts_nothing_when_found_inf_is_set(found_inf, device):
     masters = [torch.full((size,), 1e6) for size in SIZES]
-    weights, saturated = run(masters, HALVES * 3 + [torch.float16], device, found_inf=found_inf)
+    dtypes = [HALVES[i % 2] for i in range(len(masters))]
+    weights, saturated = run(masters, dtypes, device, found_inf=found_inf)
     assert all((weight == 3.0).all() for weight in weights)
     assert saturated == 0
 
@@ -150,6 +153,30 @@ def test_cast_counts_clamped_values_over_all_chunks_tensors_and_dtypes(device):
     masters[2][CHUNK] = 3.4e38
     dtypes = [torch.float16, torch.float16, torch.bfloat16]
     assert run(masters, dtypes, device)[1] == 6
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_cast_counts_clamped_values_in_every_round_of_a_masked_body(dtype, offset, device):
+    # the second chunk is masked, and with an offset both are
+    places = [0, ROUND - 1, ROUND, 2 * ROUND, CHUNK - 1, CHUNK, CHUNK + ROUND - 1, CHUNK + ROUND]
+    for chosen in (places, places[3:4], places[-1:], range(CHUNK + 1300)):
+        master = torch.zeros(CHUNK + 1300)
+        master[list(chosen)] = -3.4e38
+        assert_cast([master], [dtype], device, offsets=[offset])
+
+
+@pytest.mark.exhaustive
+def test_cast_takes_20000_tensors(device):
+    masters = [torch.full((1 + i % 3,), 1.0 + i % 7, device=device) for i in range(20_000)]
+    masters[19_999].fill_(-3.4e38)
+    weights = [torch.empty_like(m, dtype=HALVES[i % 2]) for i, m in enumerate(masters)]
+    saturated = count(0, device)
+    cast_into(masters, weights, found(0, device), saturated)
+    assert saturated.item() == masters[19_999].numel()
+    for dtype in (0, 1):
+        rounded = torch.cat(masters[dtype::2]).clamp(-LARGEST[HALVES[dtype]], 9.0)
+        assert_same_bits(torch.cat(weights[dtype::2]), rounded.to(HALVES[dtype]))
 
 
 def test_cast_adds_to_a_count_beyond_32_bits(device):

@@ -12,6 +12,7 @@ from mpcore_kernels._dtypes import (
     access_bytes,
     is_nonfinite,
     narrow,
+    narrow_product,
     pointer,
     saturate,
     widen,
@@ -40,6 +41,12 @@ def _widen_kernel(bits_ptr, out_ptr, FORMAT: tl.constexpr, BLOCK: tl.constexpr):
 def _narrow_kernel(x_ptr, out_ptr, FORMAT: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(out_ptr + at, narrow(tl.load(x_ptr + at), FORMAT))
+
+
+@triton.jit
+def _narrow_product_kernel(x_ptr, out_ptr, FORMAT: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + at, narrow_product(tl.load(x_ptr + at), FORMAT))
 
 
 @triton.jit
@@ -74,8 +81,8 @@ def elementwise(kernel, inputs, out_dtypes, fmt, device):
     return [out[:size].cpu() for out in outs]
 
 
-def narrowed(x, fmt, device):
-    (bits,) = elementwise(_narrow_kernel, x, [INTEGER[fmt]], fmt, device)
+def narrowed(x, fmt, device, kernel=_narrow_kernel):
+    (bits,) = elementwise(kernel, x, [INTEGER[fmt]], fmt, device)
     return bits.view(fmt)
 
 
@@ -98,10 +105,11 @@ def test_widen_and_narrow_pass_float32_bits_through(device):
     assert torch.equal(out, bits)
 
 
+@pytest.mark.parametrize("kernel", [_narrow_kernel, _narrow_product_kernel])
 @pytest.mark.parametrize("fmt", HALVES)
-def test_narrow_rounds_to_nearest_even_at_every_exponent_and_boundary(fmt, device):
+def test_narrow_rounds_to_nearest_even_at_every_exponent_and_boundary(fmt, kernel, device):
     x = hard_values()
-    assert_same_bits(narrowed(x, fmt, device), x.to(fmt))
+    assert_same_bits(narrowed(x, fmt, device, kernel), x.to(fmt))
 
 
 @pytest.mark.parametrize("fmt", HALVES)

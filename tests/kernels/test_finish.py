@@ -59,9 +59,10 @@ def test_finish_finds_what_is_wrong_in_any_round(device, at):
     assert found[4] == 1
 
 
-def test_finish_takes_the_largest_of_any_round(device):
+@pytest.mark.parametrize("at", [0, _finish.BLOCK - 1, _finish.BLOCK, 2 * _finish.BLOCK])
+def test_finish_takes_the_largest_of_any_round(device, at):
     chunks = 2 * _finish.BLOCK + 1
     zeros = [0] * chunks
-    largest = [*zeros[:-1], ONE]
+    largest = [ONE * (i == at) for i in range(chunks)]
     found = finish([(0, chunks)], zeros, largest, zeros, zeros, device)
     assert found[3] == [1.0]

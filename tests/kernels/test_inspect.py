@@ -13,6 +13,7 @@ from mpcore_testing.inspections import assert_inspection, ulps_between
 from mpcore_testing.kernels import (
     FLOATS,
     HALVES,
+    SIZES,
     all_patterns,
     assert_same_bits,
     float32_bits,
@@ -22,7 +23,6 @@ from mpcore_testing.kernels import (
     tensors,
 )
 
-SIZES = [0, 1, 7, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 3]
 BORDERS = [0, 1, CHUNK - 1, CHUNK, 2 * CHUNK - 1, 2 * CHUNK, 2 * CHUNK + 9]
 
 

@@ -14,14 +14,13 @@ from mpcore_testing.inspections import (
 from mpcore_testing.kernels import (
     FLOATS,
     HALVES,
+    SIZES,
     all_patterns,
     guarded,
     random_bits,
     rounding_boundaries,
     tensors,
 )
-
-SIZES = [0, 1, 7, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 3]
 
 
 def assert_statistics(values, device, offsets=None):

@@ -1,9 +1,12 @@
 """Disassembly is read as it is meant, on snippets short enough to check by eye."""
 
+import dataclasses
+
 import pytest
 
-from mpcore_kernels import _amdgcn, _sass
-from mpcore_kernels._machine_code import Block, Instruction, bodies, thread_dependent
+from mpcore_kernels import _amdgcn, _sass, audit
+from mpcore_kernels._blocks import Block, Instruction
+from mpcore_kernels._machine_code import bodies, thread_dependent
 
 # a flag and a size are read by all threads alike; R0 is the thread's index
 SASS = """
@@ -152,6 +155,13 @@ def test_sass_fused_multiply_adds_are_counted_but_not_constants():
     line = "        /*0012*/                   {} ;\n        /*0020*/"
     for real in ("FFMA R5, R6, R7, R8", "@P0 DFMA R5, R6, R7, R8", "FFMA2 R4, R6, R8, R10"):
         assert _sass.fused(SASS.replace("        /*0020*/", line.format(real))) == 1
+        assert _sass.adds_zero(SASS.replace("        /*0020*/", line.format(real))) == 0
+    for zero in ("FFMA R5, R6, R7, RZ", "HFMA2 R5, R6.H0_H0, R7, RZ.H0_H0"):
+        assert _sass.adds_zero(SASS.replace("        /*0020*/", line.format(zero))) == 1
+    minus = "FFMA R5, R6, RZ, -RZ"
+    assert _sass.adds_zero(SASS.replace("        /*0020*/", line.format(minus))) == 0
+    constant = "HFMA2.MMA R5, -RZ, RZ, 0, RZ"
+    assert _sass.adds_zero(SASS.replace("        /*0020*/", line.format(constant))) == 0
     constant = "HFMA2.MMA R5, -RZ, RZ, 0, 1.5"
     assert _sass.fused(SASS.replace("        /*0020*/", line.format(constant))) == 0
 
@@ -185,6 +195,72 @@ def test_amd_scratch_is_local_memory():
 def test_amd_adding_minus_zero_is_no_fused_multiply_add():
     assert _amdgcn.fused(AMD) == 1
     assert _amdgcn.fused(AMD.replace("neg(0)", "v1")) == 2
+    assert _amdgcn.adds_zero(AMD) == 0
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        "v_fma_mixlo_f16 v9, s4, v7, 0 op_sel_hi:[0,1,0]",
+        "v_fma_mixhi_f16 v9, s4, v7, 0",
+        "v_fma_f32 v9, v7, s4, 0",
+        "v_fmaak_f32 v9, v7, s4, 0x0",
+        "v_pk_fma_f32 v[8:9], v[6:7], s[4:5], 0 op_sel_hi:[1,1,0]",
+        "v_fma_f64 v[8:9], v[6:7], s[4:5], 0",
+    ],
+)
+def test_amd_adding_plus_zero_is_seen(product):
+    line = "v_fma_mix_f32 v9, v7, s4, neg(0) op_sel_hi:[1,0,0]"
+    assert _amdgcn.adds_zero(AMD.replace(line, product)) == 1
+    assert _amdgcn.fused(AMD.replace(line, product)) == 2
+
+
+def test_amd_constants_of_fused_multiply_adds_are_not_taken_for_zero():
+    line = "v_fma_mix_f32 v9, v7, s4, neg(0) op_sel_hi:[1,0,0]"
+    for other in (
+        "v_fmamk_f32 v9, v7, 0x0, v8",
+        "v_fmac_f32_e32 v9, v7, v0",
+        "v_fma_f32 v9, 0, v7, 1.0",
+    ):
+        assert _amdgcn.adds_zero(AMD.replace(line, other)) == 0
+        assert _amdgcn.fused(AMD.replace(line, other)) == 2
+
+
+def test_what_one_thread_writes_behind_a_jump_counts_for_the_chunk():
+    # all threads but one jump over the stores
+    code = SASS.replace("@!P2 EXIT", "@P2 BRA `(.L_x_3)").replace(
+        "EXIT ;\n.L_x_2:",
+        "RED.E.ADD.64.STRONG.GPU desc[UR6][R4.64], R2 ;\n.L_x_3:\n"
+        "        /*0121*/                   EXIT ;\n.L_x_2:",
+    )
+    full, masked = bodies(_sass.parse(code), frozenset(), 16)
+    assert (dict(full.results), full.atomics) == ({4: 1}, 1)
+    assert (dict(masked.results), masked.atomics) == ({4: 1}, 1)
+    assert full.bytes_per_chunk == 4
+    assert dict(full.stores) == {16: 1}
+
+
+def test_what_one_thread_jumps_to_and_writes_counts_for_the_chunk():
+    jump = "@P2 BRA `(.L_x_5) ;\n        /*0101*/                   EXIT ;\n.L_x_5:"
+    code = SASS.replace("@!P2 EXIT ;", jump)
+    for body in bodies(_sass.parse(code), frozenset(), 16):
+        assert dict(body.results) == {4: 1}
+
+
+def test_what_a_body_does_can_be_written_as_json():
+    full, _ = bodies(_sass.parse(SASS), frozenset(), 16)
+    assert audit._plain(dataclasses.asdict(full))["loads"] == {"16": 2}
+
+
+def test_barriers_in_loops_are_seen():
+    full, masked = bodies(_sass.parse(SASS), frozenset(), 16)
+    assert not full.waits_in_a_loop
+    looped = SASS.replace(
+        "        /*00a0*/", "        /*0091*/    @P4 BRA `(.L_x_4) ;\n        /*00a0*/"
+    )
+    looped = looped.replace("        /*0090*/", ".L_x_4:\n        /*0090*/")
+    full, masked = bodies(_sass.parse(looped), frozenset(), 16)
+    assert (full.waits_in_a_loop, full.loops, masked.waits_in_a_loop) == (True, False, False)
 
 
 def test_a_path_that_moves_too_little_is_not_that_of_a_full_chunk():

@@ -60,10 +60,13 @@ def test_table_groups_by_dtypes_and_keeps_the_callers_indices():
     }
 
 
-def test_a_thousand_tensors_of_one_dtype_are_one_launch():
-    tensors = [torch.zeros(3) for _ in range(1000)]
+@pytest.mark.parametrize("count", [1, 1000, 20_000])
+def test_any_number_of_tensors_of_one_dtype_is_one_launch(count):
+    buffer = torch.zeros(count + 2)
+    tensors = [buffer[i : i + 1 + i % 3] for i in range(count)]
     (table,) = build(tensors, tensors)
-    assert table.programs == 1000
+    assert table.programs == count
+    assert covered(table) == expected_spans(tensors, tensors, range(count))
 
 
 def test_empty_lists_and_zero_sized_tensors_are_no_launch():

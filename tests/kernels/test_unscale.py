@@ -5,10 +5,11 @@ import torch
 from hypothesis import given
 
 from mpcore_kernels import unscale_, unscale_into
-from mpcore_kernels._table import CHUNK
+from mpcore_kernels._table import CHUNK, ROUND
 from mpcore_testing.kernels import (
     FLOATS,
     HALVES,
+    SIZES,
     all_patterns,
     assert_same_bits,
     flags,
@@ -19,8 +20,8 @@ from mpcore_testing.kernels import (
     tensors,
 )
 
-SIZES = [0, 1, 7, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 3]
-POWERS = [2.0**-24, 2.0**-16, 0.5, 1.0, 2.0**16]
+# of loss scales and of their reciprocals, from 2^-14 to 2^24
+POWERS = range(-24, 25)
 
 
 def scalar(value, device):
@@ -76,18 +77,6 @@ def assert_into(values, coefficient, device, offsets=None, out_offsets=None):
     assert nonfinite == [int(not e.isfinite().all()) for e in expected]
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("coefficient", POWERS)
-def test_unscale_multiplies_all_65536_patterns_as_torch_does(dtype, coefficient, device):
-    assert_in_place([all_patterns(dtype)], coefficient, device)
-
-
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("coefficient", POWERS)
-def test_unscale_into_multiplies_all_65536_patterns_as_torch_does(dtype, coefficient, device):
-    assert_into([all_patterns(dtype)], coefficient, device)
-
-
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("size", SIZES)
 def test_unscale_touches_a_tensor_of_any_size_and_nothing_around_it(dtype, size, device):
@@ -100,6 +89,18 @@ def test_unscale_takes_many_tensors_of_mixed_sizes_and_dtypes_in_one_call(device
     values = [random_bits(n, FLOATS[i % 3], seed=i) for i, n in enumerate(shuffled)]
     assert_in_place(values, 2.0**-7, device)
     assert_into(values, 2.0**-7, device)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("power", POWERS)
+def test_unscale_multiplies_all_65536_patterns_as_torch_does(dtype, power, device):
+    assert_in_place([all_patterns(dtype)], 2.0**power, device)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("power", POWERS)
+def test_unscale_into_multiplies_all_65536_patterns_as_torch_does(dtype, power, device):
+    assert_into([all_patterns(dtype)], 2.0**power, device)
 
 
 @given(values=tensors(), bits=float32_bits())
@@ -137,6 +138,44 @@ def test_unscale_flags_one_bad_value_anywhere_in_its_own_tensor_only(dtype, bad,
     for run in (run_in_place, run_into):
         _, nonfinite = run(values, 2.0**-3, device)
         assert nonfinite == [1, 0] * len(BORDERS)
+
+
+ROUND_BORDERS = [0, ROUND - 1, ROUND, 2 * ROUND - 1, CHUNK - 1, CHUNK, CHUNK + ROUND, CHUNK + 1299]
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_unscale_flags_a_bad_value_in_every_round_of_a_masked_body(dtype, offset, device):
+    # the second chunk is masked, and with an offset both are
+    values = [random_finite(CHUNK + 1300, dtype, seed=1) for _ in range(2 * len(ROUND_BORDERS))]
+    for i, position in enumerate(ROUND_BORDERS):
+        values[2 * i][position] = torch.nan
+    offsets = [offset] * len(values)
+    _, nonfinite = run_in_place(values, 0.5, device, offsets)
+    assert nonfinite == [1, 0] * len(ROUND_BORDERS)
+    _, nonfinite = run_into(values, 0.5, device, offsets)
+    assert nonfinite == [1, 0] * len(ROUND_BORDERS)
+
+
+def test_unscale_writes_its_flags_and_none_beside_them(device):
+    buffer = torch.full((11,), -5, dtype=torch.int32, device=device)
+    buffer[4:7] = 0
+    grads = [torch.full((3,), v, device=device) for v in (torch.inf, 1.0, torch.nan)]
+    unscale_(grads, scalar(0.5, device), buffer[4:7])
+    assert buffer.tolist() == [-5] * 4 + [1, 0, 1] + [-5] * 4
+
+
+@pytest.mark.exhaustive
+def test_unscale_takes_20000_tensors(device):
+    values = [torch.full((1 + i % 3,), 1.0 + i % 7, dtype=FLOATS[i % 3]) for i in range(20_000)]
+    values[0][0] = values[19_999][0] = torch.nan
+    grads = [value.to(device, copy=True) for value in values]
+    nonfinite = flags(20_000, device)
+    unscale_(grads, scalar(0.5, device), nonfinite)
+    assert nonfinite.tolist() == [1] + [0] * 19_998 + [1]
+    assert_same_bits(torch.cat(grads[::3]), torch.cat(values[::3]) / 2)
+    assert_same_bits(torch.cat(grads[1::3]), torch.cat(values[1::3]) / 2)
+    assert_same_bits(torch.cat(grads[2::3]), torch.cat(values[2::3]) / 2)
 
 
 @pytest.mark.parametrize("coefficient", [2.0**-16, 0.37, 1.0, 256.0])

@@ -8,14 +8,13 @@ from mpcore_kernels import cast_into, widen_into
 from mpcore_kernels._table import CHUNK
 from mpcore_testing.kernels import (
     HALVES,
+    SIZES,
     all_patterns,
     assert_same_bits,
     guarded,
     random_bits,
     tensors,
 )
-
-SIZES = [0, 1, 7, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 3]
 
 
 def assert_widened(values, device, offsets=None, master_offsets=None):
@@ -70,6 +69,17 @@ def test_cast_into_undoes_widen_into(dtype, device):
     cast_into([master], [back], found_inf, saturated)
     assert_same_bits(back, weight.cpu())
     assert saturated.item() == 0
+
+
+@pytest.mark.exhaustive
+def test_widen_into_takes_20000_tensors(device):
+    weights = [
+        torch.full((1 + i % 3,), 1.0 + i % 7, dtype=HALVES[i % 2], device=device)
+        for i in range(20_000)
+    ]
+    masters = [torch.empty_like(weight, dtype=torch.float32) for weight in weights]
+    widen_into(weights, masters)
+    assert_same_bits(torch.cat(masters), torch.cat([weight.float() for weight in weights]))
 
 
 def test_widen_into_tells_autograd_what_it_wrote_and_nothing_else(device):

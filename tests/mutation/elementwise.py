@@ -5,6 +5,7 @@ from mutant import mutants
 _ROUND = "(0x7FFF + ((bits >> 16) & 1))"
 _NAN = "tl.where(is_nan, bits | 0x00400000, rounded)"
 _FINITE = "clamped = (magnitude >= bound) & (magnitude < 0x7F800000)"
+_INFINITE = "if largest == (0x7F800000 if OUT.is_fp32() else 0x7C00 if OUT.is_fp16() else 0x7F80):"
 _OTHER = "other=None if count is None else 0"
 
 DTYPES = mutants(
@@ -16,6 +17,14 @@ DTYPES = mutants(
     ("bfloat16 rounds NaNs like numbers", _NAN, "rounded"),
     ("bfloat16 keeps NaNs unquieted", _NAN, "tl.where(is_nan, bits, rounded)"),
     ("infinity counts as NaN when rounded", "0x7FFFFFFF) > 0x7F8", "0x7FFFFFFF) >= 0x7F8"),
+    ("a negative NaN rounds like a number", "(bits & 0x7FFFFFFF) > 0x7F8", "bits > 0x7F8"),
+    (
+        "bfloat16 is widened by a place too few",
+        "bits.to(tl.int32) << 16",
+        "bits.to(tl.int32) << 15",
+    ),
+    ("float16 is clamped to the value below the largest", "0x477FE000 if", "0x477FC000 if"),
+    ("bfloat16 is clamped to the value below the largest", "else 0x7F7F0000", "else 0x7F7E0000"),
     ("float16 clamps from one place later", "0x477FF000 if", "0x477FF001 if"),
     ("float16 clamps from one place earlier", "0x477FF000 if", "0x477FEFFF if"),
     ("bfloat16 clamps from one place later", "else 0x7F7F8000", "else 0x7F7F8001"),
@@ -23,6 +32,12 @@ DTYPES = mutants(
     ("infinities are clamped", _FINITE, _FINITE.replace("< 0x7F", "<= 0x7F")),
     ("NaNs are clamped", _FINITE, "clamped = magnitude >= bound"),
     ("clamping loses the sign", "sign | largest", "largest"),
+    (
+        "a negative product loses its sign",
+        "narrow(tl.abs(x), FORMAT) | sign",
+        "narrow(tl.abs(x), FORMAT)",
+    ),
+    ("magnitudes keep their sign", "(bits & unsigned).to(tl.int32)", "bits.to(tl.int32)"),
     ("exponent mask one bit short", "- (1 << format.fp_m", "- (2 << format.fp_m"),
     ("only an infinity is not finite", "(bits & exponent) == exponent", "bits == exponent"),
 )
@@ -46,6 +61,17 @@ TABLE = mutants(
         "size, first, index)",
         "size, first, len(groups.get(key, [])))",
     ),
+    ("the size is read from another column", "tl.load(entry + 2)", "tl.load(entry + 3)"),
+    (
+        "tensors are grouped by their sources alone",
+        "key = (source.dtype, destination.dtype)",
+        "key = (source.dtype, source.dtype)",
+    ),
+    (
+        "the other format's alignment is not looked at",
+        "address % access_bytes(FORMAT, OTHER) == 0",
+        "address % access_bytes(FORMAT, FORMAT) == 0",
+    ),
     ("the flag of another tensor is raised", "tl.load(entry + 4)", "tl.load(entry + 3)"),
     (
         "source and destination swapped",
@@ -64,6 +90,54 @@ TABLE = mutants(
         "tensor.requires_grad",
     ),
 )
+OFFSETS = [
+    *mutants(
+        "_table.py",
+        ("test_long_tensors.py",),
+        (
+            "full chunks start at 32 bits of their offset",
+            "pointer(address, FORMAT) + start,",
+            "pointer(address, FORMAT) + start.to(tl.int32),",
+        ),
+    ),
+    *mutants(
+        "unscale.py",
+        ("test_long_tensors.py",),
+        (
+            "masked reads start at 32 bits of their offset",
+            "pointer(grad, GRAD) + start",
+            "pointer(grad, GRAD) + start.to(tl.int32)",
+        ),
+        (
+            "masked writes start at 32 bits of their offset",
+            "pointer(out, OUT) + start",
+            "pointer(out, OUT) + start.to(tl.int32)",
+        ),
+    ),
+    *mutants(
+        "cast.py",
+        ("test_long_tensors.py",),
+        (
+            "masked writes start at 32 bits of their offset",
+            "pointer(weight, WEIGHT) + start",
+            "pointer(weight, WEIGHT) + start.to(tl.int32)",
+        ),
+    ),
+    *mutants(
+        "widen.py",
+        ("test_long_tensors.py",),
+        (
+            "masked writes start at 32 bits of their offset",
+            "pointer(master, MASTER) + start",
+            "pointer(master, MASTER) + start.to(tl.int32)",
+        ),
+    ),
+    *mutants(
+        "_finish.py",
+        ("test_long_tensors.py",),
+        ("places are counted in 32 bits", "at.to(tl.int64) * CHUNK", "at * CHUNK"),
+    ),
+]
 UNSCALE = mutants(
     "unscale.py",
     ("test_unscale.py", "test_against_reference.py"),
@@ -77,16 +151,44 @@ UNSCALE = mutants(
     ),
     ("every chunk counts as full", "(start + CHUNK <= size)", "(start < size)"),
     ("masked lanes load an infinity", _OTHER, "other=None if count is None else 0x7C00"),
-    ("no flag is ever raised", "if bad != 0:", "if bad == 2:"),
-    ("the flag is raised when all is well", "if bad != 0:", "if bad == 0:"),
+    ("no flag is ever raised", "if is_nonfinite(largest, OUT):", "if largest == -1:"),
+    (
+        "the flag is raised when all is well",
+        "if is_nonfinite(largest, OUT):",
+        "if not is_nonfinite(largest, OUT):",
+    ),
+    ("a NaN alone raises no flag", "if is_nonfinite(largest, OUT):", _INFINITE),
     ("the flag is not 1", "nonfinite_ptr + index, 1)", "nonfinite_ptr + index, 2)"),
     (
         "later chunks clear the flag",
-        "    if bad != 0:\n        tl.store(nonfinite_ptr + index, 1)",
-        "    tl.store(nonfinite_ptr + index, bad)",
+        "    if is_nonfinite(largest, OUT):\n        tl.store(nonfinite_ptr + index, 1)",
+        "    tl.store(nonfinite_ptr + index, is_nonfinite(largest, OUT).to(tl.int32))",
     ),
-    ("the flag looks at what was loaded", "is_nonfinite(out, OUT)", "is_nonfinite(bits, GRAD)"),
-    ("only if all is non-finite is it flagged", "tl.max(is_nonfinite", "tl.min(is_nonfinite"),
+    ("the flag looks at what was loaded", "magnitude_of(out, OUT)", "magnitude_of(bits, GRAD)"),
+    (
+        "only if all of a full chunk is non-finite is it flagged",
+        "tl.max(block, axis=0)",
+        "tl.min(block, axis=0)",
+    ),
+    (
+        "only if all of the lanes saw a bad value is it flagged",
+        "tl.max(lanes, axis=0)",
+        "tl.min(lanes, axis=0)",
+    ),
+    ("masked bodies stop after a round", "range(0, count, ROUND)", "range(0, ROUND, ROUND)"),
+    ("rounds overlap by one", "range(0, count, ROUND)", "range(0, count, ROUND - 1)"),
+    (
+        "an element between rounds is skipped",
+        "range(0, count, ROUND)",
+        "range(0, count, ROUND + 1)",
+    ),
+    ("every round is masked like the first", "count - at, coefficient", "count, coefficient"),
+    ("a round forgets what those before found", "tl.maximum(lanes, block)", "block"),
+    (
+        "masked bodies write where they read",
+        "out_ptr = pointer(out, OUT) + start",
+        "out_ptr = pointer(grad, OUT) + start",
+    ),
     ("adds instead of multiplying", "GRAD) * coefficient", "GRAD) + coefficient"),
     (
         "the coefficient is rounded to float16",
@@ -109,7 +211,21 @@ CAST = mutants(
     ("mask one too short", "offsets < count", "offsets < count - 1"),
     ("every chunk counts as full", "(start + CHUNK <= size)", "(start < size)"),
     ("masked lanes are counted", _OTHER, "other=None if count is None else 0x7F7FFFFF"),
-    ("a chunk counts at most one", "tl.sum(clamped", "tl.max(clamped"),
+    ("a full chunk counts at most one", "tl.sum(block, axis=0)", "tl.max(block, axis=0)"),
+    ("masked bodies count by lanes", "tl.sum(lanes, axis=0)", "tl.sum((lanes != 0).to(tl.int32))"),
+    ("masked bodies stop after a round", "range(0, count, ROUND)", "range(0, ROUND, ROUND)"),
+    (
+        "an element between rounds is skipped",
+        "range(0, count, ROUND)",
+        "range(0, count, ROUND + 1)",
+    ),
+    ("every round is masked like the first", "count - at, MASTER", "count, MASTER"),
+    ("a round forgets what those before counted", "lanes += _cast", "lanes = _cast"),
+    (
+        "clamps to the range of bfloat16 always",
+        "saturate(widen(bits, MASTER), WEIGHT)",
+        "saturate(widen(bits, MASTER), MASTER)",
+    ),
     (
         "the count is overwritten",
         'tl.atomic_add(saturated_ptr, clamped.to(tl.int64), sem="relaxed")',
@@ -132,7 +248,14 @@ WIDEN = mutants(
     ("mask one too long", "offsets < count", "offsets <= count"),
     ("mask one too short", "offsets < count", "offsets < count - 1"),
     ("every chunk counts as full", "(start + CHUNK <= size)", "(start < size)"),
+    ("masked bodies stop after a round", "range(0, count, ROUND)", "range(0, ROUND, ROUND)"),
+    (
+        "an element between rounds is skipped",
+        "range(0, count, ROUND)",
+        "range(0, count, ROUND + 1)",
+    ),
+    ("every round is masked like the first", "count - at, WEIGHT", "count, WEIGHT"),
     ("the masters' version is not raised", "mark_written(*masters)", "mark_written(*weights)"),
 )
 
-ELEMENTWISE = [*DTYPES, *TABLE, *UNSCALE, *CAST, *WIDEN]
+ELEMENTWISE = [*DTYPES, *TABLE, *OFFSETS, *UNSCALE, *CAST, *WIDEN]

@@ -1,12 +1,6 @@
-"""Errors in `inspect` and `update_scale_`, and errors that only the machine code shows."""
+"""Errors in `inspect` and `update_scale_`."""
 
 from mutant import mutants
-
-_MASKED = """count = tl.minimum(size - start, CHUNK).to(tl.int32)
-        bad = _unscale_block(grad_ptr, out_ptr, count,"""
-_TWICE = """    tl.debug_barrier()
-    out += tl.load(grad_ptr + offsets, mask=mask, volatile=True) * 0
-    return tl.max(is_nonfinite(out, OUT)"""
 
 CHUNKS = mutants(
     "_chunks.py",
@@ -33,6 +27,26 @@ CHUNKS = mutants(
         "tl.where(is_nonfinite_magnitude(magnitude), 0, magnitude)",
         "magnitude",
     ),
+    (
+        "places are counted from the block, not from the chunk",
+        "tl.where(bad, at, _NOWHERE)",
+        "tl.where(bad, at - start, _NOWHERE)",
+    ),
+    (
+        "a block forgets the kinds before it",
+        "kinds |= _kinds_of(bits, bad, GRAD)",
+        "kinds = _kinds_of(bits, bad, GRAD)",
+    ),
+    (
+        "places are stored as kinds",
+        "tl.store(facts_ptr + chunks + chunk, kinds)",
+        "tl.store(facts_ptr + chunks + chunk, first)",
+    ),
+    (
+        "a bad chunk is looked at up to its last block",
+        "for start in range(0, count, BLOCK):",
+        "for start in range(0, count - BLOCK, BLOCK):",
+    ),
     ("mask one too short", "offsets < count\n", "offsets < count - 1\n"),
     ("mask one too long", "offsets < count\n", "offsets <= count\n"),
     (
@@ -49,7 +63,11 @@ CHUNKS = mutants(
 )
 SUMS = mutants(
     "_sums.py",
-    ("test_inspect.py",),
+    ("test_inspect.py", "test_against_reference.py"),
+    ("half the units", "70368744177664.0", "35184372088832.0"),
+    ("the exponent is one too large", "(bits >> 23) - 127", "(bits >> 23) - 126"),
+    ("exponents are not clamped from above", "- 127, -126), 126)", "- 127, -126), 127)"),
+    ("a shift ends at 31", "exponent_of(largest)), 63)", "exponent_of(largest)), 31)"),
     (
         "squares overflow",
         "power = ((127 - exponent_of(largest)) << 23)",
@@ -82,6 +100,29 @@ FINISH = mutants(
         "for start in range(0, chunks, BLOCK):\n        at = start + lanes\n        sums",
         "for start in range(0, BLOCK, BLOCK):\n        at = start + lanes\n        sums",
     ),
+    (
+        "every tensor starts with the first chunk",
+        "begin = tl.load(segments_ptr + (program - 1) * 2).to(tl.int32)",
+        "begin = 0",
+    ),
+    (
+        "the largest of earlier rounds is lost",
+        "largest_lanes = tl.maximum(largest_lanes, tl.load(facts_ptr + at, mask=mask, other=0))",
+        "largest_lanes = tl.load(facts_ptr + at, mask=mask, other=0)",
+    ),
+    ("the kinds of earlier rounds are lost", "kinds_lanes |= kinds", "kinds_lanes = kinds"),
+    (
+        "the first place of earlier rounds is lost",
+        "tl.minimum(first_lanes, tl.where(kinds != 0, place, _NOWHERE))",
+        "tl.where(kinds != 0, place, _NOWHERE)",
+    ),
+    ("a chunk of the next tensor is looked at", "mask = at < chunks\n", "mask = at <= chunks\n"),
+    (
+        "a NaN makes an infinite norm",
+        'tl.where((kinds & 1) == 0, square_sum, float("nan"))',
+        "square_sum",
+    ),
+    ("the norm is not rooted", "norm = tl.sqrt(square_sum)", "norm = square_sum"),
     ("the epsilon is forgotten", "limit / (norm + epsilon)", "limit / norm"),
     (
         "the clip scales up",
@@ -127,6 +168,13 @@ STATISTICS = mutants(
         "tl.histogram(_category(bits, GRAD), 8, mask=mask)",
         "tl.histogram(_category(bits, GRAD), 8)",
     ),
+    (
+        "masked lanes are counted by exponent",
+        "_EXPONENTS_IN_KERNEL, mask=mask)",
+        "_EXPONENTS_IN_KERNEL)",
+    ),
+    ("negative infinities count as positive", "tl.where(bits < 0, 2, 1)", "1"),
+    ("exponents of 16-bit formats as they are", "magnitude >> 23,", "(magnitude >> 23) & 127,"),
     ("bins are shifted by one", "magnitude >> 23, _E", "(magnitude >> 23) ^ 1, _E"),
 )
 SCALE = mutants(
@@ -152,48 +200,20 @@ SCALE = mutants(
     ("growth keeps the hysteresis used up", "tl.where(grow, hysteresis, left)", "left"),
     ("the tracker is kept when the scale grows", "tl.where(grow, 0, tracker)", "tracker"),
     ("found_inf is compared to 1", "tl.load(found_inf_ptr) != 0", "tl.load(found_inf_ptr) == 1"),
+    ("hysteresis is used up twice as fast", "tl.maximum(left - 1, 0)", "tl.maximum(left - 2, 0)"),
+    ("hysteresis is one overflow short", "bad & (left == 0)", "bad & (left <= 1)"),
+    (
+        "growth restores one overflow too few",
+        "tl.where(grow, hysteresis, left)",
+        "tl.where(grow, hysteresis - 1, left)",
+    ),
+    (
+        "a skipped step is no step",
+        "tl.load(steps_ptr) + 1",
+        "tl.load(steps_ptr) + 1 - bad.to(tl.int64)",
+    ),
     ("good steps count as skipped", "bad.to(tl.int64)", "1"),
 )
-MACHINE_CODE = [
-    *mutants(
-        "_table.py",
-        ("audit unscale fp16 fp32",),
-        (
-            "full chunks are read without a promise",
-            "tl.multiple_of(pointer(address, FORMAT) + start, access_bytes(FORMAT, OTHER))",
-            "pointer(address, FORMAT) + start",
-        ),
-    ),
-    *mutants(
-        "_dtypes.py",
-        ("audit unscale fp16 fp32",),
-        (
-            "16 bytes of both formats in one access",
-            "return 16 * bits // max(bits, other_bits)",
-            "return 16",
-        ),
-    ),
-    *mutants(
-        "unscale.py",
-        ("audit unscale bf16 fp32",),
-        (
-            "full chunks are masked",
-            "bad = _unscale_block(grad_ptr, out_ptr, None,",
-            _MASKED,
-        ),
-        (
-            "gradients are read twice",
-            "    return tl.max(is_nonfinite(out, OUT)",
-            _TWICE,
-        ),
-        (
-            "the launch compiles alignments in",
-            '"coefficient_ptr", "nonfinite_ptr"]',
-            '"coefficient_ptr"]',
-        ),
-    ),
-]
-
 COUNTS = mutants(
     "_chunks.py",
     ("test_inspect_statistics.py",),

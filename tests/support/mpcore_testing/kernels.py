@@ -7,9 +7,14 @@ from dataclasses import dataclass
 import torch
 from hypothesis import strategies as st
 
+from mpcore_kernels._table import CHUNK, ROUND
+from mpcore_testing.comparisons import TALLY
+
 HALVES = [torch.float16, torch.bfloat16]
 FLOATS = [*HALVES, torch.float32]
 INTEGER = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
+# around the borders of chunks and of what masked bodies take at a time
+SIZES = [0, 1, 7, ROUND - 1, ROUND, ROUND + 1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 3]
 # a NaN, so that a value read from outside a tensor shows in the result and in the flags
 POISON = {torch.float16: 0x7E5A, torch.bfloat16: 0x7FDA, torch.float32: 0x7FDA5A5A}
 
@@ -24,6 +29,7 @@ def assert_same_bits(actual, expected):
     """Fails unless both tensors hold the same bits, up to the payload of NaNs."""
     assert actual.dtype == expected.dtype
     assert actual.shape == expected.shape
+    TALLY.add(actual.numel())
     differs = (bits_of(actual) != bits_of(expected)).nonzero()
     if len(differs):
         where = tuple(differs[0].tolist())
