@@ -45,6 +45,7 @@ class Masters:
         self._inner = inner
         self._outer_state = outer_state
         self._master_of: dict[Tensor, Tensor] = {}
+        self._known: set[int] = set()  # ids of the keys, which keeps them valid
         #: counts what replaces tensors: plans made of older ones are stale
         self.version = 0
         self.link_state(param for group in inner.param_groups for param in group["params"])
@@ -68,6 +69,7 @@ class Masters:
             return
         master = param.detach().float() if value is None else value.detach()
         self._master_of[param] = master
+        self._known.add(id(param))
         self.version += 1
         if param in self._inner.state:
             self._inner.state[master] = upcast(self._inner.state.pop(param))
@@ -75,8 +77,9 @@ class Masters:
 
     def create_for(self, params: Iterable[Tensor]) -> None:
         """Makes the masters of the 16-bit ones among `params` that have none; no host sync."""
+        known = self._known  # by identity: hashing a tensor takes longer
         for param in params:
-            if param.dtype in SIXTEEN_BIT:
+            if id(param) not in known and param.dtype in SIXTEEN_BIT:
                 self.create(param)
 
     def link_state(self, params: Iterable[Tensor]) -> None:
@@ -99,12 +102,14 @@ class Masters:
         """
         self.version += 1
         self._master_of.clear()
+        self._known.clear()
         self._inner.state.clear()
         self._outer_state.clear()
         for param, state in states.items():
             rest = {key: value for key, value in state.items() if key != "master"}
             if "master" in state:
                 self._master_of[param] = state["master"]
+                self._known.add(id(param))
             if rest:
                 self._inner.state[self.of(param)] = rest
         self.link_state(states)

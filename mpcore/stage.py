@@ -125,9 +125,9 @@ class Stage:
     def _check_no_newcomer(
         self, caller: str, params: list[Tensor], gradients: StepGradients
     ) -> None:
-        known = set(gradients.params)
+        known = set(map(id, gradients.params))
         for param in params:
-            if param not in known:
+            if id(param) not in known:
                 raise StageError(
                     f"{caller}: expected the gradients that unscale_() or clip_grad_norm_() saw, "
                     f"got a new one of {name_of(param, self._groups)}. Run all backward passes "

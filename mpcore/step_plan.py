@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from mpcore._checks import SIXTEEN_BIT
 from mpcore.backends import Backend
 from mpcore.masters import Groups, Masters
 from mpcore.updates import Batch, Hyper, UpdateRule
+from mpcore.updates.batch import shared_base
 
 
 @dataclass
@@ -103,6 +104,8 @@ def make_plan(
             held = [masters.of(param) for param in members]
             states = [_complete(inner_state, master, names, rule) for master in held]
             counts = rule.counts_steps(names)
+            if counts:
+                _gather_steps(states)
             batches.append(
                 Batch(
                     masters=held,
@@ -123,7 +126,7 @@ def _complete(
     master: Tensor,
     names: tuple[str, ...],
     rule: UpdateRule,
-) -> Mapping[str, Tensor]:
+) -> dict[str, Any]:
     """Returns the state of a master with every moment and the step count in it, as kernels want."""
     state = inner_state[master] if names or rule.counts_steps(names) else {}
     had_moments = bool(names) and state.get(names[0]) is not None
@@ -142,6 +145,15 @@ def _complete(
         elif value.device != master.device or value.dtype != torch.float32:
             state["step"] = value.to(master.device, torch.float32, non_blocking=True)
     return state
+
+
+def _gather_steps(states: list[dict[str, Any]]) -> None:
+    """Makes the step counts views of one tensor, so that one operation counts them all."""
+    steps = [state["step"] for state in states]
+    if len(steps) > 1 and shared_base(steps) is None:
+        together = torch.stack([step.reshape(()) for step in steps]).detach()
+        for state, step in zip(states, together.unbind(), strict=True):
+            state["step"] = step
 
 
 def _learning_rate(lr: float | Tensor, device: torch.device) -> float | Tensor:

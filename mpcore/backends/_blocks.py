@@ -60,13 +60,14 @@ def blocks(sizes: Sequence[int], chunk: int = CHUNK) -> Iterator[list[Piece]]:
 def memory_order(tensor: Tensor) -> Tensor:
     """Returns the elements as they lie in memory: a view if the tensor is dense, else a copy.
 
+    To be called without gradients, like all here.
+
     Example:
         >>> memory_order(torch.tensor([[1, 2], [3, 4]]).t()).tolist()
         [1, 2, 3, 4]
     """
-    tensor = tensor.detach()
     if tensor.is_contiguous():
-        return tensor.view(-1)
+        return tensor if tensor.dim() == 1 else tensor.view(-1)
     order = sorted(range(tensor.dim()), key=lambda d: (tensor.stride(d), tensor.size(d)))
     return tensor.permute(order[::-1]).reshape(-1)
 

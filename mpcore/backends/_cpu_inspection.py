@@ -98,7 +98,7 @@ def _square_sums(flat: list[Tensor], factor: float) -> list[float | None]:
 def _square_sum(values: Tensor, factor: float) -> float | None:
     """Returns the sum of squares of float32 `values` times `factor`, None if it is in doubt."""
     total = 0.0
-    for part in torch.split(values, _DOT):
+    for part in (values,) if values.numel() <= _DOT else torch.split(values, _DOT):
         square = float(torch.dot(part, part))
         if not _SMALLEST < square < _LARGEST and (square != 0.0 or bool(part.any())):
             return None

@@ -10,7 +10,7 @@ without such a kernel runs in plain torch, with the bits of the reference backen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -30,22 +30,27 @@ from mpcore.backends._blocks import (
 )
 from mpcore.backends._cast import cast_into
 from mpcore.backends._scale import ScaleMove, update_scale_
-from mpcore.updates import Batch, Hyper
+from mpcore.updates import Batch, Hyper, UpdateRule
+from mpcore.updates.batch import shared_base
 
-# plain torch needs several temporaries of the size of a block
-_SMALL_CHUNK = CHUNK // 8
+
+@dataclass
+class _Block:
+    """Pieces of tensors that one call updates."""
+
+    pieces: list[Piece]
+    masters: list[Tensor]
+    weights: list[Tensor] | None
+    moments: list[list[Tensor]]
 
 
 @dataclass
 class _Group:
-    """The tensors of one batch that share a param group, flat, and how they are cut."""
+    """The tensors of one batch that share a param group, and how they are cut."""
 
     number: int
     members: list[int]
-    masters: list[Tensor]
-    weights: list[Tensor] | None
-    moments: list[list[Tensor]]
-    sizes: list[int]
+    blocks: list[_Block]
 
 
 @dataclass
@@ -53,35 +58,55 @@ class Plan(_update.Plan):
     """A plan of the reference backend, and its batches by param group."""
 
     groups: list[list[_Group]] = field(default_factory=list)
+    counters: list[list[Tensor]] = field(default_factory=list)  # what counts the steps of a batch
+    elements: int = 0
 
 
 def plan_update(rule: str, batches: Sequence[Batch]) -> Plan:
     """Returns what `update_` needs to know about its tensors; see the reference backend."""
     checked = _update.plan_update(rule, batches)
     plan = Plan(checked.rule, checked.batches)
-    plan.groups = [_groups(batch) for batch in plan.batches]
+    # plain torch needs several temporaries of the size of a block
+    chunk = CHUNK if _has_kernel(plan) else CHUNK // 8
+    plan.groups = [_groups(batch, chunk) for batch in plan.batches]
+    plan.counters = [_counters(batch.steps or []) for batch in plan.batches]
+    plan.elements = sum(master.numel() for batch in plan.batches for master in batch.masters)
     return plan
 
 
-def _groups(batch: Batch) -> list[_Group]:
+def _counters(steps: Sequence[Tensor]) -> list[Tensor]:
+    together = shared_base(steps) if steps else None
+    return list(steps) if together is None else [together]
+
+
+def _has_kernel(plan: _update.Plan) -> bool:
+    return type(plan.rule).torch_fused is not UpdateRule.torch_fused
+
+
+@torch.no_grad()
+def _groups(batch: Batch, chunk: int) -> list[_Group]:
     members: dict[int, list[int]] = {}
     for index, group in enumerate(batch.groups):
         members.setdefault(group, []).append(index)
-    return [_group(batch, number, here) for number, here in members.items()]
+    return [
+        _Group(number, here, list(_blocks(batch, here, chunk))) for number, here in members.items()
+    ]
 
 
-def _group(batch: Batch, number: int, members: list[int]) -> _Group:
+def _blocks(batch: Batch, members: list[int], chunk: int) -> Iterator[_Block]:
     def flat(tensors: Sequence[Tensor]) -> list[Tensor]:
         return [memory_order(tensors[index]) for index in members]
 
-    return _Group(
-        number,
-        members,
-        masters=flat(batch.masters),
-        weights=None if batch.weights is None else flat(batch.weights),
-        moments=[flat(moment) for moment in batch.moments],
-        sizes=[batch.masters[index].numel() for index in members],
-    )
+    masters = flat(batch.masters)
+    weights = None if batch.weights is None else flat(batch.weights)
+    moments = [flat(moment) for moment in batch.moments]
+    for pieces in blocks([master.numel() for master in masters], chunk):
+        yield _Block(
+            pieces,
+            cut(masters, pieces),
+            None if weights is None else cut(weights, pieces),
+            [cut(moment, pieces) for moment in moments],
+        )
 
 
 def prepare_(plan: Plan, hyper: Hyper) -> None:
@@ -91,10 +116,10 @@ def prepare_(plan: Plan, hyper: Hyper) -> None:
         for row, lr in zip(hyper.numbers, hyper.lrs, strict=True)
     ]
     plan.hyper = Hyper(tuple(numbers), tuple(None for _ in numbers))
-    if plan.rule.torch_fused(numbers[0], 0) is None:
-        _update.prepare_(plan, plan.hyper)
-    else:
+    if _has_kernel(plan):
         plan.scalars = []  # torch's kernels compute their own
+    else:
+        _update.prepare_(plan, plan.hyper)
 
 
 @torch.no_grad()
@@ -118,10 +143,10 @@ def update_(
     """
     scalars = _update.take_scalars(plan)
     if not bool(found_inf):
-        scratch = new_scratch([sum(group.sizes) for batch in plan.groups for group in batch])
+        scratch = new_scratch([plan.elements])
         for index, (batch, groups) in enumerate(zip(plan.batches, plan.groups, strict=True)):
             if batch.steps:
-                torch._foreach_add_(list(batch.steps), 1)
+                torch._foreach_add_(plan.counters[index], 1)
             for group in groups:
                 flat = [memory_order(grads[index][i]) for i in group.members]
                 steps = [batch.steps[i] for i in group.members] if batch.steps else []
@@ -142,37 +167,31 @@ def _update_group(
     scratch: Tensor,
 ) -> None:
     numbers = plan.hyper.numbers[group.number] if plan.hyper is not None else ()
-    fused = plan.rule.torch_fused(numbers, len(group.moments))
-    unscaled = float(coefficient) != 1.0
-    for block in blocks(group.sizes, CHUNK if rows is None else _SMALL_CHUNK):
-        here = layout(block, scratch)
-        copy_all(here, cut(grads, block))
-        if unscaled:
+    fused = plan.rule.torch_fused(numbers, len(group.blocks[0].moments)) if group.blocks else None
+    scaled = float(coefficient) != 1.0
+    for block in group.blocks:
+        here = layout(block.pieces, scratch)
+        copy_all(here, cut(grads, block.pieces))
+        if scaled:
             scratch[: sum(piece.numel() for piece in here)].mul_(coefficient)
-        masters = cut(group.masters, block)
-        moments = [cut(moment, block) for moment in group.moments]
         if fused is not None:
-            fused(masters, here, moments, [steps[piece.index] for piece in block] if steps else [])
+            counts = [steps[piece.index] for piece in block.pieces] if steps else []
+            fused(block.masters, here, block.moments, counts)
         elif rows is not None:
-            _apply(plan, block, masters, here, moments, rows)
-        if group.weights is not None:
-            _round(masters, cut(group.weights, block), scratch, saturated)
+            _apply(plan.rule, block, here, rows)
+        if block.weights is not None:
+            _round(block.masters, block.weights, scratch, saturated)
 
 
 def _apply(
-    plan: Plan,
-    block: list[Piece],
-    masters: list[Tensor],
-    grads: list[Tensor],
-    moments: list[list[Tensor]],
-    rows: list[tuple[Tensor, ...]],
+    rule: UpdateRule, block: _Block, grads: list[Tensor], rows: list[tuple[Tensor, ...]]
 ) -> None:
     """Updates a block with the arithmetic of the reference backend."""
-    for i, piece in enumerate(block):
+    for i, piece in enumerate(block.pieces):
         s = rows[piece.index]
-        old = [moment[i] for moment in moments]
-        param, updated = plan.rule.apply(grads[i] * s[0], masters[i], old, s)
-        masters[i].copy_(param)
+        old = [moment[i] for moment in block.moments]
+        param, updated = rule.apply(grads[i] * s[0], block.masters[i], old, s)
+        block.masters[i].copy_(param)
         for moment, value in zip(old, updated, strict=True):
             moment.copy_(value)
 

@@ -41,3 +41,21 @@ class Hyper:
 
     numbers: tuple[tuple[float, ...], ...]
     lrs: tuple[Tensor | None, ...]
+
+
+def shared_base(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Returns the tensor that 0-d `tensors` are all of the elements of, or None.
+
+    Example:
+        >>> import torch
+        >>> counts = torch.zeros(3)
+        >>> shared_base(counts.unbind()) is counts
+        True
+        >>> shared_base(counts.unbind()[:2]) is None
+        True
+    """
+    base = tensors[0]._base
+    if base is None or base.numel() != len(tensors):
+        return None
+    addresses = {tensor.data_ptr() for tensor in tensors if tensor._base is base}
+    return base if len(addresses) == len(tensors) else None
