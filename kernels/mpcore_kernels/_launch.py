@@ -69,9 +69,9 @@ class Variant:
     def name(self) -> str:
         """The kernel's name and the dtypes or constants that tell its variants apart."""
         values = [
-            str(value) if isinstance(value, tl.dtype) else f"{name}={value}"
+            _shown(name, value)
             for name, value in self.constants
-            if name not in ("CHUNK", "ROUND")
+            if name not in ("CHUNK", "ROUND", "FINISH", "NUMBERS", "COLUMNS")
         ]
         return " ".join([self.kernel.__name__.strip("_").removesuffix("_kernel"), *values])
 
@@ -119,6 +119,13 @@ class Variant:
         """
         with torch.cuda.device_of(arguments[0]):
             self.kernel[(programs,)](*arguments, **dict(self.constants), **self.options())
+
+
+def _shown(name: str, value: Any) -> str:
+    if isinstance(value, tl.dtype):
+        return str(value)
+    # a function that a kernel calls is known by its own name
+    return getattr(value, "__name__", f"{name}={value}")
 
 
 def argument_type(value: Tensor | int | float) -> str:
