@@ -39,7 +39,7 @@ def adam(grad, param, moments, scalars):
         return param - _step(mean, square, step_size, root, eps), (mean, square)
     else:
         # a NaN on either side stays
-        newer = (square > moments[2]) | (square != square)
+        newer = (square >= moments[2]) | (square != square)
         largest = tl.where(newer, square, moments[2])
         return param - _step(mean, largest, step_size, root, eps), (mean, square, largest)
 
