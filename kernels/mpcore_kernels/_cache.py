@@ -37,7 +37,7 @@ _PROPERTIES: tuple[Callable[[Tensor], Any], ...] = (
     *(attrgetter(name) for name in ("shape", "dtype", "device")),
     *(Tensor.data_ptr, Tensor.stride, Tensor.is_neg),
 )
-_PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter}
+PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter}
 _PLAIN_LAYOUTS = {torch.strided}
 
 
@@ -164,7 +164,7 @@ def key_of(name: str, lists: Sequence[Sequence[Tensor]]) -> Key | None:
     """Returns all that tables and checks depend on; None for tensors that are not plain ones."""
     parts: list[object] = [name]
     for tensors in lists:
-        if not _PLAIN_TYPES.issuperset(map(type, tensors)):
+        if not PLAIN_TYPES.issuperset(map(type, tensors)):
             return None
         if not _PLAIN_LAYOUTS.issuperset(map(attrgetter("layout"), tensors)):
             return None

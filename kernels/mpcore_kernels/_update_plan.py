@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mpcore_kernels._cache import TableCache, remembered
+from mpcore_kernels._cache import PLAIN_TYPES, TableCache, remembered
 from mpcore_kernels._checks import check_no_overlap, check_pairs, check_tensors
 from mpcore_kernels._table import upload
 from mpcore_kernels._update_kernel import CHUNK, ROW
@@ -198,16 +198,16 @@ class UpdatePlan:
     def _dtype_of(self, index: int, part: Part, grads: list[Any]) -> torch.dtype:
         """Returns the dtype of the gradients of a batch; raises unless they are what it needs."""
         assert self.device is not None
-        name = f"grads[{index}]"
-        if len(grads) == len(part.batch.masters) and all(isinstance(g, Tensor) for g in grads):
+        # lists and sets of properties, made and compared in the interpreter's C
+        if len(grads) == len(part.batch.masters) and PLAIN_TYPES.issuperset(map(type, grads)):
             kinds = [set(map(read, grads)) for read in _KIND]
-            if [list(map(read, grads)) for read in _LAYOUT] == part.layout and all(
-                len(kind) == 1 for kind in kinds
-            ):
+            ours = [{self.device}, {torch.strided}, {False}]
+            layout = [list(map(read, grads)) for read in _LAYOUT] if kinds[1:] == ours else None
+            if layout == part.layout and len(kinds[0]) == 1 and kinds[0].issubset(part.dtypes):
                 dtype: torch.dtype = grads[0].dtype
-                others = [{self.device}, {torch.strided}, {False}]
-                if dtype in part.dtypes and kinds[1:] == others:
-                    return dtype
+                return dtype
+        # something differs: say what, or find that it does not matter
+        name = f"grads[{index}]"
         check_tensors(name, grads, part.dtypes, self.device)
         check_pairs("masters", part.batch.masters, name, grads)
         if len({grad.dtype for grad in grads}) > 1:
