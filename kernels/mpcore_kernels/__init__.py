@@ -5,7 +5,7 @@ tensors; with `TRITON_INTERPRET=1` in the environment *before* the first import 
 tensors instead, through Triton's interpreter: slow, and bit for bit the same.
 """
 
-from mpcore_kernels._update_plan import UpdatePlan as UpdatePlan
+from mpcore_kernels._update_plan import Plan as Plan
 from mpcore_kernels.cast import cast_into as cast_into
 from mpcore_kernels.inspection import Inspection as Inspection
 from mpcore_kernels.inspection import inspect as inspect
@@ -21,7 +21,7 @@ from mpcore_kernels.widen import widen_into as widen_into
 __all__ = [
     "Inspection",
     "Launcher",
-    "UpdatePlan",
+    "Plan",
     "cast_into",
     "inspect",
     "plan_update",

@@ -93,7 +93,7 @@ class Part:
 
 
 @dataclass
-class UpdatePlan:
+class Plan:
     """Made by `plan_update` and used up by nothing: it serves every step of the same tensors.
 
     Attributes:
@@ -241,14 +241,14 @@ class UpdatePlan:
         return [table[part.place] for part in self.parts]
 
 
-def make_plan(rule: Rule, batches: Sequence[Batch]) -> UpdatePlan:
+def make_plan(rule: Rule, batches: Sequence[Batch]) -> Plan:
     """Checks the tensors of all batches and builds their tables, without a host sync."""
     device = next((batch.masters[0].device for batch in batches if len(batch.masters)), None)
     if device is None:
         nothing = torch.empty(0, dtype=torch.int64, device="cpu")
         table = nothing.view(0, 2)
         scalars = torch.empty(0, rule.columns + 1, device="cpu")
-        return UpdatePlan(rule, None, [], table, scalars, 0, [], (nothing, nothing))
+        return Plan(rule, None, [], table, scalars, 0, [], (nothing, nothing))
     parts: list[Part] = []
     owners: list[tuple[int, int]] = []
     written: list[Tensor] = []
@@ -262,7 +262,7 @@ def make_plan(rule: Rule, batches: Sequence[Batch]) -> UpdatePlan:
         written += _written(batch)
         first = place.stop
     check_no_overlap("batches", written)
-    return UpdatePlan(
+    return Plan(
         rule=rule,
         device=device,
         parts=parts,

@@ -30,7 +30,7 @@ from mpcore_kernels._dtypes import FORMATS
 from mpcore_kernels._launch import Variant
 from mpcore_kernels._statistics import CATEGORIES, EXPONENTS
 from mpcore_kernels._table import CHUNK, Table, build, upload
-from mpcore_kernels._update_plan import Hyper, UpdatePlan
+from mpcore_kernels._update_plan import Hyper, Plan
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def _launch(
     given: Tensor,
     max_norm: float,
     counters: Tensor,
-    update: tuple[UpdatePlan, Hyper] | None,
+    update: tuple[Plan, Hyper] | None,
 ) -> None:
     """Queues the launches that fill `result` and prepare `update`.
 
@@ -157,7 +157,7 @@ def inspect(
     max_norm: float | None,
     *,
     statistics: bool = False,
-    plan: UpdatePlan | None = None,
+    plan: Plan | None = None,
     hyper: Hyper | None = None,
     tables: TableCache | None = None,
 ) -> Inspection:
@@ -234,8 +234,8 @@ def inspect(
 
 
 def _check_update(
-    plan: UpdatePlan | None, hyper: Hyper | None, device: torch.device
-) -> tuple[UpdatePlan, Hyper] | None:
+    plan: Plan | None, hyper: Hyper | None, device: torch.device
+) -> tuple[Plan, Hyper] | None:
     """Returns what to prepare, None if there is nothing; raises unless both are given."""
     if (plan is None) != (hyper is None):
         raise ValueError("plan, hyper: expected both or none of them, got one.")

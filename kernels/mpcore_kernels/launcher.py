@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from mpcore_kernels._cache import TableCache
-from mpcore_kernels._update_plan import Batch, Hyper, UpdatePlan
+from mpcore_kernels._update_plan import Batch, Hyper, Plan
 from mpcore_kernels.cast import cast_into
 from mpcore_kernels.inspection import Inspection, inspect
 from mpcore_kernels.scale import update_scale_
@@ -75,7 +75,7 @@ class Launcher:
         max_norm: float | None,
         *,
         statistics: bool = False,
-        plan: UpdatePlan | None = None,
+        plan: Plan | None = None,
         hyper: Hyper | None = None,
     ) -> Inspection:
         """See `mpcore_kernels.inspect`; no host sync."""
@@ -87,17 +87,17 @@ class Launcher:
             tables=self._tables,
         )
 
-    def plan_update(self, rule: str, batches: Sequence[Batch]) -> UpdatePlan:
+    def plan_update(self, rule: str, batches: Sequence[Batch]) -> Plan:
         """See `mpcore_kernels.plan_update`; no launch, no host sync."""
         return plan_update(rule, batches)
 
-    def prepare_(self, plan: UpdatePlan, hyper: Hyper) -> None:
+    def prepare_(self, plan: Plan, hyper: Hyper) -> None:
         """See `mpcore_kernels.prepare_`; no host sync."""
         prepare_(plan, hyper)
 
     def update_(
         self,
-        plan: UpdatePlan,
+        plan: Plan,
         grads: Sequence[Sequence[Tensor]],
         coefficient: Tensor,
         found_inf: Tensor,

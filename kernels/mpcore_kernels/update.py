@@ -31,7 +31,7 @@ from mpcore_kernels._cache import is_capturing
 from mpcore_kernels._checks import check_device, check_no_overlap, check_state
 from mpcore_kernels._launch import Variant
 from mpcore_kernels._table import mark_written
-from mpcore_kernels._update_plan import Batch, Hyper, UpdatePlan, make_plan
+from mpcore_kernels._update_plan import Batch, Hyper, Plan, make_plan
 from mpcore_kernels.rules import RULES
 
 
@@ -88,7 +88,7 @@ def variants() -> list[Variant]:
     return [*_prepare.variants(), *_update_kernel.variants()]
 
 
-def plan_update(rule: str, batches: Sequence[Batch]) -> UpdatePlan:
+def plan_update(rule: str, batches: Sequence[Batch]) -> Plan:
     """Describes tensors to the device for all their updates; no launch, no host sync.
 
     The plan keeps the tensors alive and takes their addresses as fixed. Make it on the stream on
@@ -138,7 +138,7 @@ def plan_update(rule: str, batches: Sequence[Batch]) -> UpdatePlan:
     return make_plan(RULES[rule], batches)
 
 
-def prepare_(plan: UpdatePlan, hyper: Hyper) -> None:
+def prepare_(plan: Plan, hyper: Hyper) -> None:
     """Computes what the next update needs from step counts and hyper-parameters; no host sync.
 
     One small launch; `inspect` does the same in its second launch, if it is given the plan. Step
@@ -163,7 +163,7 @@ def prepare_(plan: UpdatePlan, hyper: Hyper) -> None:
 
 
 def update_(
-    plan: UpdatePlan,
+    plan: Plan,
     grads: Sequence[Sequence[Tensor]],
     coefficient: Tensor,
     found_inf: Tensor,
