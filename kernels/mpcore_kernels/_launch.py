@@ -49,6 +49,8 @@ class Variant:
         results: Dtypes of the numbers that a program writes about its chunk, each one once, or
             not at all if there is nothing to report.
         counters: Sizes of the groups of integers to which a program adds, each one once at most.
+        additions: How often a thread adds to a counter on its own, at most: threads that wait for
+            nobody cannot add up before what each of them counted.
         reductions: How many values a program reduces over its chunk; 0 for an elementwise kernel,
             which needs neither shared memory nor barriers.
     """
@@ -63,6 +65,7 @@ class Variant:
     chunk: int = 0
     results: tuple[torch.dtype, ...] = ()
     counters: tuple[int, ...] = ()
+    additions: int = 0
     reductions: int = 0
 
     @property

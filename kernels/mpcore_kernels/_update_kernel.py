@@ -211,10 +211,10 @@ def _update_kernel(
     CHUNK: tl.constexpr,
     ROUND: tl.constexpr,  # what is masked at a time
 ):
-    """Updates one chunk unless found_inf is set; the program after the last moves the loss scale.
+    """Updates one chunk unless found_inf is set; the first program also moves the loss scale.
 
-    Grid:     (chunks,) or (chunks + 1,); a program owns elements [start, start + CHUNK) of one
-              tensor. The last program of the larger grid owns the loss scale and its counters.
+    Grid:     (chunks,); a program owns elements [start, start + CHUNK) of one tensor, the one that
+              starts at 0 its step count, and program 0 the loss scale and its counters.
     Masks:    full chunks at aligned addresses have none. The others go in rounds, in which lanes
               at or past the tensor's end load +0, store nothing and count nothing.
     Numerics: load -> FP32 (exact) -> two FP32 multiplies -> the rule -> store; the weight is the
@@ -265,7 +265,8 @@ def variant(rule: Rule, moments: int, grad: torch.dtype, weight: torch.dtype | N
         chunk=CHUNK,
         # a tensor's first chunk writes its step count; the first program of all, the loss scale
         results=(torch.float32, *_SCALE),
-        counters=() if weight is None else (2,),
+        # one for each wide access, with warps of 32
+        additions=0 if weight is None else CHUNK // (WARPS * 32 * 4),
     )
 
 

@@ -14,7 +14,8 @@ def power(base, exponent):
     """
     bits = exponent.to(tl.int64)
     result = tl.full(base.shape, 1.0, tl.float64)
-    for bit in range(32):
+    # unrolled, because in the second launch of `inspect` Triton 3.7 spills around a loop
+    for bit in tl.static_range(32):
         result = tl.where(((bits >> bit) & 1) != 0, result * base, result)
         base = base * base
     return result
