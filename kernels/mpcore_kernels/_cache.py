@@ -37,7 +37,7 @@ _PROPERTIES: tuple[Callable[[Tensor], Any], ...] = (
     *(attrgetter(name) for name in ("shape", "dtype", "device")),
     *(Tensor.data_ptr, Tensor.stride, Tensor.is_neg),
 )
-_PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter}
+PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter}
 _PLAIN_LAYOUTS = {torch.strided}
 
 
@@ -114,12 +114,36 @@ def cached(
         RuntimeError: If a CUDA graph is being captured and nothing is there to be found.
     """
     key = None if cache is None else key_of(name, lists)
+    return remembered(cache, key, name, "tensors that are new", device, make)
+
+
+def remembered(
+    cache: TableCache | None,
+    key: Key | None,
+    name: str,
+    what: str,
+    device: torch.device,
+    make: Callable[[], T],
+) -> T:
+    """Returns what `make` returns, or returned before under `key`; no host sync.
+
+    Args:
+        cache: Where to look first; None: nowhere.
+        key: Everything that the result depends on; None: not known, so nothing is found.
+        name: The launcher.
+        what: What is new if nothing is found, for the error.
+        device: Where the result is.
+        make: Makes the result, on the current stream of `device`.
+
+    Raises:
+        RuntimeError: If a CUDA graph is being captured and nothing is there to be found.
+    """
     if is_capturing(device):
         entry = None if cache is None or key is None else cache.hold(key)
         if entry is None:
             raise RuntimeError(
                 f"{name}: expected a table built before the capture of this CUDA graph, got "
-                "tensors that are new. Use a Launcher, and call it with the same plain tensors "
+                f"{what}. Use a Launcher, and call it with the same plain tensors "
                 "at the same addresses once before the capture."
             )
         found: T = entry.value
@@ -140,7 +164,7 @@ def key_of(name: str, lists: Sequence[Sequence[Tensor]]) -> Key | None:
     """Returns all that tables and checks depend on; None for tensors that are not plain ones."""
     parts: list[object] = [name]
     for tensors in lists:
-        if not _PLAIN_TYPES.issuperset(map(type, tensors)):
+        if not PLAIN_TYPES.issuperset(map(type, tensors)):
             return None
         if not _PLAIN_LAYOUTS.issuperset(map(attrgetter("layout"), tensors)):
             return None

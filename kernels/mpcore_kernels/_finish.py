@@ -74,6 +74,50 @@ def _latch(square_sum, kinds, coefficient, max_norm):
     return norm.to(tl.float32), (coefficient.to(tl.float64) * clip).to(tl.float32)
 
 
+@triton.jit
+def finish_program(
+    program,
+    segments_ptr,
+    sums_ptr,
+    facts_ptr,
+    all_chunks,
+    coefficient_ptr,
+    max_norm,
+    kinds_ptr,
+    first_bad_ptr,
+    square_sum_ptr,
+    largest_ptr,
+    found_inf_ptr,
+    grad_norm_ptr,
+    latched_ptr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Does what a program of `_finish_kernel` does."""
+    begin = 0
+    chunks = all_chunks
+    if program > 0:
+        begin = tl.load(segments_ptr + (program - 1) * 2).to(tl.int32)
+        chunks = tl.load(segments_ptr + (program - 1) * 2 + 1).to(tl.int32)
+    sums_ptr += begin
+    facts_ptr += begin
+    largest, kinds, first = _gather(facts_ptr, all_chunks, chunks, CHUNK, BLOCK)
+    square_sum = _square_sum(sums_ptr, facts_ptr, chunks, largest, BLOCK)
+    square_sum = tl.where(kinds == 0, square_sum, float("inf"))
+    square_sum = tl.where((kinds & 1) == 0, square_sum, float("nan"))
+    if program == 0:
+        coefficient = tl.load(coefficient_ptr)
+        norm, latched = _latch(square_sum, kinds, coefficient, max_norm)
+        tl.store(found_inf_ptr, (kinds != 0).to(tl.int32))
+        tl.store(grad_norm_ptr, norm)
+        tl.store(latched_ptr, latched)
+    else:
+        tl.store(kinds_ptr + program - 1, kinds)
+        tl.store(first_bad_ptr + program - 1, tl.where(kinds != 0, first, -1))
+        tl.store(square_sum_ptr + program - 1, square_sum)
+        tl.store(largest_ptr + program - 1, largest.to(tl.float32, bitcast=True))
+
+
 @triton.jit(
     do_not_specialize_on_alignment=[
         "segments_ptr",
@@ -116,37 +160,25 @@ def _finish_kernel(
     Order:    programs read what the launch before wrote and nothing of each other. Maxima, unions
               and sums are over integers, so no order can be seen.
     """
-    program = tl.program_id(0)
-    begin = 0
-    chunks = all_chunks
-    if program > 0:
-        begin = tl.load(segments_ptr + (program - 1) * 2).to(tl.int32)
-        chunks = tl.load(segments_ptr + (program - 1) * 2 + 1).to(tl.int32)
-    sums_ptr += begin
-    facts_ptr += begin
-    largest, kinds, first = _gather(facts_ptr, all_chunks, chunks, CHUNK, BLOCK)
-    square_sum = _square_sum(sums_ptr, facts_ptr, chunks, largest, BLOCK)
-    square_sum = tl.where(kinds == 0, square_sum, float("inf"))
-    square_sum = tl.where((kinds & 1) == 0, square_sum, float("nan"))
-    if program == 0:
-        coefficient = tl.load(coefficient_ptr)
-        norm, latched = _latch(square_sum, kinds, coefficient, max_norm)
-        tl.store(found_inf_ptr, (kinds != 0).to(tl.int32))
-        tl.store(grad_norm_ptr, norm)
-        tl.store(latched_ptr, latched)
-    else:
-        tl.store(kinds_ptr + program - 1, kinds)
-        tl.store(first_bad_ptr + program - 1, tl.where(kinds != 0, first, -1))
-        tl.store(square_sum_ptr + program - 1, square_sum)
-        tl.store(largest_ptr + program - 1, largest.to(tl.float32, bitcast=True))
+    finish_program(
+        *(tl.program_id(0), segments_ptr, sums_ptr, facts_ptr, all_chunks),
+        *(coefficient_ptr, max_norm, kinds_ptr, first_bad_ptr, square_sum_ptr, largest_ptr),
+        *(found_inf_ptr, grad_norm_ptr, latched_ptr, CHUNK, BLOCK),
+    )
+
+
+# types of the arguments that are no constants
+ARGUMENTS = (
+    *("*i64", "*i64", "*i32", "i32", "*fp32", "fp32"),
+    *("*i32", "*i64", "*fp64", "*fp32", "*i32", "*fp32", "*fp32"),
+)
 
 
 def variant() -> Variant:
     """Returns how the kernel is launched."""
-    inputs = ("*i64", "*i64", "*i32", "i32", "*fp32", "fp32")
     return Variant(
         kernel=_finish_kernel,
-        arguments=(*inputs, "*i32", "*i64", "*fp64", "*fp32", "*i32", "*fp32", "*fp32"),
+        arguments=ARGUMENTS,
         constants=(("CHUNK", CHUNK), ("BLOCK", BLOCK)),
         num_warps=WARPS,
         # the multiplication in `as_float64` is by a power of two, so nothing could change; off,

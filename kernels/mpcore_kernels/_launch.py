@@ -49,6 +49,8 @@ class Variant:
         results: Dtypes of the numbers that a program writes about its chunk, each one once, or
             not at all if there is nothing to report.
         counters: Sizes of the groups of integers to which a program adds, each one once at most.
+        additions: How often a thread adds to a counter on its own, at most: threads that wait for
+            nobody cannot add up before what each of them counted.
         reductions: How many values a program reduces over its chunk; 0 for an elementwise kernel,
             which needs neither shared memory nor barriers.
     """
@@ -63,15 +65,16 @@ class Variant:
     chunk: int = 0
     results: tuple[torch.dtype, ...] = ()
     counters: tuple[int, ...] = ()
+    additions: int = 0
     reductions: int = 0
 
     @property
     def name(self) -> str:
         """The kernel's name and the dtypes or constants that tell its variants apart."""
         values = [
-            str(value) if isinstance(value, tl.dtype) else f"{name}={value}"
+            _shown(name, value)
             for name, value in self.constants
-            if name not in ("CHUNK", "ROUND")
+            if name not in ("CHUNK", "ROUND", "FINISH", "NUMBERS", "COLUMNS")
         ]
         return " ".join([self.kernel.__name__.strip("_").removesuffix("_kernel"), *values])
 
@@ -119,6 +122,13 @@ class Variant:
         """
         with torch.cuda.device_of(arguments[0]):
             self.kernel[(programs,)](*arguments, **dict(self.constants), **self.options())
+
+
+def _shown(name: str, value: Any) -> str:
+    if isinstance(value, tl.dtype):
+        return str(value)
+    # a function that a kernel calls is known by its own name
+    return getattr(value, "__name__", f"{name}={value}")
 
 
 def argument_type(value: Tensor | int | float) -> str:

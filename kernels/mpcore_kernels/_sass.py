@@ -34,11 +34,11 @@ def parse(disassembly: str) -> list[Block]:
     Jumps into subroutines (`CALL`) are passed over: those of division and square root are the
     only ones, and they return to the instruction behind the call.
     """
-    lines = _kernel_lines(disassembly)
-    reconvergence = _reconvergence(lines)
     blocks = [Block("entry")]
     falls_through = True
-    for line in lines:
+    regions: dict[str, dict[str, str]] = {}
+    ends: dict[str, str] = {}
+    for line in _kernel_lines(disassembly):
         label = _LABEL.match(line)
         if label:
             if falls_through:
@@ -54,13 +54,20 @@ def parse(disassembly: str) -> list[Block]:
             blocks.append(Block(f"unreached {len(blocks)}"))
         predicate, opcode, operands = match.groups()
         blocks[-1].instructions.append(_instruction(predicate, opcode, operands.strip()))
-        targets, falls_through = _jump(predicate, opcode, operands, reconvergence)
+        register = operands.split(",")[0].strip()
+        target = _TARGET.search(operands)
+        if opcode.startswith("BSSY") and target:
+            regions.setdefault(blocks[-1].label, {})[register] = target.group(1)
+        elif opcode.startswith("BSYNC"):
+            ends[blocks[-1].label] = register
+        targets, falls_through = _jump(predicate, opcode, operands)
         if targets is not None:
             blocks[-1].successors += targets
             if falls_through:
                 following = f"after {len(blocks)}"
                 blocks[-1].successors.append(following)
                 blocks.append(Block(following))
+    _reconverge(blocks, regions, ends)
     known = {block.label for block in blocks}
     for block in blocks:
         block.successors = [label for label in dict.fromkeys(block.successors) if label in known]
@@ -94,27 +101,47 @@ def _kernel_lines(disassembly: str) -> list[str]:
     return re.split(r"\n//-{5,}", section, maxsplit=1)[0].splitlines()[1:]
 
 
-def _reconvergence(lines: list[str]) -> dict[str, set[str]]:
-    """Returns where threads that wait at `BSYNC` go on, for each barrier register."""
-    found: dict[str, set[str]] = {}
-    for match in filter(None, map(_LINE.match, lines)):
-        target = _TARGET.search(match.group(3))
-        if match.group(2).startswith("BSSY") and target:
-            found.setdefault(match.group(3).split(",")[0].strip(), set()).add(target.group(1))
-    return found
+def _reconverge(
+    blocks: list[Block], regions: dict[str, dict[str, str]], ends: dict[str, str]
+) -> None:
+    """Adds to each block that ends in `BSYNC` where its threads go on.
+
+    That is where the `BSSY` on the same register said that was executed last. One register serves
+    many regions, one after the other, so it is followed through the code.
+
+    Args:
+        blocks: The kernel, its entry first; successors are added.
+        regions: For each block the registers that its `BSSY`s set, and to which label.
+        ends: For each block that ends in `BSYNC` the register that this waits on.
+    """
+    by_label = {block.label: block for block in blocks}
+    # a register and a label for each region that may be open at a block's start
+    before: dict[str, set[tuple[str, str]]] = {label: set() for label in by_label}
+    waiting = list(by_label)
+    while waiting:
+        label = waiting.pop(0)
+        opened = regions.get(label, {})
+        after = {region for region in before[label] if region[0] not in opened}
+        after |= set(opened.items())
+        if label in ends:
+            goals = sorted(goal for register, goal in after if register == ends[label])
+            by_label[label].successors += [
+                goal for goal in goals if goal not in by_label[label].successors
+            ]
+        for successor in by_label[label].successors:
+            if successor in before and not after <= before[successor]:
+                before[successor] |= after
+                waiting.append(successor)
 
 
-def _jump(
-    predicate: str | None, opcode: str, operands: str, reconvergence: dict[str, set[str]]
-) -> tuple[list[str] | None, bool]:
+def _jump(predicate: str | None, opcode: str, operands: str) -> tuple[list[str] | None, bool]:
     """Returns where an instruction jumps (None: nowhere) and whether the next one may follow."""
     name = opcode.split(".")[0]
     if name in ("EXIT", "RET"):
         return [], predicate is not None
     if name == "BSYNC":
-        targets = reconvergence.get(operands.strip(), set())
-        # with several regions on one register, which one ends here is not known
-        return sorted(targets), predicate is not None or len(targets) != 1
+        # where to is found by `_reconverge`
+        return [], predicate is not None
     if name == "BRA":
         target = _TARGET.search(operands)
         conditions = operands.split("`")[0].strip(" ,(")

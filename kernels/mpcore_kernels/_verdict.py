@@ -105,7 +105,7 @@ def _findings_on_results(variant: Variant, facts: Facts) -> list[str]:
     # a thread adds to one counter of a group, or to the neighbours that fill the widest access, or
     # to more where there are more counters than threads
     shares = [max(WIDEST // 8, -(-size // facts.threads)) for size in variant.counters]
-    additions = sum(map(min, variant.counters, shares))
+    additions = variant.additions + sum(map(min, variant.counters, shares))
     if body.atomics > additions:
         found.append(f"{body.atomics} atomics per thread, expected {additions}")
     return found

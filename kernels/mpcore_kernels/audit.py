@@ -85,6 +85,8 @@ def _per_chunk(variant: Variant, full: Body) -> str:
         parts.append(f"{full.bytes_per_chunk} of {variant.bytes_needed_per_chunk}")
     if variant.counters:
         parts.append(f"adds to {sum(variant.counters)}")
+    if variant.additions:
+        parts.append(f"threads add {variant.additions} times")
     return ", ".join(parts)
 
 

@@ -23,13 +23,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpcore_kernels import _chunks, _finish
+from mpcore_kernels import _chunks, _finish, _prepare
 from mpcore_kernels._cache import TableCache, cached
 from mpcore_kernels._checks import check_device, check_state, check_tensors
 from mpcore_kernels._dtypes import FORMATS
 from mpcore_kernels._launch import Variant
 from mpcore_kernels._statistics import CATEGORIES, EXPONENTS
 from mpcore_kernels._table import CHUNK, Table, build, upload
+from mpcore_kernels._update_plan import Hyper, Plan
 
 
 @dataclass(frozen=True)
@@ -106,9 +107,19 @@ def _plan(grads: Sequence[Tensor], device: torch.device) -> _Plan:
 
 
 def _launch(
-    plan: _Plan, result: Inspection, given: Tensor, max_norm: float, counters: Tensor
+    plan: _Plan,
+    result: Inspection,
+    given: Tensor,
+    max_norm: float,
+    counters: Tensor,
+    update: tuple[Plan, Hyper] | None,
 ) -> None:
-    """Queues the launches that fill `result`; `given` is the coefficient before the clip."""
+    """Queues the launches that fill `result` and prepare `update`.
+
+    `given` is the coefficient before the clip.
+    """
+    # may raise, so it comes before the first launch
+    prepare = None if update is None else update[0].prepare_arguments(update[1])
     chunks, base = plan.chunks, 0
     sums = torch.empty(chunks, dtype=torch.int64, device=given.device)
     facts = torch.empty(3, chunks, dtype=torch.int32, device=given.device)
@@ -126,22 +137,18 @@ def _launch(
             counters,
         )
         base += table.programs
-    _finish.variant().launch(
-        1 + result.kinds.numel(),
-        plan.segments,
-        sums,
-        facts,
-        chunks,
-        given,
-        max_norm,
-        result.kinds,
-        result.first_bad,
-        result.square_sum,
-        result.largest,
-        result.found_inf,
-        result.grad_norm,
-        result.coefficient,
+    segments = result.kinds.numel()
+    arguments = (
+        *(plan.segments, sums, facts, chunks, given, max_norm),
+        *(result.kinds, result.first_bad, result.square_sum, result.largest),
+        *(result.found_inf, result.grad_norm, result.coefficient),
     )
+    if update is None or prepare is None:
+        _finish.variant().launch(1 + segments, *arguments)
+        return
+    programs = 1 + segments + _prepare.programs(update[0].tensors)
+    rule = update[0].rule
+    _prepare.finishing_variant(rule).launch(programs, *arguments, segments, *prepare)
 
 
 def inspect(
@@ -150,12 +157,14 @@ def inspect(
     max_norm: float | None,
     *,
     statistics: bool = False,
+    plan: Plan | None = None,
+    hyper: Hyper | None = None,
     tables: TableCache | None = None,
 ) -> Inspection:
     """Reads every gradient once and finds overflow, norms and the clip, without a host sync.
 
     One launch per dtype among `grads` and one more, whatever their number. Nothing that is passed
-    is written.
+    is written, but a plan is prepared for its next update, in that last launch.
 
     Args:
         grads: Gradients of one device, any shape, float16, bfloat16 or float32 in any mixture,
@@ -164,6 +173,8 @@ def inspect(
         max_norm: Clip to this norm of the unscaled gradients, at least 0, rounded to float32;
             None: do not clip. A norm that is not finite clips nothing.
         statistics: Whether to fill `counts` and `histogram`.
+        plan: What to prepare, as `prepare_` does; None: nothing.
+        hyper: What to prepare it for, see `prepare_`.
         tables: Where to keep what describes `grads` to the device; None: nowhere.
 
     Returns:
@@ -172,7 +183,7 @@ def inspect(
     Raises:
         TypeError: If an argument that should be a tensor is none.
         ValueError: If a dtype, layout or device is not one of the above, the device cannot run the
-            kernels, or `max_norm` is negative or NaN.
+            kernels, `max_norm` is negative or NaN, or `plan` and `hyper` do not fit.
         RuntimeError: If a CUDA graph is being captured and `tables` does not know `grads`.
 
     Example:
@@ -194,11 +205,13 @@ def inspect(
             "Pass None to leave gradients as they are."
         )
 
+    update = _check_update(plan, hyper, device)
+
     def make() -> _Plan:
         check_tensors("grads", grads, tuple(FORMATS), device)
         return _plan(grads, device)
 
-    plan = cached(tables, "inspect", [grads], device, make)
+    tables_of_grads = cached(tables, "inspect", [grads], device, make)
     size = len(grads)
     counters = torch.zeros(
         size if statistics else 0, CATEGORIES + EXPONENTS, dtype=torch.int64, device=device
@@ -214,5 +227,20 @@ def inspect(
         counts=counters[:, :CATEGORIES] if statistics else None,
         histogram=counters[:, CATEGORIES:] if statistics else None,
     )
-    _launch(plan, result, coefficient, limit, counters)
+    _launch(tables_of_grads, result, coefficient, limit, counters, update)
+    if plan is not None:
+        plan.prepared = True
     return result
+
+
+def _check_update(
+    plan: Plan | None, hyper: Hyper | None, device: torch.device
+) -> tuple[Plan, Hyper] | None:
+    """Returns what to prepare, None if there is nothing; raises unless both are given."""
+    if (plan is None) != (hyper is None):
+        raise ValueError("plan, hyper: expected both or none of them, got one.")
+    if plan is None or hyper is None or plan.device is None:
+        return None
+    if plan.device != device:
+        raise ValueError(f"plan: expected one of tensors on {device}, got {plan.device}.")
+    return plan, hyper

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from mpcore_kernels._cache import TableCache
+from mpcore_kernels._update_plan import Batch, Hyper, Plan
 from mpcore_kernels.cast import cast_into
 from mpcore_kernels.inspection import Inspection, inspect
 from mpcore_kernels.scale import update_scale_
 from mpcore_kernels.unscale import unscale_, unscale_into
+from mpcore_kernels.update import ScaleMove, plan_update, prepare_, update_
 from mpcore_kernels.widen import widen_into
 
 
@@ -73,9 +75,37 @@ class Launcher:
         max_norm: float | None,
         *,
         statistics: bool = False,
+        plan: Plan | None = None,
+        hyper: Hyper | None = None,
     ) -> Inspection:
         """See `mpcore_kernels.inspect`; no host sync."""
-        return inspect(grads, coefficient, max_norm, statistics=statistics, tables=self._tables)
+        return inspect(
+            *(grads, coefficient, max_norm),
+            statistics=statistics,
+            plan=plan,
+            hyper=hyper,
+            tables=self._tables,
+        )
+
+    def plan_update(self, rule: str, batches: Sequence[Batch]) -> Plan:
+        """See `mpcore_kernels.plan_update`; no launch, no host sync."""
+        return plan_update(rule, batches)
+
+    def prepare_(self, plan: Plan, hyper: Hyper) -> None:
+        """See `mpcore_kernels.prepare_`; no host sync."""
+        prepare_(plan, hyper)
+
+    def update_(
+        self,
+        plan: Plan,
+        grads: Sequence[Sequence[Tensor]],
+        coefficient: Tensor,
+        found_inf: Tensor,
+        saturated: Tensor,
+        then: ScaleMove | None = None,
+    ) -> None:
+        """See `mpcore_kernels.update_`; no host sync."""
+        update_(plan, grads, coefficient, found_inf, saturated, then)
 
     def update_scale_(
         self,

@@ -27,6 +27,38 @@ from mpcore_kernels._table import mark_written
 _LARGEST_INT32 = 2**31 - 1
 
 
+@triton.jit
+def move_scale(
+    scale_ptr,
+    growth_tracker_ptr,
+    overflows_left_ptr,
+    steps_ptr,
+    skipped_steps_ptr,
+    found_inf_ptr,
+    growth_factor,
+    backoff_factor,
+    growth_interval,
+    min_scale,
+    max_scale,
+    hysteresis,
+):
+    """Moves the loss scale and its counters by one step: see `_update_scale_kernel`."""
+    bad = tl.load(found_inf_ptr) != 0
+    scale = tl.load(scale_ptr)
+    tracker = tl.where(bad, 0, tl.load(growth_tracker_ptr) + 1)
+    left = tl.load(overflows_left_ptr)
+    left = tl.where(bad, tl.maximum(left - 1, 0), tl.maximum(left, 0))
+    grow = tracker >= growth_interval
+    lower = tl.maximum(scale * backoff_factor, min_scale)
+    higher = tl.minimum(scale * growth_factor, max_scale)
+    scale = tl.where(bad & (left == 0), lower, scale)
+    tl.store(scale_ptr, tl.where(grow, higher, scale))
+    tl.store(growth_tracker_ptr, tl.where(grow, 0, tracker))
+    tl.store(overflows_left_ptr, tl.where(grow, hysteresis, left))
+    tl.store(steps_ptr, tl.load(steps_ptr) + 1)
+    tl.store(skipped_steps_ptr, tl.load(skipped_steps_ptr) + bad.to(tl.int64))
+
+
 @triton.jit(
     do_not_specialize=["growth_interval", "hysteresis"],
     do_not_specialize_on_alignment=[
@@ -59,20 +91,11 @@ def _update_scale_kernel(
     Numerics: one FP32 multiply, exact for powers of two, and a comparison with a bound.
     Order:    it must follow whatever multiplies by the scale or its reciprocal in this step.
     """
-    bad = tl.load(found_inf_ptr) != 0
-    scale = tl.load(scale_ptr)
-    tracker = tl.where(bad, 0, tl.load(growth_tracker_ptr) + 1)
-    left = tl.load(overflows_left_ptr)
-    left = tl.where(bad, tl.maximum(left - 1, 0), tl.maximum(left, 0))
-    grow = tracker >= growth_interval
-    lower = tl.maximum(scale * backoff_factor, min_scale)
-    higher = tl.minimum(scale * growth_factor, max_scale)
-    scale = tl.where(bad & (left == 0), lower, scale)
-    tl.store(scale_ptr, tl.where(grow, higher, scale))
-    tl.store(growth_tracker_ptr, tl.where(grow, 0, tracker))
-    tl.store(overflows_left_ptr, tl.where(grow, hysteresis, left))
-    tl.store(steps_ptr, tl.load(steps_ptr) + 1)
-    tl.store(skipped_steps_ptr, tl.load(skipped_steps_ptr) + bad.to(tl.int64))
+    move_scale(
+        *(scale_ptr, growth_tracker_ptr, overflows_left_ptr, steps_ptr, skipped_steps_ptr),
+        *(found_inf_ptr, growth_factor, backoff_factor, growth_interval),
+        *(min_scale, max_scale, hysteresis),
+    )
 
 
 def variant() -> Variant:
@@ -111,6 +134,40 @@ def _check_count(name: str, value: int) -> int:
     if not 1 <= value <= _LARGEST_INT32:
         raise ValueError(f"{name}: expected an integer from 1 to 2**31 - 1, got {value}.")
     return value
+
+
+def check_scale_state(
+    scale: Tensor,
+    growth_tracker: Tensor,
+    overflows_left: Tensor,
+    steps: Tensor,
+    skipped_steps: Tensor,
+) -> None:
+    """Raises unless the tensors are those that `update_scale_` documents, on one device."""
+    check_state("scale", scale, torch.float32, ())
+    check_state("growth_tracker", growth_tracker, torch.int32, (), scale.device)
+    check_state("overflows_left", overflows_left, torch.int32, (), scale.device)
+    check_state("steps", steps, torch.int64, (), scale.device)
+    check_state("skipped_steps", skipped_steps, torch.int64, (), scale.device)
+
+
+def checked_numbers(
+    growth_factor: float,
+    backoff_factor: float,
+    growth_interval: int,
+    min_scale: float,
+    max_scale: float,
+    hysteresis: int,
+) -> tuple[float, float, int, float, float, int]:
+    """Returns the numbers of `update_scale_`; raises unless they are as it documents."""
+    return (
+        _check_factor("growth_factor", growth_factor, 1.0, math.inf),
+        _check_factor("backoff_factor", backoff_factor, 0.0, 1.0),
+        _check_count("growth_interval", growth_interval),
+        _check_factor("min_scale", min_scale, 0.0, math.inf),
+        _check_factor("max_scale", max_scale, 0.0, math.inf),
+        _check_count("hysteresis", hysteresis),
+    )
 
 
 def update_scale_(
@@ -163,21 +220,11 @@ def update_scale_(
     check_state("scale", scale, torch.float32, ())
     device = scale.device
     check_device(_update_scale_kernel, device)
-    check_state("growth_tracker", growth_tracker, torch.int32, (), device)
-    check_state("overflows_left", overflows_left, torch.int32, (), device)
-    check_state("steps", steps, torch.int64, (), device)
-    check_state("skipped_steps", skipped_steps, torch.int64, (), device)
     check_state("found_inf", found_inf, torch.int32, (), device)
     state = (scale, growth_tracker, overflows_left, steps, skipped_steps)
-    variant().launch(
-        1,
-        *state,
-        found_inf,
-        _check_factor("growth_factor", growth_factor, 1.0, math.inf),
-        _check_factor("backoff_factor", backoff_factor, 0.0, 1.0),
-        _check_count("growth_interval", growth_interval),
-        _check_factor("min_scale", min_scale, 0.0, math.inf),
-        _check_factor("max_scale", max_scale, 0.0, math.inf),
-        _check_count("hysteresis", hysteresis),
+    check_scale_state(*state)
+    numbers = checked_numbers(
+        growth_factor, backoff_factor, growth_interval, min_scale, max_scale, hysteresis
     )
+    variant().launch(1, *state, found_inf, *numbers)
     mark_written(*state)

@@ -19,9 +19,12 @@ def facts(variant):
     """What Triton's own language says, which is the same for all GPUs."""
     compiled = triton.compile(variant.source(), target=TARGETS[1], options=variant.options())
     middle = compiled.asm["ttir"]
+    # an update writes what it reads, but for the gradient
+    in_place = len(variant.reads) - 1 if variant.name.startswith("update") else 0
     return {
         "name": variant.name,
-        "sides": [str(dtype) for dtype in variant.reads + variant.writes],
+        "reads": len(variant.reads),
+        "sides": [str(dtype) for dtype in variant.reads + variant.writes[in_place:]],
         # promised alignments; masked loads; those whose other lanes are undefined
         "promises": [int(n) for n in re.findall(r"tt\.divisibility = dense<(\d+)>", middle)],
         "masked_loads": len(re.findall(r"tt\.load %[\w#]+, %\w+", middle)),

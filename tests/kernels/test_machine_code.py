@@ -145,6 +145,39 @@ def test_sass_threads_that_wait_go_on_where_the_region_ends():
     assert block.successors == [".L_x_1"]
 
 
+REGIONS = """
+	.text.kernel:
+        /*0000*/                   BSSY B0, `(.L_x_1) ;
+        /*0010*/              @P0 BRA `(.L_x_0) ;
+        /*0020*/                   FADD R1, R1, R1 ;
+.L_x_0:
+        /*0030*/                   BSYNC B0 ;
+.L_x_1:
+        /*0040*/                   BSSY B0, `(.L_x_3) ;
+        /*0050*/              @P0 BRA `(.L_x_2) ;
+        /*0060*/                   FMUL R1, R1, R1 ;
+.L_x_2:
+        /*0070*/                   BSYNC B0 ;
+.L_x_3:
+        /*0080*/                   EXIT ;
+"""
+
+
+def test_sass_regions_one_after_the_other_may_share_a_register():
+    by_label = {block.label: block for block in _sass.parse(REGIONS)}
+    assert by_label[".L_x_0"].successors == [".L_x_1"]
+    assert by_label[".L_x_2"].successors == [".L_x_3"]
+    nested = REGIONS.replace("FADD R1, R1, R1", "BSSY B1, `(.L_x_0)").replace(
+        ".L_x_0:", "        /*0028*/                   BSYNC B1 ;\n.L_x_0:"
+    )
+    blocks = _sass.parse(nested)
+    assert [b.successors for b in blocks if b.instructions[-1].opcode == "BSYNC"] == [
+        [".L_x_0"],
+        [".L_x_1"],
+        [".L_x_3"],
+    ]
+
+
 def test_sass_local_memory_is_told_apart():
     code = SASS.replace("STS.64 [R9+UR4], R12", "STL.64 [R1+0x8], R12")
     assert [i.opcode for i in instructions(_sass.parse(code)) if i.memory == "local"] == ["STL.64"]

@@ -9,7 +9,9 @@ import mpcore_kernels
 from mpcore_kernels import unscale
 from mpcore_kernels._launch import argument_type
 from mpcore_kernels._variants import variants
+from mpcore_testing.fused import COMBINATIONS, KINDS, make_batch
 from mpcore_testing.kernels import FLOATS, HALVES, flags
+from mpcore_testing.updates import Hyper
 
 SCALE = {
     "growth_factor": 2.0,
@@ -27,6 +29,21 @@ def zeros(dtypes, device):
 
 def scalar(dtype, device):
     return torch.zeros((), dtype=dtype, device=device)
+
+
+def call_every_update(device):
+    """Updates with each rule, number of moments and combination of dtypes."""
+    one, found_inf = torch.ones((), device=device), scalar(torch.int32, device)
+    for rule, moments, numbers in KINDS:
+        hyper = Hyper.of(numbers)
+        for grad, weight in COMBINATIONS:
+            batch = make_batch(moments, weight, [3]).on(device)
+            plan = mpcore_kernels.plan_update(rule, [batch])
+            mpcore_kernels.prepare_(plan, hyper)
+            mpcore_kernels.inspect([], one, None, plan=plan, hyper=hyper)
+            grads = [zeros([grad], device)]
+            counter = scalar(torch.int64, device)
+            mpcore_kernels.update_(plan, grads, one, found_inf, counter)
 
 
 def call_every_launcher(device):
@@ -48,7 +65,8 @@ def call_every_launcher(device):
 
 
 def test_every_public_function_is_called_here():
-    called = set(call_every_launcher.__code__.co_names)
+    calls = (call_every_launcher, call_every_update)
+    called = {name for call in calls for name in call.__code__.co_names}
     functions = {
         name
         for name in mpcore_kernels.__all__
@@ -59,6 +77,7 @@ def test_every_public_function_is_called_here():
 
 def test_launchers_use_exactly_the_variants_that_the_audit_compiles(device, launched):
     call_every_launcher(device)
+    call_every_update(device)
     assert set(launched) == set(variants())
 
 

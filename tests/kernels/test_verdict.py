@@ -163,6 +163,14 @@ def test_a_program_adds_to_each_counter_once():
     assert found == "5 atomics per thread, expected 4"
 
 
+def test_threads_that_wait_for_nobody_add_as_often_as_declared():
+    variant = dataclasses.replace(MIXED, additions=2)
+    for atomics in (0, 1, 2):
+        assert findings(variant, facts(dataclasses.replace(GOOD, atomics=atomics))) == []
+    (found,) = findings(variant, facts(dataclasses.replace(GOOD, atomics=3)))
+    assert found == "3 atomics per thread, expected 2"
+
+
 def test_contraction_is_no_offence_where_it_is_declared():
     assert findings(dataclasses.replace(MIXED, enable_fp_fusion=True), facts(GOOD, fused=1)) == []
 

@@ -27,10 +27,11 @@ import pytest
 import torch  # noqa: F401
 import triton.language  # noqa: F401
 from elementwise import ELEMENTWISE
+from fused_updates import UPDATES
 from launches import LAUNCHES, MACHINE_CODE
 from reductions import REDUCTIONS
 
-MUTANTS = [*ELEMENTWISE, *REDUCTIONS, *LAUNCHES, *MACHINE_CODE]
+MUTANTS = [*ELEMENTWISE, *REDUCTIONS, *LAUNCHES, *UPDATES, *MACHINE_CODE]
 ROOT = Path(__file__).resolve().parents[2]
 PROCESSES = 2
 # an error may turn into an endless loop

@@ -1,0 +1,280 @@
+"""The kernel of `update_`: reads a gradient once and updates all that belongs to its parameter.
+
+Every tensor of a batch is cut into chunks; one program updates one chunk of a parameter's master,
+moments and weight. Two tables on the device tell a program what its chunk is:
+
+    owners[program]  -> row of the tensor that the chunk belongs to
+    rows[tensor]     -> elements | first program | weight | step | master | moments (three)
+
+Addresses of what is not there are 0. The gradient's address is in a table of its own, because it
+changes from step to step, and the scalars come from `_prepare.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from mpcore_kernels._dtypes import FORMATS, narrow, pointer, saturate, widen
+from mpcore_kernels._launch import Variant
+from mpcore_kernels._table import aligned_pointer, is_aligned
+from mpcore_kernels._tuples import joined, loaded
+from mpcore_kernels.rules import RULES, Rule
+from mpcore_kernels.scale import move_scale
+
+# 8 elements a thread with 8 warps of 32, 4 with warps of 64: enough for 16-byte accesses to float32
+# on both, and few enough to keep everything in registers
+CHUNK = 2048
+WARPS = 8
+# what masked bodies take at a time: see _table.ROUND
+ROUND = 512
+
+# what moves with the loss scale: itself, two counters and two more
+_SCALE = (torch.float32, torch.int32, torch.int32, torch.int64, torch.int64)
+
+ROW = 8
+_ROW = tl.constexpr(ROW)
+
+#: dtypes of gradient and weight that a launch can combine; None: float32 parameters
+COMBINATIONS: tuple[tuple[torch.dtype, torch.dtype | None], ...] = (
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float32, None),
+    (torch.float32, torch.float16),
+    (torch.float32, torch.bfloat16),
+)
+
+
+@triton.jit
+def _at(address, start, FORMAT: tl.constexpr, ALIGNED: tl.constexpr):
+    """Returns a pointer to element `start` of a tensor that lies beside float32 ones."""
+    if ALIGNED:
+        return aligned_pointer(address, start, FORMAT, tl.float32)
+    else:
+        return pointer(address, FORMAT) + start
+
+
+@triton.jit
+def _values(masters, start, mask, other, offsets, ALIGNED: tl.constexpr):
+    """Returns what the master and its moments hold, float32."""
+    values = ()
+    for i in tl.static_range(len(masters)):
+        held_ptr = _at(masters[i], start, tl.float32, ALIGNED) + offsets
+        bits = tl.load(held_ptr, mask=mask, other=other)
+        values = joined(values, (widen(bits, tl.float32),))
+    return values
+
+
+@triton.jit
+def _count(saturated_ptr, clamped, ALIGNED: tl.constexpr):
+    """Adds the number of clamped values, without any thread waiting for another."""
+    counts = clamped.to(tl.int32)
+    if ALIGNED:
+        # the four neighbours of a wide access belong to one thread
+        counts = tl.sum(tl.reshape(counts, (counts.shape[0] // 4, 4)), axis=1)
+    # relaxed: nothing else is published along with the count
+    tl.atomic_add(
+        saturated_ptr + tl.zeros_like(counts), counts.to(tl.int64), mask=counts != 0, sem="relaxed"
+    )
+
+
+@triton.jit
+def _update_block(
+    grad,
+    weight,
+    masters,
+    start,
+    count,
+    coefficient,
+    scalars,
+    saturated_ptr,
+    APPLY: tl.constexpr,
+    GRAD: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Updates `count` of BLOCK elements from `start` on (None: all, at aligned addresses).
+
+    `masters` holds the addresses of the master and of its moments.
+    """
+    aligned: tl.constexpr = count is None
+    offsets = tl.arange(0, BLOCK)
+    mask = None if count is None else offsets < count
+    other = None if count is None else 0
+    bits = tl.load(_at(grad, start, GRAD, aligned) + offsets, mask=mask, other=other)
+    values = _values(masters, start, mask, other, offsets, aligned)
+    x = widen(bits, GRAD) * coefficient * scalars[0]
+    param, moments = APPLY(x, values[0], values[1:], scalars)
+    updated = joined((param,), moments)
+    for i in tl.static_range(len(masters)):
+        held_ptr = _at(masters[i], start, tl.float32, aligned) + offsets
+        tl.store(held_ptr, narrow(updated[i], tl.float32), mask=mask)
+    if WEIGHT is not None:
+        rounded, clamped = saturate(param, WEIGHT)
+        tl.store(_at(weight, start, WEIGHT, aligned) + offsets, narrow(rounded, WEIGHT), mask=mask)
+        _count(saturated_ptr, clamped if count is None else clamped & mask, aligned)
+
+
+@triton.jit
+def _update_chunk(
+    rows_ptr,
+    owners_ptr,
+    grads_ptr,
+    scalars_ptr,
+    coefficient_ptr,
+    saturated_ptr,
+    APPLY: tl.constexpr,
+    GRAD: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROUND: tl.constexpr,
+):
+    """Updates the chunk of this program, and the step count if the chunk is a tensor's first."""
+    program = tl.program_id(0)
+    tensor = tl.load(owners_ptr + program)
+    row_ptr = rows_ptr + tensor * _ROW
+    size = tl.load(row_ptr)
+    start = (program - tl.load(row_ptr + 1)) * CHUNK
+    weight = tl.load(row_ptr + 2)
+    step = tl.load(row_ptr + 3)
+    grad = tl.load(grads_ptr + tensor)
+    masters = loaded(row_ptr + 4, 1 + MOMENTS)
+    scalars_ptr += tensor * (COLUMNS + 1)
+    scalars = loaded(scalars_ptr, COLUMNS)
+    coefficient = tl.load(coefficient_ptr)
+    if (step != 0) & (start == 0):
+        tl.store(step.to(tl.pointer_type(tl.float32)), tl.load(scalars_ptr + COLUMNS))
+    aligned = is_aligned(grad, GRAD, tl.float32) & (start + CHUNK <= size)
+    for i in tl.static_range(len(masters)):
+        aligned = aligned & is_aligned(masters[i], tl.float32, tl.float32)
+    if WEIGHT is not None:
+        aligned = aligned & is_aligned(weight, WEIGHT, tl.float32)
+    if aligned:
+        _update_block(
+            *(grad, weight, masters, start, None, coefficient, scalars, saturated_ptr),
+            *(APPLY, GRAD, WEIGHT, CHUNK),
+        )
+    else:
+        count = tl.minimum(size - start, CHUNK).to(tl.int32)
+        for at in range(0, count, ROUND):
+            _update_block(
+                *(grad, weight, masters, start + at, count - at),
+                *(coefficient, scalars, saturated_ptr, APPLY, GRAD, WEIGHT, ROUND),
+            )
+
+
+@triton.jit(
+    do_not_specialize=["moves", "growth_interval", "hysteresis"],
+    do_not_specialize_on_alignment=[
+        "rows_ptr",
+        "owners_ptr",
+        "grads_ptr",
+        "scalars_ptr",
+        "coefficient_ptr",
+        "found_inf_ptr",
+        "saturated_ptr",
+        "scale_ptr",
+        "growth_tracker_ptr",
+        "overflows_left_ptr",
+        "steps_ptr",
+        "skipped_steps_ptr",
+    ],
+)
+def _update_kernel(
+    rows_ptr,  # *i64  [tensors, 8]  in: above
+    owners_ptr,  # *i64  [chunks]      in: above
+    grads_ptr,  # *i64  [tensors]     in: addresses of the gradients
+    scalars_ptr,  # *f32  [tensors, COLUMNS + 1]  in: _prepare.py
+    coefficient_ptr,  # *f32  []            in
+    found_inf_ptr,  # *i32  []            in
+    saturated_ptr,  # *i64  []            in/out, added to
+    moves,  # i32                   not 0: the loss scale moves too
+    scale_ptr,  # *f32  []  in/out, and so on: scale.py
+    growth_tracker_ptr,  # *i32  []
+    overflows_left_ptr,  # *i32  []
+    steps_ptr,  # *i64  []
+    skipped_steps_ptr,  # *i64  []
+    growth_factor,  # f32
+    backoff_factor,  # f32
+    growth_interval,  # i32
+    min_scale,  # f32
+    max_scale,  # f32
+    hysteresis,  # i32
+    APPLY: tl.constexpr,  # rules: what computes an element
+    GRAD: tl.constexpr,  # f16 | bf16 | f32, what the gradients hold
+    WEIGHT: tl.constexpr,  # f16 | bf16 | None, what the weights hold
+    MOMENTS: tl.constexpr,  # moments of each tensor, 0 to 3
+    COLUMNS: tl.constexpr,  # scalars of each tensor, its step count not included
+    CHUNK: tl.constexpr,
+    ROUND: tl.constexpr,  # what is masked at a time
+):
+    """Updates one chunk unless found_inf is set; the first program also moves the loss scale.
+
+    Grid:     (chunks,); a program owns elements [start, start + CHUNK) of one tensor, the one that
+              starts at 0 its step count, and program 0 the loss scale and its counters.
+    Masks:    full chunks at aligned addresses have none. The others go in rounds, in which lanes
+              at or past the tensor's end load +0, store nothing and count nothing.
+    Numerics: load -> FP32 (exact) -> two FP32 multiplies -> the rule -> store; the weight is the
+              parameter rounded to nearest even, clamped. Contraction off, divisions and roots
+              rounded to nearest even.
+    Order:    programs are independent: what one writes, no other one reads. Step counts are
+              written from the prepared scalars and read by nobody here. The count of clamped
+              values is a sum of integers, so its order cannot be seen.
+    """
+    if tl.load(found_inf_ptr) == 0:
+        _update_chunk(
+            *(rows_ptr, owners_ptr, grads_ptr, scalars_ptr, coefficient_ptr, saturated_ptr),
+            *(APPLY, GRAD, WEIGHT, MOMENTS, COLUMNS, CHUNK, ROUND),
+        )
+    # last: loads after a store are slower on AMD
+    if (tl.program_id(0) == 0) & (moves != 0):
+        move_scale(
+            *(scale_ptr, growth_tracker_ptr, overflows_left_ptr, steps_ptr, skipped_steps_ptr),
+            *(found_inf_ptr, growth_factor, backoff_factor, growth_interval),
+            *(min_scale, max_scale, hysteresis),
+        )
+
+
+def variant(rule: Rule, moments: int, grad: torch.dtype, weight: torch.dtype | None) -> Variant:
+    """Returns how the kernel is launched on a batch with this many moments, of these dtypes."""
+    held = (torch.float32,) * (1 + moments)
+    return Variant(
+        kernel=_update_kernel,
+        arguments=(
+            *("*i64", "*i64", "*i64", "*fp32", "*fp32", "*i32", "*i64", "i32"),
+            *("*fp32", "*i32", "*i32", "*i64", "*i64"),
+            *("fp32", "fp32", "i32", "fp32", "fp32", "i32"),
+        ),
+        constants=(
+            ("APPLY", rule.apply),
+            ("GRAD", FORMATS[grad]),
+            ("WEIGHT", None if weight is None else FORMATS[weight]),
+            ("MOMENTS", moments),
+            ("COLUMNS", rule.columns),
+            ("CHUNK", CHUNK),
+            ("ROUND", ROUND),
+        ),
+        num_warps=WARPS,
+        # every operation of a rule is rounded by itself, on every device
+        enable_fp_fusion=False,
+        reads=(grad, *held),
+        writes=held if weight is None else (*held, weight),
+        chunk=CHUNK,
+        # a tensor's first chunk writes its step count; the first program of all, the loss scale
+        results=(torch.float32, *_SCALE),
+        # one for each wide access, with warps of 32
+        additions=0 if weight is None else CHUNK // (WARPS * 32 * 4),
+    )
+
+
+def variants() -> list[Variant]:
+    """Returns every variant that `update_` can use."""
+    return [
+        variant(rule, moments, grad, weight)
+        for rule in RULES.values()
+        for moments in rule.counts_steps
+        for grad, weight in COMBINATIONS
+    ]
