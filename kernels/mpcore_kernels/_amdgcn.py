@@ -79,12 +79,13 @@ def approximations(assembly: str) -> tuple[str, ...]:
     found = set()
     for block in parse(assembly):
         for place, instruction in enumerate(block.instructions):
-            if _APPROXIMATE.match(instruction.opcode) and not _is_refined(block, place):
+            match = _APPROXIMATE.match(instruction.opcode)
+            if match and not _is_refined(block, place, *match.groups()):
                 found.add(re.sub(r"_e(32|64)$", "", instruction.opcode))
     return tuple(sorted(found))
 
 
-def _is_refined(block: Block, place: int) -> bool:
+def _is_refined(block: Block, place: int, kind: str, bits: str) -> bool:
     """Tells whether the instruction at `place` is the start of a correctly rounded routine.
 
     LLVM has three of them, each in one block. Division takes the reciprocal of what v_div_scale
@@ -93,9 +94,6 @@ def _is_refined(block: Block, place: int) -> bool:
     float64 root takes seven fused multiply-adds from the reciprocal of the root.
     """
     instruction = block.instructions[place]
-    match = _APPROXIMATE.match(instruction.opcode)
-    assert match is not None
-    kind, bits = match.groups()
     direct, derived = _uses(block, place)
     names = [re.sub(r"_e(32|64)$", "", other.opcode) for other in derived]
     if kind == "rcp" and bits != "16":
