@@ -15,17 +15,20 @@ INSTALL_SELF := $(INSTALL) --no-build-isolation
 # Workers share the cores between them, so that each is given one thread.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 PARALLEL := -n auto --maxprocesses=4
-# Extra arguments: make test ARGS="-k cast", make demo ARGS="--quick".
+# Extra arguments: make test ARGS="-k cast", make demo ARGS="--quick", make bench ARGS="--train".
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-exhaustive doctest lint docs build audit mutants import-time clean
+.PHONY: help demo bench test test-exhaustive doctest lint docs build audit mutants import-time clean
 
 help: ## Show this list.
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 18
 
 demo: $(VENV)/.demo ## Train a small GPT in FP32 and in 16 bits; print a table, write a report.
 	$(BIN)/mpcore demo $(ARGS)
+
+bench: $(VENV)/.bench ## Time the optimizer step beside torch's and installed peers; results checked first.
+	$(BIN)/mpcore bench $(ARGS)
 
 test: $(VENV)/.test ## Run the test suite (without the exhaustive tests).
 	$(PYTEST) $(PARALLEL) -m "not exhaustive" $(ARGS)
@@ -73,6 +76,10 @@ $(VENV)/.torch: constraints.txt
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	$(INSTALL_SELF) -e ".[demo]"
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.torch pyproject.toml
+	$(INSTALL_SELF) -e ".[bench]"
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml

@@ -10,7 +10,7 @@ import sys
 import mpcore
 import pytest
 from mpcore.cli import app, missing_extra
-from mpcore.cli.demo_view import show_table
+from mpcore.cli.output import show_table
 from mpcore.demo.experiment import make_settings, run_demo
 from mpcore.demo.regimes import DIGITS_REGIMES, GPT_REGIMES
 from mpcore.demo.tables import digits_table, gpt_table

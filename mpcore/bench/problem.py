@@ -1,9 +1,9 @@
 """What every row is given: the same weights, the same gradients, the same AdamW.
 
-Weights and scaled gradients are numbers that FP16 and BF16 both hold exactly, so that no row starts
-from rounded ones. The norm is clipped in the first two of the checked steps and in every timed one;
-in the third checked step it is below the limit, so that a wrong unscale shows too (Adam alone hardly
-notices a constant factor).
+Weights and scaled gradients are numbers that FP16 and BF16 both hold exactly, so that no row
+starts from rounded ones. The norm is clipped in the first two of the checked steps and in every
+timed one; in the third checked step it is below the limit, so that a wrong unscale shows too (Adam
+alone hardly notices a constant factor).
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The command line. `main` is what the `mpcore` program runs; the rest needs the `demo` extra."""
+"""The command line. `main` is what the `mpcore` program runs; the rest needs the `demo` extra.
+
+`mpcore bench` needs the `bench` extra only, which is a part of it.
+"""
 
 from __future__ import annotations
 

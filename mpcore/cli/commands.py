@@ -1,4 +1,4 @@
-"""The commands: `mpcore demo` and `mpcore doctor`."""
+"""The commands: `mpcore demo`, `mpcore bench` and `mpcore doctor`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.console import Console
 import mpcore
 from mpcore.cli.doctor_view import show_diagnosis
 from mpcore.doctor import diagnose
-from mpcore.errors import MpcoreError
+from mpcore.errors import ArgumentError, MpcoreError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -62,6 +62,45 @@ def demo(
 
         settings = make_settings(quick=quick, seed=seed, seeds=seeds, steps=steps, threads=threads)
         run_and_show(settings, output, Console())
+
+
+@app.command()
+def bench(
+    shapes: Annotated[
+        str | None,
+        typer.Option(help="gpt2, small, sweep, or numbers of parameters such as 10M; commas."),
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(help="Timed steps of each row.")] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[
+        str, typer.Option(help="float16 or bfloat16, of the weights that have masters.")
+    ] = "float16",
+    backend: Annotated[str, typer.Option(help="Of the mpcore rows.")] = "auto",
+    rows: Annotated[str | None, typer.Option(help="Which rows; commas.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Small and short: does it run at all?")
+    ] = False,
+    csv: Annotated[Path | None, typer.Option(help="Write the numbers as CSV.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a plot: .svg, .png or .pdf.")] = None,
+    host: Annotated[
+        bool, typer.Option("--host", help="Host time per step, kernels left out, instead.")
+    ] = False,
+    train: Annotated[
+        bool, typer.Option("--train", help="Bytes of whole training steps instead.")
+    ] = False,
+) -> None:
+    """Time the optimizer step beside torch's and other libraries', results checked first."""
+    with _errors_in_one_line():
+        from mpcore.cli.bench_view import BenchOptions, show_bench, show_host, show_training
+
+        options = BenchOptions(
+            shapes, rounds, threads, device, dtype, backend, rows, quick, csv, plot
+        )
+        if host and train:
+            raise ArgumentError("host: expected one of --host and --train, got both.")
+        show = show_host if host else show_training if train else show_bench
+        show(options, Console())
 
 
 @app.command()

@@ -2,46 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
-from rich.table import Table as RichTable
-from rich.text import Text
 
+from mpcore.cli.output import Bars, check_writable, progress_on, show_table
 from mpcore.demo.experiment import DemoSettings, run_demo
 from mpcore.demo.report import render_report
-from mpcore.demo.tables import Table, digits_table, gpt_table
-from mpcore.errors import ArgumentError
-
-
-class Bars:
-    """One progress bar per run, the finished ones above the current one.
-
-    Args:
-        progress: Where to draw.
-    """
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._task = TaskID(0)
-
-    def begin(self, label: str, total: int) -> None:
-        """Adds a bar."""
-        self._task = self._progress.add_task(label, total=total, note="")
-
-    def advance(self, done: int, note: str) -> None:
-        """Moves the newest bar."""
-        self._progress.update(self._task, completed=done, note=note)
+from mpcore.demo.tables import digits_table, gpt_table
 
 
 def run_and_show(settings: DemoSettings, output: Path, console: Console) -> None:
@@ -55,60 +23,11 @@ def run_and_show(settings: DemoSettings, output: Path, console: Console) -> None
     Raises:
         ArgumentError: The report cannot be written there; found out before anything runs.
     """
-    check_writable(output)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}", style="dim"),
-    )
-    with Progress(*columns, console=console) as progress:
+    check_writable(output, "mpcore-demo.html")
+    with progress_on(console) as progress:
         result = run_demo(settings, Bars(progress))
     for table in (gpt_table(result), digits_table(result)):
         show_table(table, console)
     output.write_text(render_report(result), encoding="utf-8")
     console.print(f"Took {result.seconds:.0f} s. Report: ", end="")
     console.print(str(output), style="bold", soft_wrap=True, highlight=False)
-
-
-def check_writable(output: Path) -> None:
-    """Raises unless a file can be written at `output`.
-
-    Raises:
-        ArgumentError: It is a folder, or its folder is missing or read-only.
-    """
-    folder = output.absolute().parent
-    if output.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ArgumentError(
-            f"output: expected a file in a folder that can be written to, got {output}. "
-            f"Name a file, such as {Path('mpcore-demo.html')}."
-        )
-
-
-def show_table(table: Table, console: Console) -> None:
-    """Prints a table with its notes below.
-
-    Args:
-        table: What to print.
-        console: Where.
-    """
-    # tight enough for the widest table to fit 80 columns
-    shown = RichTable(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
-    for index, name in enumerate(table.header):
-        first = index == 0
-        shown.add_column(
-            "\n".join(name.split()), justify="left" if first else "right", no_wrap=first
-        )
-    for row in table.rows:
-        shown.add_row(*map(Text, row))
-    console.print()
-    console.print(Text(table.title, style="bold"))
-    console.print()
-    console.print(shown)
-    console.print()
-    for note in table.notes:
-        bullet = RichTable.grid(padding=(0, 1))
-        bullet.add_row(Text("-", style="dim"), Text(note, style="dim"))
-        console.print(bullet)
-    console.print()

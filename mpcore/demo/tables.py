@@ -4,28 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from mpcore.demo.digits import DigitsRun
 from mpcore.demo.experiment import DemoResult, mean, relative_to_fp32
 from mpcore.demo.regimes import FP32, GPT_REGIMES, Regime
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of text.
-
-    Attributes:
-        title: One line.
-        header: Names of the columns; the first column holds names, the others numbers.
-        rows: One tuple of cells per row.
-        notes: What a reader must know to believe the numbers.
-    """
-
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    notes: tuple[str, ...]
+from mpcore.demo.table import Table
 
 
 def gpt_table(result: DemoResult) -> Table:
