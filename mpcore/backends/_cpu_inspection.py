@@ -1,30 +1,34 @@
-"""`inspect` of the cpu backend: one read of the gradients, a dot product per chunk.
+"""`inspect` of the cpu backend: one read of the gradients, a sum of squares per chunk.
 
-A chunk whose sum of squares is an ordinary float32 number is finite. Any other chunk (overflow, or
-squares too small or too large for float32) sends its whole tensor to the reference backend, which
-tells exactly what is in it. So `kinds`, `first_bad` and `found_inf` are bitwise those of the
-reference backend, and sums of squares are float32 dot products of at most 2^17 elements, summed in
-float64: their bits may depend on the number of threads and on the CPU.
+A chunk whose sum of squares is an ordinary float32 number is finite. Any other chunk is summed in
+float64, and one that holds or makes something that is not finite goes to the reference backend,
+which tells exactly what. So `kinds`, `first_bad` and `found_inf` are bitwise those of the reference
+backend. Squares are added by `torch.sum`, which adds in a tree, and chunks in float64: norms are
+within 1e-6 of the exact ones, the same in every run with the same number of threads.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mpcore.backends import _inspection
-from mpcore.backends._blocks import blocks, copy_all, cut, layout, memory_order, new_scratch
+from mpcore.backends._blocks import Piece, blocks, copy_all, cut, layout, memory_order, new_scratch
 from mpcore.backends._cpu_update import Plan, prepare_
 from mpcore.backends._inspection import Inspection
 from mpcore.updates import Hyper
 
-# the dot product's rounding error grows with its length
-_DOT = 2**17
-# sums of squares between these have lost nothing to underflow that would count, and overflowed not
+# float32 sums of squares between these have lost nothing to underflow that counts
 _SMALLEST, _LARGEST = 2.0**-60, 2.0**120
+# a vector of this length or shorter holds no product that overflows; of this or longer, none whose
+# rounding to a subnormal number counts
+_LONGEST, _SHORTEST = 2.0**127, 2.0**-110
+# elements that are widened to float64 at once
+_WIDE = 2**16
 
 
 @torch.no_grad()
@@ -39,69 +43,94 @@ def inspect(
 ) -> Inspection:
     """Finds overflow, norms and the clip of gradients that stay as they are; CPU tensors.
 
+    Bitwise `mpcore.backends.reference.inspect` in `kinds`, `first_bad` and `found_inf`, and in all
+    fields with statistics; `square_sum` within 2e-6 of the sum in float64.
+
     Args:
         grads: See the reference backend, also for the others.
         coefficient: See there.
         max_norm: See there.
         statistics: Whether to fill `counts`, `histogram` and `largest`, which is None otherwise:
-            finding the largest would cost more than all the rest.
+            finding the largest would cost as much again as finding the norm.
         plan: See there.
         hyper: See there.
 
     Raises:
         ArgumentError: See there.
     """
+    limit = float(torch.tensor(_inspection.check_max_norm(max_norm)))  # rounded to float32
+    _inspection.check_dtypes(grads)
     if plan is not None and hyper is not None:
         prepare_(plan, hyper)
     if statistics:
         return _inspection.inspect(grads, coefficient, max_norm, statistics=True)
-    limit = float(torch.tensor(_inspection.check_max_norm(max_norm)))  # rounded to float32
-    _inspection.check_dtypes(grads)
     factor = float(coefficient)
-    sums = _square_sums([memory_order(grad) for grad in grads], factor)
-    kinds = torch.zeros(len(grads), dtype=torch.int32)
-    first_bad = torch.full((len(grads),), -1, dtype=torch.int64)
-    for index, total in enumerate(sums):
-        if total is None:
-            exact = _inspection.inspect([grads[index]], coefficient, None)
-            kinds[index], first_bad[index] = exact.kinds[0], exact.first_bad[0]
-            sums[index] = float(exact.square_sum)
-    square_sum = torch.tensor(sums, dtype=torch.float64)
-    norm = math.sqrt(math.fsum(square_sum.tolist()))
-    found = bool(kinds.any())
-    clip = 1.0 if found else min(limit / (norm + 1e-6), 1.0)
+    found = _find([memory_order(grad) for grad in grads], coefficient)
+    norm = math.sqrt(math.fsum(found.sums))
+    overflow = any(found.kinds)
+    clip = 1.0 if overflow else min(limit / (norm + 1e-6), 1.0)
     return Inspection(
-        kinds=kinds,
-        first_bad=first_bad,
-        square_sum=square_sum,
+        kinds=torch.tensor(found.kinds, dtype=torch.int32),
+        first_bad=torch.tensor(found.first_bad, dtype=torch.int64),
+        square_sum=torch.tensor(found.sums, dtype=torch.float64),
         largest=None,
-        found_inf=torch.tensor(int(found), dtype=torch.int32),
+        found_inf=torch.tensor(int(overflow), dtype=torch.int32),
         grad_norm=torch.tensor(norm, dtype=torch.float64).float(),
         coefficient=torch.tensor(factor * clip, dtype=torch.float64).float(),
     )
 
 
-def _square_sums(flat: list[Tensor], factor: float) -> list[float | None]:
-    """Returns the sum of squares of each tensor times `factor`; None where it cannot be trusted."""
-    sums: list[float | None] = [0.0] * len(flat)
+@dataclass(frozen=True)
+class _Found:
+    """What is in each gradient times the coefficient: see `Inspection`."""
+
+    kinds: list[int]
+    first_bad: list[int]
+    sums: list[float]
+
+
+def _find(flat: list[Tensor], coefficient: Tensor) -> _Found:
+    count, factor = len(flat), float(coefficient)
+    found = _Found([0] * count, [-1] * count, [0.0] * count)
     sizes = [grad.numel() for grad in flat]
     scratch = new_scratch(sizes)
     for block in blocks(sizes):
-        here = layout(block, scratch)
-        copy_all(here, cut(flat, block))
-        for piece, values in zip(block, here, strict=True):
-            so_far, more = sums[piece.index], _square_sum(values, factor)
-            sums[piece.index] = None if so_far is None or more is None else so_far + more
-    return sums
+        values = cut(flat, block)
+        for piece, piece_values, square in zip(
+            block, values, _square_sums(block, values, scratch), strict=True
+        ):
+            if not _SMALLEST < square < _LARGEST:
+                square = _wide_square_sum(piece_values)
+            length = math.sqrt(square) * abs(factor)
+            if square == 0.0 == factor * square or _SHORTEST < length < _LONGEST:
+                found.sums[piece.index] += square * factor * factor
+            else:
+                _look_closely(piece, piece_values, coefficient, found)
+    return found
 
 
-def _square_sum(values: Tensor, factor: float) -> float | None:
-    """Returns the sum of squares of float32 `values` times `factor`, None if it is in doubt."""
-    total = 0.0
-    for part in (values,) if values.numel() <= _DOT else torch.split(values, _DOT):
-        square = float(torch.dot(part, part))
-        if not _SMALLEST < square < _LARGEST and (square != 0.0 or bool(part.any())):
-            return None
-        total += square
-    # no product is longer than all of them together
-    return total * factor * factor if math.sqrt(total) * factor < 2.0**127 else None
+def _square_sums(block: list[Piece], values: list[Tensor], scratch: Tensor) -> list[float]:
+    """Returns the float32 sum of squares of each piece; `scratch` holds the squares."""
+    here = layout(block, scratch)
+    copy_all(here, values)
+    squares = scratch[: sum(part.numel() for part in here)]
+    squares.mul_(squares)
+    if len(here) == 1:
+        return [float(squares.sum())]
+    return torch.stack([part.sum() for part in here]).tolist()
+
+
+def _wide_square_sum(values: Tensor) -> float:
+    """Returns the sum of squares, in float64: infinite or NaN only if an element is."""
+    parts = (part.double() for part in torch.split(values, _WIDE))
+    return sum(float(part.mul_(part).sum()) for part in parts)
+
+
+def _look_closely(piece: Piece, values: Tensor, coefficient: Tensor, found: _Found) -> None:
+    """Adds what the reference backend finds in a piece."""
+    exact = _inspection.inspect([values], coefficient, None)
+    index, first_bad = piece.index, int(exact.first_bad)
+    found.kinds[index] |= int(exact.kinds)
+    found.sums[index] += float(exact.square_sum)
+    if found.first_bad[index] == -1 and first_bad != -1:
+        found.first_bad[index] = piece.start + first_bad

@@ -40,10 +40,12 @@ def unscale_(grads: Sequence[Tensor], coefficient: Tensor, nonfinite: Tensor) ->
 
     Bitwise `mpcore.backends.reference.unscale_`, which documents the arguments.
     """
-    if any(grad.dtype != torch.float32 or not _is_dense(grad) for grad in grads):
+    flat = [memory_order(grad) for grad in grads]
+    if not all(
+        _shares(f, g) and g.dtype == torch.float32 for f, g in zip(flat, grads, strict=True)
+    ):
         reference.unscale_(grads, coefficient, nonfinite)
         return
-    flat = [memory_order(grad) for grad in grads]
     found = torch.zeros(1)
     for block in blocks([grad.numel() for grad in flat]):
         _multiply(cut(flat, block), coefficient, found)
@@ -58,11 +60,11 @@ def unscale_into(
 
     Bitwise `mpcore.backends.reference.unscale_into`, which documents the arguments.
     """
-    for grad, out in zip(grads, outs, strict=True):
-        if grad.stride() != out.stride() or not _is_dense(out):
+    sources, flat = [memory_order(g) for g in grads], [memory_order(out) for out in outs]
+    for grad, out, target in zip(grads, outs, flat, strict=True):
+        if not (_alike(grad, out) and _shares(target, out)):
             reference.unscale_into(grads, outs, coefficient, nonfinite)
             return
-    sources, flat = [memory_order(g) for g in grads], [memory_order(out) for out in outs]
     found = torch.zeros(1)
     for block in blocks([out.numel() for out in flat]):
         here = cut(flat, block)
@@ -79,7 +81,7 @@ def _multiply(pieces: list[Tensor], coefficient: Tensor, found: Tensor) -> None:
 def _flag(flat: Sequence[Tensor], coefficient: Tensor, found: Tensor, nonfinite: Tensor) -> None:
     """Raises the flag of each product that is not finite; looks only if there can be one."""
     # a product can overflow only where it grows
-    if bool(found) or not float(coefficient) <= 1.0:
+    if bool(found) or not abs(float(coefficient)) <= 1.0:
         for index, values in enumerate(flat):
             if not bool(values.isfinite().all()):
                 nonfinite[index] = 1
@@ -97,10 +99,10 @@ def cast_into(
         return
     by_dtype: dict[torch.dtype, list[int]] = {}
     for index, (master, weight) in enumerate(zip(masters, weights, strict=True)):
-        if master.stride() != weight.stride() or not _is_dense(weight):
-            reference.cast_into([master], [weight], found_inf, saturated)
-        else:
+        if _alike(weight, master) and _shares(memory_order(weight), weight):
             by_dtype.setdefault(weight.dtype, []).append(index)
+        else:
+            reference.cast_into([master], [weight], found_inf, saturated)
     for dtype, indices in by_dtype.items():
         sources = [memory_order(masters[index]) for index in indices]
         targets = [memory_order(weights[index]) for index in indices]
@@ -114,6 +116,12 @@ def cast_into(
                 reference.cast_into(held, rounded, found_inf, saturated)
 
 
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether `memory_order` is a view of it."""
-    return memory_order(tensor).data_ptr() == tensor.data_ptr()
+def _alike(narrow: Tensor, wide: Tensor) -> bool:
+    """Whether elements of both lie in the same order, and `wide` alone is computed in float32."""
+    same = narrow.stride() == wide.stride() and narrow.shape == wide.shape
+    return same and wide.dtype == torch.float32 and narrow.dtype != torch.float64
+
+
+def _shares(flat: Tensor, tensor: Tensor) -> bool:
+    """Whether `memory_order` gave a dense view of a tensor, which can be written to."""
+    return flat.data_ptr() == tensor.data_ptr() and flat.is_contiguous()
