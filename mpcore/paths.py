@@ -77,7 +77,8 @@ def _signature(inner: torch.optim.Optimizer) -> list[Any]:
     sizes = [len(group["params"]) for group in groups]
     if rule is None:
         return sizes
-    return [sizes, _why_step_must_run(inner), *(rule.why_not(group) for group in groups)]
+    reasons = [rule.why_not(_options(inner, group)) for group in groups]
+    return [sizes, _why_step_must_run(inner), *reasons]
 
 
 def _reasons(inner: torch.optim.Optimizer, groups: Groups) -> list[str | None]:
@@ -88,7 +89,14 @@ def _reasons(inner: torch.optim.Optimizer, groups: Groups) -> list[str | None]:
     hooked = _why_step_must_run(inner)
     if hooked is not None:
         return [hooked] * len(groups)
-    return [rule.why_not(group) or _why_not_params(group["params"]) for group in groups]
+    return [
+        rule.why_not(_options(inner, group)) or _why_not_params(group["params"]) for group in groups
+    ]
+
+
+def _options(inner: torch.optim.Optimizer, group: dict[str, Any]) -> dict[str, Any]:
+    """Returns what the optimizer reads of a group; LR schedulers keep their own numbers there."""
+    return {name: group[name] for name in inner.defaults if name in group}
 
 
 def _why_step_must_run(inner: torch.optim.Optimizer) -> str | None:

@@ -7,6 +7,7 @@ import torch
 from hypothesis import settings
 
 from mpcore_testing.comparisons import PROPERTY, TALLY, summary
+from mpcore_testing.engines import ENGINES
 
 # read when a kernel is decorated, so it must be set before anything imports the kernels
 if not torch.cuda.is_available():
@@ -15,6 +16,12 @@ if not torch.cuda.is_available():
 settings.register_profile("dev", deadline=None, max_examples=30)
 settings.register_profile("ci", deadline=None, max_examples=100, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+@pytest.fixture(params=ENGINES, ids=str)
+def engine(request):
+    """Each way in which a step can be computed on a CPU."""
+    return request.param
 
 
 @pytest.hookimpl(wrapper=True)

@@ -10,6 +10,7 @@ import torch
 from mpcore.errors import ArgumentError, ArgumentTypeError, BackendError, MpcoreError, StageError
 from torch import nn
 
+from mpcore_testing.engines import GENERAL, Engine
 from mpcore_testing.refusals import (
     DTYPES,
     SCALE,
@@ -47,7 +48,11 @@ UNWRAPPABLE: dict[str, tuple[Any, type[Exception], str]] = {
     "a class": (lambda: torch.optim.AdamW, ArgumentTypeError, r"^optimizer: .*, got type\. "),
     "none": (lambda: None, ArgumentTypeError, r"^optimizer: .*, got NoneType\. "),
     "a scaler": (lambda: torch.amp.GradScaler("cpu"), ArgumentTypeError, "got GradScaler"),
-    "wrapped": (lambda: make()[1], ArgumentError, r"^optimizer: expected an unwrapped .*wrapped"),
+    "wrapped": (
+        lambda: make(GENERAL)[1],
+        ArgumentError,
+        r"^optimizer: expected an unwrapped .*wrapped",
+    ),
     "sparse adam": (
         lambda: torch.optim.SparseAdam(weights()),
         ArgumentError,
@@ -77,14 +82,14 @@ UNWRAPPABLE: dict[str, tuple[Any, type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("case", UNWRAPPABLE)
-def test_what_cannot_be_wrapped_is_refused_and_left_alone(case: str) -> None:
+def test_what_cannot_be_wrapped_is_refused_and_left_alone(engine: Engine, case: str) -> None:
     build, error, message = UNWRAPPABLE[case]
     subject = build()
     optimizing = isinstance(subject, torch.optim.Optimizer)
     params = [p for g in subject.param_groups for p in g["params"]] if optimizing else []
     before = snapshot(params, subject) if optimizing else None
     with pytest.raises(error, match=message):
-        mpcore.MixedPrecisionOptimizer(subject)
+        engine.wrap(subject)
     assert before is None or snapshot(params, subject) == before
 
 
@@ -122,12 +127,12 @@ def test_a_backend_that_cannot_run_here_is_refused_and_the_inner_optimizer_stays
     assert_usable(params, mpcore.MixedPrecisionOptimizer(inner, SCALE))
 
 
-def test_an_inner_optimizer_has_one_wrapper_at_a_time() -> None:
+def test_an_inner_optimizer_has_one_wrapper_at_a_time(engine: Engine) -> None:
     params = weights()
     inner = adamw(params)
-    first = mpcore.MixedPrecisionOptimizer(inner, SCALE)
+    first = engine.wrap(inner, SCALE)
     with pytest.raises(ArgumentError, match=r"^optimizer: expected an unwrapped .* got one that"):
-        mpcore.MixedPrecisionOptimizer(inner, SCALE)
+        engine.wrap(inner, SCALE)
     assert_usable(params, first)
 
 
@@ -137,8 +142,10 @@ def test_an_inner_optimizer_has_one_wrapper_at_a_time() -> None:
 @pytest.mark.parametrize("steps", [0, 4])
 @pytest.mark.parametrize("call", ["step", "unscale_", "clip_grad_norm_"])
 @pytest.mark.parametrize("value", [1.0, torch.nan])
-def test_gradients_that_were_never_scaled_are_refused(steps: int, call: str, value: float) -> None:
-    params, optimizer = make(steps=steps)
+def test_gradients_that_were_never_scaled_are_refused(
+    engine: Engine, steps: int, call: str, value: float
+) -> None:
+    params, optimizer = make(engine, steps=steps)
     optimizer.zero_grad()
     for param in params:
         param.grad = torch.zeros_like(param)
@@ -153,8 +160,8 @@ def test_gradients_that_were_never_scaled_are_refused(steps: int, call: str, val
     assert_usable(params, optimizer)
 
 
-def test_zeros_that_were_never_scaled_are_refused_once_training_began() -> None:
-    params, optimizer = make(steps=1)
+def test_zeros_that_were_never_scaled_are_refused_once_training_began(engine: Engine) -> None:
+    params, optimizer = make(engine, steps=1)
     optimizer.zero_grad(set_to_none=False)
     before = snapshot(params, optimizer)
     with pytest.raises(StageError, match="got no scale"):
@@ -163,9 +170,11 @@ def test_zeros_that_were_never_scaled_are_refused_once_training_began() -> None:
 
 
 @pytest.mark.parametrize("clipped", [False, True])
-def test_a_second_unscale_is_refused_and_the_first_one_counts(clipped: bool) -> None:
-    params, optimizer = make(steps=2)
-    others, other = make(steps=2)
+def test_a_second_unscale_is_refused_and_the_first_one_counts(
+    engine: Engine, clipped: bool
+) -> None:
+    params, optimizer = make(engine, steps=2)
+    others, other = make(engine, steps=2)
     for one, given in ((optimizer, params), (other, others)):
         one.zero_grad()
         one.backward(loss_of(given))
@@ -181,8 +190,8 @@ def test_a_second_unscale_is_refused_and_the_first_one_counts(clipped: bool) -> 
     assert frozen(params) == frozen(others)
 
 
-def test_the_inner_optimizer_refuses_to_be_stepped_directly() -> None:
-    params, optimizer = make(steps=2)
+def test_the_inner_optimizer_refuses_to_be_stepped_directly(engine: Engine) -> None:
+    params, optimizer = make(engine, steps=2)
     optimizer.zero_grad()
     optimizer.backward(loss_of(params))
     before = snapshot(params, optimizer)
@@ -194,13 +203,13 @@ def test_the_inner_optimizer_refuses_to_be_stepped_directly() -> None:
     assert_usable(params, optimizer)
 
 
-def test_the_inner_optimizer_is_free_again_after_its_wrapper_is_gone() -> None:
-    params, optimizer = make()
+def test_the_inner_optimizer_is_free_again_after_its_wrapper_is_gone(engine: Engine) -> None:
+    params, optimizer = make(engine)
     inner = optimizer.inner
     del optimizer
     loss_of(params).backward()
     inner.step()
-    assert_usable(params, mpcore.MixedPrecisionOptimizer(inner, SCALE))
+    assert_usable(params, engine.wrap(inner, SCALE))
 
 
 def test_every_error_of_the_engine_is_caught_by_one_class() -> None:

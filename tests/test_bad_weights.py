@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import mpcore
 import pytest
 import torch
 from mpcore.errors import ArgumentError, MpcoreError
 from torch import nn
 
+from mpcore_testing.engines import Engine
 from mpcore_testing.refusals import (
     DTYPES,
     SCALE,
@@ -22,8 +22,13 @@ from mpcore_testing.refusals import (
 
 @pytest.mark.parametrize("steps", [0, 2])
 @pytest.mark.parametrize("moved", [0, 2])
-def test_a_weight_that_moved_to_another_device_is_refused(moved: int, steps: int) -> None:
-    params, optimizer = make(steps=steps)
+def test_a_weight_that_moved_to_another_device_is_refused(
+    request: pytest.FixtureRequest, engine: Engine, moved: int, steps: int
+) -> None:
+    if str(engine) == "cpu-fused" and steps:
+        reason = "views in the plan of the cpu backend keep torch from swapping a parameter"
+        request.applymarker(pytest.mark.xfail(strict=True, raises=RuntimeError, reason=reason))
+    params, optimizer = make(engine, steps=steps)
     optimizer.zero_grad()
     optimizer.backward(loss_of(params))
     torch.utils.swap_tensors(params[moved], nn.Parameter(params[moved].detach().to("meta")))
@@ -37,8 +42,10 @@ def test_a_weight_that_moved_to_another_device_is_refused(moved: int, steps: int
 
 
 @pytest.mark.parametrize("moved", [0, 1])
-def test_a_16_bit_weight_that_became_float32_after_training_began_is_refused(moved: int) -> None:
-    params, optimizer = make(steps=2)
+def test_a_16_bit_weight_that_became_float32_after_training_began_is_refused(
+    engine: Engine, moved: int
+) -> None:
+    params, optimizer = make(engine, steps=2)
     optimizer.zero_grad()
     params[moved].data = params[moved].data.float()
     optimizer.backward(loss_of(params))
@@ -52,12 +59,10 @@ def test_a_16_bit_weight_that_became_float32_after_training_began_is_refused(mov
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_sparse_gradient_is_refused(dtype: torch.dtype) -> None:
+def test_a_sparse_gradient_is_refused(engine: Engine, dtype: torch.dtype) -> None:
     table = nn.Embedding(5, 3, sparse=True, dtype=dtype)
     other = weights([torch.float16])[0]
-    optimizer = mpcore.MixedPrecisionOptimizer(
-        torch.optim.SGD([other, table.weight], lr=0.1), SCALE
-    )
+    optimizer = engine.wrap(torch.optim.SGD([other, table.weight], lr=0.1), SCALE)
     optimizer.backward(table(torch.tensor([1, 1])).float().sum() + other.float().sum())
     kept = frozen([other, other.grad, table.weight, dict(optimizer.state)])
     with pytest.raises(ArgumentError, match=r"^group 0, parameter 1, .*dense.*sparse=False"):
@@ -66,8 +71,8 @@ def test_a_sparse_gradient_is_refused(dtype: torch.dtype) -> None:
     assert (optimizer.steps, optimizer.loss_scale) == (0, 256.0)
 
 
-def test_masters_of_a_wrong_shape_dtype_owner_or_number_are_refused() -> None:
-    params, optimizer = make()
+def test_masters_of_a_wrong_shape_dtype_owner_or_number_are_refused(engine: Engine) -> None:
+    params, optimizer = make(engine)
     half, _, single = params
     fits = torch.ones(2, 3)
     for pairs in (
@@ -89,8 +94,10 @@ def test_masters_of_a_wrong_shape_dtype_owner_or_number_are_refused() -> None:
 
 
 @pytest.mark.parametrize("late", [1, 2])
-def test_a_gradient_that_appears_after_unscaling_does_not_reach_its_weight(late: int) -> None:
-    params, optimizer = make()
+def test_a_gradient_that_appears_after_unscaling_does_not_reach_its_weight(
+    engine: Engine, late: int
+) -> None:
+    params, optimizer = make(engine)
     optimizer.backward(params[0].float().sum())
     optimizer.unscale_()
     params[late].grad = torch.ones_like(params[late])  # of which nobody knows the scale
@@ -105,8 +112,10 @@ def test_a_gradient_that_appears_after_unscaling_does_not_reach_its_weight(late:
 
 
 @pytest.mark.parametrize("unscaled", [False, True])
-def test_a_gradient_dropped_after_clipping_takes_its_weight_out_of_the_step(unscaled: bool) -> None:
-    params, optimizer = make()
+def test_a_gradient_dropped_after_clipping_takes_its_weight_out_of_the_step(
+    engine: Engine, unscaled: bool
+) -> None:
+    params, optimizer = make(engine)
     optimizer.backward(loss_of(params))
     if unscaled:
         optimizer.unscale_()
@@ -118,8 +127,8 @@ def test_a_gradient_dropped_after_clipping_takes_its_weight_out_of_the_step(unsc
     assert optimizer.steps == 1
 
 
-def test_dropping_every_gradient_after_clipping_leaves_nothing_to_step() -> None:
-    params, optimizer = make(steps=2)
+def test_dropping_every_gradient_after_clipping_leaves_nothing_to_step(engine: Engine) -> None:
+    params, optimizer = make(engine, steps=2)
     optimizer.zero_grad()
     optimizer.backward(loss_of(params))
     optimizer.clip_grad_norm_(1.0)
@@ -132,8 +141,10 @@ def test_dropping_every_gradient_after_clipping_leaves_nothing_to_step() -> None
 
 
 @pytest.mark.parametrize("bad", [0, 2])
-def test_an_overflow_that_unscaling_found_is_not_dropped_with_its_gradient(bad: int) -> None:
-    params, optimizer = make(steps=2)
+def test_an_overflow_that_unscaling_found_is_not_dropped_with_its_gradient(
+    engine: Engine, bad: int
+) -> None:
+    params, optimizer = make(engine, steps=2)
     optimizer.zero_grad()
     optimizer.backward(loss_of(params))
     params[bad].grad[0, 0] = torch.inf
@@ -145,8 +156,8 @@ def test_an_overflow_that_unscaling_found_is_not_dropped_with_its_gradient(bad: 
     assert optimizer.last_step.skipped
 
 
-def test_weights_of_an_added_group_are_known_as_the_first_ones_are() -> None:
-    _, optimizer = make(steps=1)
+def test_weights_of_an_added_group_are_known_as_the_first_ones_are(engine: Engine) -> None:
+    _, optimizer = make(engine, steps=1)
     adopted, moved = weights(DTYPES[:2])
     optimizer.add_param_group({"params": [adopted, moved]})
     optimizer.adopt_masters([(adopted, torch.ones(2, 3))])

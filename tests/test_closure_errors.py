@@ -11,17 +11,24 @@ from mpcore.errors import StageError
 from torch import Tensor, nn
 
 from mpcore_testing.closures import INNERS, SCALE, closure_of, contents, loss_of, make
+from mpcore_testing.engines import GENERAL, Engine, engine_cases
 
 
 @pytest.mark.parametrize("warm", [False, True])
 @pytest.mark.parametrize(
-    ("name", "evaluation"), [*((name, 1) for name in INNERS), ("LBFGS", 3), ("LBFGS wolfe", 2)]
+    ("name", "engine", "evaluation"),
+    [
+        *((*case.values, 1) for case in engine_cases(INNERS)),
+        ("LBFGS", GENERAL, 3),
+        ("LBFGS wolfe", GENERAL, 2),
+    ],
+    ids=str,
 )
 def test_a_closure_that_raises_leaves_everything_as_it_was(
-    name: str, evaluation: int, warm: bool
+    engine: Engine, name: str, evaluation: int, warm: bool
 ) -> None:
-    params, optimizer = make(name)
-    others, other = make(name)
+    params, optimizer = make(engine, name)
+    others, other = make(engine, name)
     for _ in range(2 if warm else 0):
         optimizer.step(closure_of(optimizer, params))
         other.step(closure_of(other, others))
@@ -42,8 +49,8 @@ def test_a_closure_that_raises_leaves_everything_as_it_was(
     assert contents(params, optimizer)[:3] == contents(others, other)[:3]
 
 
-def test_a_closure_that_raises_after_clipping_leaves_the_next_step_free() -> None:
-    params, optimizer = make()
+def test_a_closure_that_raises_after_clipping_leaves_the_next_step_free(engine: Engine) -> None:
+    params, optimizer = make(engine)
     inner = closure_of(optimizer, params)
 
     def closure() -> Tensor:
@@ -60,10 +67,12 @@ def test_a_closure_that_raises_after_clipping_leaves_the_next_step_free() -> Non
     assert optimizer.steps == 1
 
 
-@pytest.mark.parametrize("name", INNERS)
+@pytest.mark.parametrize(("name", "engine"), engine_cases(INNERS))
 @pytest.mark.parametrize("scale", [SCALE, mpcore.NoLossScale()])
-def test_a_closure_without_backward_is_an_error_and_changes_nothing(name: str, scale: Any) -> None:
-    params, optimizer = make(name, scale)
+def test_a_closure_without_backward_is_an_error_and_changes_nothing(
+    engine: Engine, name: str, scale: Any
+) -> None:
+    params, optimizer = make(engine, name, scale)
     before = contents(params, optimizer)
     with pytest.raises(StageError, match=r"^step\(closure\): expected .*backward"):
         optimizer.step(lambda: loss_of(params))
@@ -75,7 +84,7 @@ def test_a_closure_without_backward_is_an_error_and_changes_nothing(name: str, s
 def test_a_closure_that_forgets_backward_in_a_later_evaluation_is_an_error_too(
     evaluation: int,
 ) -> None:
-    params, optimizer = make("LBFGS")
+    params, optimizer = make(GENERAL, "LBFGS")
     optimizer.step(closure_of(optimizer, params))
     before, numbers = contents(params, optimizer), optimizer.state_dict()["mpcore"]
     calls: list[float] = []
@@ -94,7 +103,7 @@ def test_a_closure_that_forgets_backward_in_a_later_evaluation_is_an_error_too(
 
 
 def test_a_closure_that_does_not_scale_is_an_error_and_changes_nothing() -> None:
-    params, optimizer = make("LBFGS")
+    params, optimizer = make(GENERAL, "LBFGS")
     before = contents(params, optimizer)
 
     def closure() -> Tensor:
@@ -117,7 +126,7 @@ class Ignores(torch.optim.SGD):
 
 def test_an_inner_optimizer_that_never_calls_the_closure_is_an_error() -> None:
     params = [nn.Parameter(torch.ones(3).half())]
-    optimizer = mpcore.MixedPrecisionOptimizer(Ignores(params, lr=0.1), SCALE)
+    optimizer = GENERAL.wrap(Ignores(params, lr=0.1), SCALE)
     before = contents(params, optimizer)
     with pytest.raises(StageError, match="closure"):
         optimizer.step(lambda: None)
@@ -141,7 +150,7 @@ class Breaks(torch.optim.SGD):
 def test_gradients_of_a_step_that_broke_are_not_used_by_the_next_one() -> None:
     params = [nn.Parameter(torch.ones(6).half()) for _ in range(3)]
     inner = Breaks(params, lr=0.25)
-    optimizer = mpcore.MixedPrecisionOptimizer(inner, SCALE)
+    optimizer = GENERAL.wrap(inner, SCALE)
     with pytest.raises(ValueError, match="stop"):
         optimizer.step(closure_of(optimizer, params))
     inner.broken = False

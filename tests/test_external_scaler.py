@@ -11,6 +11,8 @@ import torch
 from mpcore.errors import StageError
 from torch import Tensor, nn
 
+from mpcore_testing.engines import GENERAL, Engine, engine_cases
+
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 MIXTURES = [[torch.float16], [torch.bfloat16], [torch.float32], DTYPES]
 OVERFLOWS = (2, 3, 7)
@@ -52,14 +54,14 @@ def unscaled(param: nn.Parameter, scale: float) -> Tensor:
 
 @pytest.mark.parametrize("init_scale", [2.0**8, 1000.0])
 @pytest.mark.parametrize("dtypes", MIXTURES)
-@pytest.mark.parametrize("name", INNERS)
-def test_a_grad_scaler_loop_trains_bitwise_as_float32_copies_that_skip_the_same_steps(
-    name: str, dtypes: Any, init_scale: float
+@pytest.mark.parametrize(("name", "engine"), engine_cases(INNERS))
+def test_a_grad_scaler_loop_trains_as_float32_copies_that_skip_the_same_steps(
+    engine: Engine, name: str, dtypes: Any, init_scale: float
 ) -> None:
     params = weights(dtypes)
     copies = [nn.Parameter(p.detach().float().clone()) for p in params]
     optimizer, reference = (
-        mpcore.MixedPrecisionOptimizer(INNERS[name](params)),
+        engine.wrap(INNERS[name](params)),
         INNERS[name](copies),
     )
     scaler = torch.amp.GradScaler("cpu", init_scale=init_scale, growth_interval=3)
@@ -82,22 +84,24 @@ def test_a_grad_scaler_loop_trains_bitwise_as_float32_copies_that_skip_the_same_
         else:
             reference.step()
         for param, twin in zip(params, copies, strict=True):
-            master = optimizer.state[param].get("master", param) if step > 2 else twin
-            assert patterns(master) == patterns(twin), step
-            assert patterns(param) == patterns(twin.to(param.dtype))
+            master = optimizer.state[param].get("master", param)
+            assert engine.agree(master, twin, steps=step + 1), step
+            assert patterns(param) == patterns(master.to(param.dtype))
     assert (optimizer.steps, optimizer.skipped_steps) == (12, len(OVERFLOWS))
     assert optimizer.loss_scale == 2.0**16, "its own scale moved although it was not used"
     assert not hasattr(optimizer, "found_inf")
 
 
 @pytest.mark.parametrize("dtypes", MIXTURES)
-@pytest.mark.parametrize("name", INNERS)
-def test_a_grad_scaler_loop_equals_the_engines_own_loop(name: str, dtypes: Any) -> None:
+@pytest.mark.parametrize(("name", "engine"), engine_cases(INNERS))
+def test_a_grad_scaler_loop_equals_the_engines_own_loop(
+    engine: Engine, name: str, dtypes: Any
+) -> None:
     params, others = weights(dtypes), weights(dtypes)
-    optimizer = mpcore.MixedPrecisionOptimizer(INNERS[name](params))
+    optimizer = engine.wrap(INNERS[name](params))
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**15, growth_interval=2)
     own = mpcore.DynamicLossScale(2.0**15, growth_interval=2, min_scale=2.0**-20)
-    other = mpcore.MixedPrecisionOptimizer(INNERS[name](others), own)
+    other = engine.wrap(INNERS[name](others), own)
     for step in range(12):
         optimizer.zero_grad()
         scaler.scale(loss_of(params, step)).backward()
@@ -112,12 +116,12 @@ def test_a_grad_scaler_loop_equals_the_engines_own_loop(name: str, dtypes: Any) 
     assert (optimizer.skipped_steps > 0) == (torch.float16 in dtypes)
 
 
-@pytest.mark.parametrize("name", INNERS)
-def test_unscaling_and_clipping_by_torch_before_the_step(name: str) -> None:
+@pytest.mark.parametrize(("name", "engine"), engine_cases(INNERS))
+def test_unscaling_and_clipping_by_torch_before_the_step(engine: Engine, name: str) -> None:
     params = weights([torch.float32])
     copies = weights([torch.float32])
     optimizer, reference = (
-        mpcore.MixedPrecisionOptimizer(INNERS[name](params)),
+        engine.wrap(INNERS[name](params)),
         INNERS[name](copies),
     )
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
@@ -131,14 +135,14 @@ def test_unscaling_and_clipping_by_torch_before_the_step(name: str) -> None:
         scaler.update()
         if step != 1:
             reference.step()
-        assert patterns(params[0]) == patterns(copies[0])
+        assert engine.agree(params[0], copies[0], steps=step + 1)
     assert optimizer.skipped_steps == 1
     assert optimizer.last_step.loss_scale == 1.0
 
 
-def test_torch_refuses_to_unscale_float16_gradients_and_nothing_has_changed() -> None:
+def test_torch_refuses_to_unscale_float16_gradients_and_nothing_has_changed(engine: Engine) -> None:
     params = weights(DTYPES)
-    optimizer = mpcore.MixedPrecisionOptimizer(INNERS["SGD"](params))
+    optimizer = engine.wrap(INNERS["SGD"](params))
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
     scaler.scale(loss_of(params, 0)).backward()
     before = contents(params, optimizer), [patterns(p.grad) for p in params]
@@ -148,11 +152,13 @@ def test_torch_refuses_to_unscale_float16_gradients_and_nothing_has_changed() ->
 
 
 @pytest.mark.parametrize("found_inf", [0.0, 1.0, 2.0, 0.25, 8.0, torch.inf, torch.nan])
-@pytest.mark.parametrize("name", INNERS)
+@pytest.mark.parametrize(("name", "engine"), engine_cases(INNERS))
 @pytest.mark.parametrize("shape", [(), (1,)])
-def test_any_non_zero_found_inf_skips(name: str, found_inf: float, shape: Any) -> None:
+def test_any_non_zero_found_inf_skips(
+    engine: Engine, name: str, found_inf: float, shape: Any
+) -> None:
     params = [*weights(DTYPES), nn.Parameter(torch.tensor(1.0).half())]
-    optimizer = mpcore.MixedPrecisionOptimizer(INNERS[name](params))
+    optimizer = engine.wrap(INNERS[name](params))
     for step in range(2):
         optimizer.grad_scale = torch.full(shape, 4.0)
         optimizer.found_inf = torch.full(shape, found_inf if step else 0.0)
@@ -165,9 +171,9 @@ def test_any_non_zero_found_inf_skips(name: str, found_inf: float, shape: Any) -
     assert (contents(params, optimizer)[0] == before) == (found_inf != 0)
 
 
-def test_the_outside_scalers_flag_is_read_before_the_gradients_are_trusted() -> None:
+def test_the_outside_scalers_flag_is_read_before_the_gradients_are_trusted(engine: Engine) -> None:
     params = weights([torch.float16])
-    optimizer = mpcore.MixedPrecisionOptimizer(INNERS["SGD"](params))
+    optimizer = engine.wrap(INNERS["SGD"](params))
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(0.0)
     params[0].grad = torch.full_like(params[0], torch.inf)
     optimizer.step()
@@ -176,9 +182,9 @@ def test_the_outside_scalers_flag_is_read_before_the_gradients_are_trusted() -> 
 
 
 @pytest.mark.parametrize("name", ["SGD", "AdamW fused"])
-def test_two_scalers_at_once_are_refused_and_nothing_changes(name: str) -> None:
+def test_two_scalers_at_once_are_refused_and_nothing_changes(engine: Engine, name: str) -> None:
     params = weights(DTYPES)
-    optimizer = mpcore.MixedPrecisionOptimizer(INNERS[name](params))
+    optimizer = engine.wrap(INNERS[name](params))
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
     scaler.scale(optimizer.scale(loss_of(params, 0) * 2.0**-20)).backward()
     before = contents(params, optimizer), [patterns(p.grad) for p in params]
@@ -188,9 +194,9 @@ def test_two_scalers_at_once_are_refused_and_nothing_changes(name: str) -> None:
     assert optimizer.steps == 0
 
 
-def test_two_optimizers_under_one_scaler_skip_each_on_its_own_gradients() -> None:
+def test_two_optimizers_under_one_scaler_skip_each_on_its_own_gradients(engine: Engine) -> None:
     params = [weights([dtype]) for dtype in DTYPES[:2]]
-    optimizers = [mpcore.MixedPrecisionOptimizer(INNERS["SGD"](given)) for given in params]
+    optimizers = [engine.wrap(INNERS["SGD"](given)) for given in params]
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
     loss = loss_of(params[0], 0) * torch.inf + loss_of(params[1], 1)
     scaler.scale(loss).backward()
@@ -206,7 +212,7 @@ def test_autocast_over_float32_weights_trains_under_a_grad_scaler() -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 1))
     other = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 1))
     other.load_state_dict(model.state_dict())
-    wrapped = mpcore.MixedPrecisionOptimizer(INNERS["AdamW"](model.parameters()))
+    wrapped = GENERAL.wrap(INNERS["AdamW"](model.parameters()))
     plain = INNERS["AdamW"](other.parameters())
     for module, optimizer in ((model, wrapped), (other, plain)):
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)

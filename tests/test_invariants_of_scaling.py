@@ -10,16 +10,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpcore_testing.devices import FIRST, SECOND, SimulatedDevices
+from mpcore_testing.engines import ENGINES, GENERAL
 from mpcore_testing.loss_scales import dynamic_scales, expected_scales
 
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
 INF = math.inf
 
 
-@given(rule=dynamic_scales(), overflows=st.lists(st.booleans(), min_size=1, max_size=20))
-def test_invariant_5_the_scale_stays_a_power_of_two_within_its_bounds(rule, overflows):
+@given(
+    rule=dynamic_scales(),
+    overflows=st.lists(st.booleans(), min_size=1, max_size=20),
+    engine=st.sampled_from(ENGINES),
+)
+def test_invariant_5_the_scale_stays_a_power_of_two_within_its_bounds(rule, overflows, engine):
     weight = torch.nn.Parameter(torch.zeros(1))
-    optimizer = mpcore.MixedPrecisionOptimizer(torch.optim.SGD([weight], lr=1.0), rule)
+    optimizer = engine.wrap(torch.optim.SGD([weight], lr=1.0), rule)
     course = []
     for overflow in overflows:
         before = optimizer.loss_scale
@@ -41,10 +46,10 @@ def overflows_by_hand(grad, scale):
     return not np.isfinite(unscaled).all()
 
 
-def step_over(grad, scale, *, fused=False, max_norm=None, unscale=False):
+def step_over(engine, grad, scale, *, fused=False, max_norm=None, unscale=False):
     """Returns the optimizer and the weight after one step from a weight of 0 by SGD with lr=1."""
     weight = torch.nn.Parameter(torch.zeros_like(grad))
-    optimizer = mpcore.MixedPrecisionOptimizer(
+    optimizer = engine.wrap(
         torch.optim.SGD([weight], lr=1.0, fused=fused), mpcore.StaticLossScale(scale)
     )
     optimizer.scale(torch.ones(()))
@@ -77,11 +82,11 @@ WAYS = [{}, {"max_norm": 1.0}, {"max_norm": 1e-30}, {"unscale": True, "max_norm"
     ],
 )
 def test_invariant_7_a_gradient_overflows_if_its_unscaled_value_does(
-    dtype, value, exponent, overflow, fused, way
+    engine, dtype, value, exponent, overflow, fused, way
 ):
     grad = torch.tensor([1.0, -value, 0.0]).to(dtype)
     assert torch.isfinite(grad).all()
-    optimizer, weight = step_over(grad, 2.0**exponent, fused=fused, **way)
+    optimizer, weight = step_over(engine, grad, 2.0**exponent, fused=fused, **way)
     assert optimizer.last_step.skipped == overflow
     assert torch.isfinite(weight).all()
     assert bool(weight.any()) != overflow or "max_norm" in way
@@ -92,14 +97,15 @@ def test_invariant_7_a_gradient_overflows_if_its_unscaled_value_does(
     words=st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=4),
     exponent=st.integers(-126, 126),
     way=st.sampled_from(WAYS),
+    engine=st.sampled_from(ENGINES),
 )
 def test_invariant_7_skips_exactly_if_a_loaded_or_unscaled_value_is_not_finite(
-    dtype, words, exponent, way
+    dtype, words, exponent, way, engine
 ):
     raw = torch.tensor(words, dtype=torch.int32)
     grad = raw.view(FULL) if dtype == FULL else (raw >> 16).to(torch.int16).view(dtype)
     overflow = overflows_by_hand(grad, 2.0**exponent)
-    optimizer, weight = step_over(grad, 2.0**exponent, **way)
+    optimizer, weight = step_over(engine, grad, 2.0**exponent, **way)
     assert optimizer.last_step.skipped == overflow
     if overflow:
         assert not weight.any()
@@ -109,12 +115,12 @@ def test_invariant_7_skips_exactly_if_a_loaded_or_unscaled_value_is_not_finite(
         assert torch.equal(master, expected)
 
 
-def test_invariant_7_neither_the_scale_nor_its_reciprocal_is_ever_zero_or_infinite():
+def test_invariant_7_neither_the_scale_nor_its_reciprocal_is_ever_zero_or_infinite(engine):
     weight = torch.nn.Parameter(torch.zeros(2))
     rule = mpcore.DynamicLossScale(
         init=1.0, min_scale=2.0**-126, growth_interval=1, max_scale=2.0**126
     )
-    optimizer = mpcore.MixedPrecisionOptimizer(torch.optim.SGD([weight], lr=1.0), rule)
+    optimizer = engine.wrap(torch.optim.SGD([weight], lr=1.0), rule)
 
     def step(value):
         optimizer.scale(torch.ones(()))
@@ -133,11 +139,11 @@ def test_invariant_7_neither_the_scale_nor_its_reciprocal_is_ever_zero_or_infini
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 3, 255, 256, 257])
-def test_invariant_6_any_number_of_overflows_is_one_overflow(count, fused):
+def test_invariant_6_any_number_of_overflows_is_one_overflow(engine, count, fused):
     """Flags that are added up reach 2, which is not 1, or 256, which is 0 in eight bits."""
     weights = [torch.nn.Parameter(torch.ones(1).half()) for _ in range(count + 1)]
     groups = [{"params": weights[:1]}, {"params": weights[1:]}]
-    optimizer = mpcore.MixedPrecisionOptimizer(torch.optim.AdamW(groups, lr=0.5, fused=fused))
+    optimizer = engine.wrap(torch.optim.AdamW(groups, lr=0.5, fused=fused))
     optimizer.scale(torch.ones(()))
     for number, weight in enumerate(weights):
         weight.grad = torch.full_like(weight, INF if number else 1.0)
@@ -150,10 +156,10 @@ def test_invariant_6_any_number_of_overflows_is_one_overflow(count, fused):
 
 @pytest.mark.parametrize("found_inf", [0.0, 1.0, 2.0, 256.0])
 @pytest.mark.parametrize("fused", [False, True])
-def test_invariant_6_an_outside_scaler_may_say_so_with_any_number(fused, found_inf):
+def test_invariant_6_an_outside_scaler_may_say_so_with_any_number(engine, fused, found_inf):
     """torch.amp.GradScaler adds up the flags of its devices."""
     weight = torch.nn.Parameter(torch.ones(2).half())
-    optimizer = mpcore.MixedPrecisionOptimizer(torch.optim.AdamW([weight], lr=0.5, fused=fused))
+    optimizer = engine.wrap(torch.optim.AdamW([weight], lr=0.5, fused=fused))
     weight.grad = torch.ones_like(weight)
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(found_inf)
     optimizer.step()
@@ -178,10 +184,19 @@ class Gated(torch.optim.Optimizer):
                 param.copy_(torch.where(keep, param, param - group["lr"] * param.grad))
 
 
-@pytest.mark.parametrize("inner", [torch.optim.SGD, Gated], ids=["sync", "found_inf"])
+ANYWHERE = [engine for engine in ENGINES if engine.backend == "reference"]
+
+
+@pytest.mark.parametrize(
+    ("engine", "inner"),
+    [*((engine, torch.optim.SGD) for engine in ANYWHERE), (GENERAL, Gated)],
+    ids=["sync", "fused path", "found_inf"],
+)
 @pytest.mark.parametrize("home", [0, 1])
 @pytest.mark.parametrize("spoilt", [0, 1, 2, 3])
-def test_invariant_6_an_overflow_on_one_device_skips_the_step_on_every_device(spoilt, home, inner):
+def test_invariant_6_an_overflow_on_one_device_skips_the_step_on_every_device(
+    engine, spoilt, home, inner
+):
     with SimulatedDevices():
         devices = [FIRST, SECOND] if home == 0 else [SECOND, FIRST]
         params = [
@@ -190,9 +205,7 @@ def test_invariant_6_an_overflow_on_one_device_skips_the_step_on_every_device(sp
             for dtype in (HALF, FULL)
         ]
         assert {p.device for p in params} == {FIRST, SECOND}
-        optimizer = mpcore.MixedPrecisionOptimizer(
-            inner(params, lr=1.0), mpcore.DynamicLossScale(init=4.0)
-        )
+        optimizer = engine.wrap(inner(params, lr=1.0), mpcore.DynamicLossScale(init=4.0))
         for overflow in (True, False):
             optimizer.scale(torch.ones((), device=FIRST))
             for number, param in enumerate(params):
@@ -208,13 +221,12 @@ def test_invariant_6_an_overflow_on_one_device_skips_the_step_on_every_device(sp
         assert (optimizer.steps, optimizer.skipped_steps, optimizer.loss_scale) == (2, 1, 2.0)
 
 
-def test_invariant_4_clamped_weights_are_counted_over_all_devices():
+@pytest.mark.parametrize("engine", ANYWHERE, ids=str)
+def test_invariant_4_clamped_weights_are_counted_over_all_devices(engine):
     with SimulatedDevices():
         starts = [torch.full((3,), 65504.0, dtype=HALF, device=d) for d in (FIRST, SECOND)]
         params = [torch.nn.Parameter(start) for start in starts]
-        optimizer = mpcore.MixedPrecisionOptimizer(
-            torch.optim.SGD(params, lr=1e4), mpcore.StaticLossScale(1.0)
-        )
+        optimizer = engine.wrap(torch.optim.SGD(params, lr=1e4), mpcore.StaticLossScale(1.0))
         optimizer.scale(torch.ones((), device=SECOND))
         for param in params:
             param.grad = torch.full_like(param, -1.0)

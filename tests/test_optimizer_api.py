@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import mpcore
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import optimizer as torch_optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from mpcore_testing.engines import Engine
 
 SCALE = mpcore.DynamicLossScale(init=2.0**8, growth_interval=3)
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -21,11 +20,12 @@ def sgd(params: Any) -> torch.optim.Optimizer:
 
 
 def make(
-    dtypes: Any = DTYPES, seed: int = 0, build: Any = sgd, scale: Any = SCALE
+    engine: Engine, dtypes: Any = DTYPES, seed: int = 0, build: Any = sgd, scale: Any = SCALE
 ) -> tuple[list[nn.Parameter], mpcore.MixedPrecisionOptimizer]:
     generator = torch.Generator().manual_seed(seed)
-    params = [nn.Parameter(torch.randn(3, 4, generator=generator).to(d)) for d in dtypes]
-    return params, mpcore.MixedPrecisionOptimizer(build(params), scale)
+    taken = engine.dtypes(dtypes)
+    params = [nn.Parameter(torch.randn(3, 4, generator=generator).to(d)) for d in taken]
+    return params, engine.wrap(build(params), scale)
 
 
 def wide_copies(params: list[nn.Parameter]) -> list[nn.Parameter]:
@@ -55,27 +55,22 @@ def assert_equal_bits(actual: Tensor, expected: Tensor) -> None:
 
 
 def assert_trained_like(
-    optimizer: Any, params: list[nn.Parameter], copies: list[nn.Parameter]
+    engine: Engine,
+    optimizer: Any,
+    params: list[nn.Parameter],
+    copies: list[nn.Parameter],
+    steps: int = 10,
 ) -> None:
     for param, copy in zip(params, copies, strict=True):
-        assert_equal_bits(optimizer.state.get(param, {}).get("master", copy), copy)
-        assert_equal_bits(param, copy.to(param.dtype))
+        half = param.dtype in (torch.float16, torch.bfloat16)
+        before = param.detach().float() if half else param
+        master = optimizer.state.get(param, {}).get("master", before)
+        assert engine.agree(master, copy, steps=steps)
+        assert_equal_bits(param, master.to(param.dtype))
 
 
-class Syncs(TorchDispatchMode):
-    """Counts reads of a tensor's value by the host."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
-
-
-def test_wrapper_is_an_optimizer_that_shares_groups_with_the_inner_one() -> None:
-    params, optimizer = make()
+def test_wrapper_is_an_optimizer_that_shares_groups_with_the_inner_one(engine: Engine) -> None:
+    params, optimizer = make(engine)
     assert isinstance(optimizer, torch.optim.Optimizer)
     assert optimizer.param_groups is optimizer.inner.param_groups
     assert all(a is b for a, b in zip(optimizer.param_groups[0]["params"], params, strict=True))
@@ -86,8 +81,8 @@ def test_wrapper_is_an_optimizer_that_shares_groups_with_the_inner_one() -> None
 
 
 @pytest.mark.parametrize("build", [sgd, torch.optim.AdamW, torch.optim.Adagrad])
-def test_a_mixture_of_dtypes_in_one_group_trains_bitwise_as_wide_copies(build: Any) -> None:
-    params, optimizer = make(build=build)
+def test_a_mixture_of_dtypes_in_one_group_trains_as_wide_copies(engine: Engine, build: Any) -> None:
+    params, optimizer = make(engine, build=build)
     copies = wide_copies(params)
     reference = build(copies)
     for step in range(8):
@@ -96,13 +91,13 @@ def test_a_mixture_of_dtypes_in_one_group_trains_bitwise_as_wide_copies(build: A
         hand_over(params, copies, optimizer.loss_scale)
         assert optimizer.step() is None
         reference.step()
-        assert_trained_like(optimizer, params, copies)
+        assert_trained_like(engine, optimizer, params, copies)
     assert (optimizer.steps, optimizer.skipped_steps, optimizer.loss_scale) == (8, 0, 1024.0)
     assert "master" not in optimizer.state[params[2]]
 
 
-def test_weights_that_get_no_gradient_are_left_alone_and_may_join_later() -> None:
-    params, optimizer = make()
+def test_weights_that_get_no_gradient_are_left_alone_and_may_join_later(engine: Engine) -> None:
+    params, optimizer = make(engine)
     copies = wide_copies(params)
     reference = sgd(copies)
     for step in range(6):
@@ -112,13 +107,13 @@ def test_weights_that_get_no_gradient_are_left_alone_and_may_join_later() -> Non
         hand_over(params, copies, optimizer.loss_scale)
         optimizer.step()
         reference.step()
-        assert_trained_like(optimizer, params, copies)
+        assert_trained_like(engine, optimizer, params, copies)
         # only its master: some optimizers move parameters that have no gradient
         assert (set(optimizer.state[params[1]]) > {"master"}) == (step >= 3)
 
 
-def test_step_without_any_gradient_does_and_counts_nothing() -> None:
-    params, optimizer = make()
+def test_step_without_any_gradient_does_and_counts_nothing(engine: Engine) -> None:
+    params, optimizer = make(engine)
     before = wide_copies(params)
     optimizer.step()
     optimizer.backward(torch.zeros((), requires_grad=True))
@@ -126,11 +121,11 @@ def test_step_without_any_gradient_does_and_counts_nothing() -> None:
     optimizer.unscale_()
     optimizer.step()
     assert (optimizer.steps, optimizer.loss_scale, optimizer.last_step) == (0, 256.0, None)
-    assert_trained_like(optimizer, params, before)
+    assert_trained_like(engine, optimizer, params, before)
 
 
-def test_frozen_weights_stay_and_unfrozen_ones_train() -> None:
-    params, optimizer = make()
+def test_frozen_weights_stay_and_unfrozen_ones_train(engine: Engine) -> None:
+    params, optimizer = make(engine)
     copies = wide_copies(params)
     reference = sgd(copies)
     for step in range(9):
@@ -141,15 +136,15 @@ def test_frozen_weights_stay_and_unfrozen_ones_train() -> None:
         hand_over(params, copies, optimizer.loss_scale)
         optimizer.step()
         reference.step()
-        assert_trained_like(optimizer, params, copies)
+        assert_trained_like(engine, optimizer, params, copies)
 
 
-def test_tied_weights_stay_tied_and_train_on_the_sum_of_their_gradients() -> None:
+def test_tied_weights_stay_tied_and_train_on_the_sum_of_their_gradients(engine: Engine) -> None:
     torch.manual_seed(0)
     embedding, head = nn.Embedding(6, 4), nn.Linear(4, 6, bias=False)
     head.weight = embedding.weight
     model = nn.Sequential(embedding, head).half()
-    optimizer = mpcore.MixedPrecisionOptimizer(sgd(model.parameters()), SCALE)
+    optimizer = engine.wrap(sgd(model.parameters()), SCALE)
     copies = wide_copies(list(model.parameters()))
     reference = sgd(copies)
     for _ in range(4):
@@ -161,11 +156,11 @@ def test_tied_weights_stay_tied_and_train_on_the_sum_of_their_gradients() -> Non
         reference.step()
     assert head.weight is embedding.weight
     assert len(optimizer.param_groups[0]["params"]) == 1
-    assert_trained_like(optimizer, list(model.parameters()), copies)
+    assert_trained_like(engine, optimizer, list(model.parameters()), copies)
 
 
-def test_micro_batches_of_exact_gradients_equal_one_batch() -> None:
-    (params, optimizer), (others, other) = make(), make()
+def test_micro_batches_of_exact_gradients_equal_one_batch(engine: Engine) -> None:
+    (params, optimizer), (others, other) = make(engine), make(engine)
     for step in range(3):
         quarters = [torch.full((3, 4), float(k + step)) for k in range(4)]
         optimizer.zero_grad()
@@ -180,8 +175,8 @@ def test_micro_batches_of_exact_gradients_equal_one_batch() -> None:
         assert_equal_bits(mine, theirs)
 
 
-def test_zero_grad_clears_or_fills_and_forgets_what_no_step_used() -> None:
-    params, optimizer = make()
+def test_zero_grad_clears_or_fills_and_forgets_what_no_step_used(engine: Engine) -> None:
+    params, optimizer = make(engine)
     for set_to_none in (True, False):
         optimizer.backward(loss_of(params, 0))
         optimizer.clip_grad_norm_(1e-3)
@@ -197,41 +192,11 @@ def test_zero_grad_clears_or_fills_and_forgets_what_no_step_used() -> None:
     hand_over(params, copies, optimizer.loss_scale)
     optimizer.step()
     reference.step()
-    assert_trained_like(optimizer, params, copies)
+    assert_trained_like(engine, optimizer, params, copies)
 
 
-def test_hooks_fire_once_a_step_on_the_wrapper_and_once_a_taken_step_on_the_inner() -> None:
-    params, optimizer = make()
-    seen: Counter[str] = Counter()
-
-    def count(name: str) -> Any:
-        return lambda *_: seen.update([name])
-
-    skipped: list[bool] = []
-    handles = [
-        optimizer.register_step_post_hook(lambda o, *_: skipped.append(o.last_step.skipped)),
-        optimizer.register_step_pre_hook(count("pre")),
-        optimizer.register_step_post_hook(count("post")),
-        optimizer.inner.register_step_post_hook(count("inner")),
-        torch_optimizer.register_optimizer_step_pre_hook(count("global pre")),
-        torch_optimizer.register_optimizer_step_post_hook(count("global post")),
-    ]
-    try:
-        for factor in (1.0, torch.inf, 1.0):
-            optimizer.zero_grad()
-            optimizer.backward(loss_of(params, 0) * factor)
-            optimizer.step()
-    finally:
-        for handle in handles:
-            handle.remove()
-    assert skipped == [False, True, False]
-    # global hooks see both optimizers: the wrapper three times, the inner one twice
-    expected = {"pre": 3, "post": 3, "inner": 2, "global pre": 5, "global post": 5}
-    assert dict(seen) == expected
-
-
-def test_last_step_is_read_lazily_and_stays_valid() -> None:
-    params, optimizer = make([torch.float16, torch.float32], build=torch.optim.AdamW)
+def test_last_step_is_read_lazily_and_stays_valid(engine: Engine) -> None:
+    params, optimizer = make(engine, [torch.float16, torch.float32], build=torch.optim.AdamW)
     results = []
     for step, factor in enumerate((1.0, torch.inf, 1.0)):
         optimizer.zero_grad()
@@ -249,35 +214,11 @@ def test_last_step_is_read_lazily_and_stays_valid() -> None:
     assert [len(result.overflowed()) for result in results] == [0, 2, 0]
 
 
-def test_a_step_with_a_fused_inner_syncs_not_at_all_until_its_result_is_read() -> None:
-    params, optimizer = make(
-        [torch.float16, torch.float32], build=lambda p: torch.optim.AdamW(p, fused=True)
-    )
-    plain = wide_copies(params)
-    theirs = torch.optim.AdamW(plain, fused=True)
-    for _ in range(2):
-        optimizer.backward(loss_of(params, 0))
-        hand_over(params, plain, 256.0)
-        with Syncs() as alone:
-            theirs.step()
-        with Syncs() as ours:
-            optimizer.clip_grad_norm_(1.0)
-            optimizer.step()
-            result = optimizer.last_step
-            optimizer.zero_grad()
-        assert ours.count == alone.count
-        assert not hasattr(optimizer.inner, "found_inf")
-    for read in (lambda: result.skipped, lambda: result.grad_norm, lambda: result.loss_scale):
-        with Syncs() as reading:
-            read()
-        assert reading.count == 1
-
-
 @pytest.mark.parametrize("named", [True, False])
-def test_overflowed_names_the_parameters_and_only_those(named: bool) -> None:
+def test_overflowed_names_the_parameters_and_only_those(engine: Engine, named: bool) -> None:
     model = nn.ModuleDict({"first": nn.Linear(2, 3), "last": nn.Linear(3, 2).half()})
     given = model.named_parameters() if named else model.parameters()
-    optimizer = mpcore.MixedPrecisionOptimizer(sgd(given), SCALE)
+    optimizer = engine.wrap(sgd(given), SCALE)
     optimizer.scale(torch.ones(()))
     for param in model.parameters():
         param.grad = torch.ones_like(param)
@@ -289,7 +230,18 @@ def test_overflowed_names_the_parameters_and_only_those(named: bool) -> None:
     assert optimizer.last_step.overflowed() == (["first.bias", "last.weight"] if named else unnamed)
 
 
-def test_repr_names_the_inner_optimizer_the_path_and_the_backend_and_shows_groups() -> None:
-    shown = repr(make()[1])
-    for part in ("SGD", "DynamicLossScale(init=256.0", "'general'", "'reference'", "lr: 0.1"):
-        assert part in shown
+def test_repr_names_the_inner_optimizer_the_path_and_the_backend_and_shows_groups(
+    engine: Engine,
+) -> None:
+    optimizer = make(engine)[1]
+    (path,) = optimizer.path
+    assert (path.path, path.reason) == (
+        ("fused", "sgd") if engine.fused else ("general", "it was asked for")
+    )
+    expected = (
+        "MixedPrecisionOptimizer(SGD, DynamicLossScale(init=256.0",
+        f"backend='{engine.backend}', path of each group: 0: {path.path}: {path.reason})",
+        "lr: 0.1",
+    )
+    for part in expected:
+        assert part in repr(optimizer)

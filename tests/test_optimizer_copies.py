@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from mpcore_testing.engines import Engine, engine_cases
+
 
 def applied(layer: nn.Linear, x: Tensor) -> Tensor:
     """`layer(x)` without a matrix product, which is slow in 16 bits on some CPUs."""
@@ -41,12 +43,14 @@ INNERS: dict[str, Any] = {
 }
 
 
-def make(name: str, named: bool = False) -> tuple[Pair, mpcore.MixedPrecisionOptimizer]:
+def make(
+    engine: Engine, name: str, named: bool = False
+) -> tuple[Pair, mpcore.MixedPrecisionOptimizer]:
     torch.manual_seed(0)
     model = Pair()
     inner = INNERS[name](model.named_parameters() if named else model.parameters())
     scale = mpcore.DynamicLossScale(init=2.0**20, growth_interval=4)
-    return model, mpcore.MixedPrecisionOptimizer(inner, scale)
+    return model, engine.wrap(inner, scale)
 
 
 def train(model: Any, optimizer: Any, first: int, count: int, update: Any = None) -> None:
@@ -92,11 +96,11 @@ def by_torch_save(pair: Any) -> Any:
 
 @pytest.mark.parametrize("duplicate", [by_deepcopy, by_pickle, by_torch_save])
 @pytest.mark.parametrize("steps", [0, 1, 9])
-@pytest.mark.parametrize("name", INNERS)
+@pytest.mark.parametrize(("name", "engine"), engine_cases(INNERS))
 def test_a_copy_is_independent_and_continues_bit_for_bit(
-    name: str, steps: int, duplicate: Any
+    engine: Engine, name: str, steps: int, duplicate: Any
 ) -> None:
-    model, optimizer = make(name)
+    model, optimizer = make(engine, name)
     train(model, optimizer, 0, steps)
     optimizer.zero_grad()
     before = contents(model, optimizer)
@@ -109,8 +113,8 @@ def test_a_copy_is_independent_and_continues_bit_for_bit(
     assert optimizer.skipped_steps > 0
 
 
-def test_the_copy_is_wired_like_the_original() -> None:
-    model, optimizer = make("AdamW", named=True)
+def test_the_copy_is_wired_like_the_original(engine: Engine) -> None:
+    model, optimizer = make(engine, "AdamW", named=True)
     train(model, optimizer, 0, 6)
     other_model, other = copy.deepcopy((model, optimizer))
     assert type(other) is mpcore.MixedPrecisionOptimizer
@@ -129,8 +133,8 @@ def test_the_copy_is_wired_like_the_original() -> None:
 
 
 @pytest.mark.parametrize("target", ["wrapper", "inner"])
-def test_an_optimizer_under_a_scheduler_can_be_copied(target: str) -> None:
-    model, optimizer = make("SGD")
+def test_an_optimizer_under_a_scheduler_can_be_copied(engine: Engine, target: str) -> None:
+    model, optimizer = make(engine, "SGD")
     torch.optim.lr_scheduler.StepLR(optimizer if target == "wrapper" else optimizer.inner, 1)
     train(model, optimizer, 0, 6)
     other_model, other = copy.deepcopy((model, optimizer))
@@ -140,8 +144,8 @@ def test_an_optimizer_under_a_scheduler_can_be_copied(target: str) -> None:
     assert contents(other_model, other) == contents(model, optimizer) != before
 
 
-def test_a_copy_taken_between_unscale_and_step_is_one_taken_before_the_step() -> None:
-    model, optimizer = make("SGD")
+def test_a_copy_taken_between_unscale_and_step_is_one_taken_before_the_step(engine: Engine) -> None:
+    model, optimizer = make(engine, "SGD")
     train(model, optimizer, 0, 6)
     before = contents(model, optimizer)
     optimizer.zero_grad()
@@ -155,9 +159,9 @@ def test_a_copy_taken_between_unscale_and_step_is_one_taken_before_the_step() ->
     assert contents(other_model, other) == contents(model, optimizer)
 
 
-def test_an_exponential_moving_average_beside_it_changes_nothing() -> None:
-    model, optimizer = make("AdamW")
-    other_model, other = make("AdamW")
+def test_an_exponential_moving_average_beside_it_changes_nothing(engine: Engine) -> None:
+    model, optimizer = make(engine, "AdamW")
+    other_model, other = make(engine, "AdamW")
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
     train(model, optimizer, 0, 8, average.update_parameters)
     train(other_model, other, 0, 8)

@@ -13,6 +13,7 @@ from mpcore.errors import StageError
 from torch import Tensor, nn
 
 from mpcore_testing.checkpoints import INNERS, SCALE, contents, make, patterns, train
+from mpcore_testing.engines import Engine, engine_cases
 
 
 def through_a_file(value: Any) -> Any:
@@ -23,15 +24,15 @@ def through_a_file(value: Any) -> Any:
 
 
 @pytest.mark.parametrize("steps", [0, 3, 4, 6, 9])  # fresh, plain, a growth, an overflow, later
-@pytest.mark.parametrize("name", INNERS)
+@pytest.mark.parametrize(("name", "engine"), engine_cases(INNERS))
 def test_training_resumed_from_a_file_equals_training_that_never_stopped(
-    name: str, steps: int
+    engine: Engine, name: str, steps: int
 ) -> None:
-    model, optimizer = make(name)
+    model, optimizer = make(engine, name)
     train(model, optimizer, 0, steps)
     optimizer.param_groups[0].update(lr=optimizer.param_groups[0]["lr"] / 2)
     saved = through_a_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
-    resumed, other = make(name, seed=1)
+    resumed, other = make(engine, name, seed=1)
     resumed.load_state_dict(saved["model"])
     other.load_state_dict(saved["optimizer"])
     assert contents(resumed, other) == contents(model, optimizer)
@@ -41,12 +42,14 @@ def test_training_resumed_from_a_file_equals_training_that_never_stopped(
     assert (other.skipped_steps, other.steps) == (1, steps + 6)
 
 
-@pytest.mark.parametrize("name", INNERS)
-def test_masters_and_moments_of_16_bit_weights_are_saved_and_loaded_in_float32(name: str) -> None:
-    model, optimizer = make(name)
+@pytest.mark.parametrize(("name", "engine"), engine_cases(INNERS))
+def test_masters_and_moments_of_16_bit_weights_are_saved_and_loaded_in_float32(
+    engine: Engine, name: str
+) -> None:
+    model, optimizer = make(engine, name)
     train(model, optimizer, 0, 3)
     saved = optimizer.state_dict()
-    resumed, other = make(name)
+    resumed, other = make(engine, name)
     other.load_state_dict(saved)
     for number, param in enumerate(model.parameters()):
         floating = [v for v in saved["state"].get(number, {}).values() if isinstance(v, Tensor)]
@@ -61,8 +64,8 @@ def test_masters_and_moments_of_16_bit_weights_are_saved_and_loaded_in_float32(n
     assert not torch.equal(master, master.half().float()), "the master carries nothing extra"
 
 
-def test_a_state_dict_holds_plain_values_only() -> None:
-    model, optimizer = make("RMSprop")
+def test_a_state_dict_holds_plain_values_only(engine: Engine) -> None:
+    model, optimizer = make(engine, "AdamW")
     train(model, optimizer, 0, 6)
     saved = optimizer.state_dict()
     assert set(saved) == {"state", "param_groups", "mpcore"}
@@ -71,14 +74,16 @@ def test_a_state_dict_holds_plain_values_only() -> None:
     assert (numbers["scale"], numbers["steps"], numbers["skipped_steps"]) == (256.0, 6, 1)
 
 
-@pytest.mark.parametrize("name", ["AdamW", "RMSprop"])
-def test_loading_shares_no_tensor_with_what_was_loaded_and_leaves_it_alone(name: str) -> None:
-    model, optimizer = make(name)
+@pytest.mark.parametrize(("name", "engine"), engine_cases(INNERS, ["AdamW", "RMSprop"]))
+def test_loading_shares_no_tensor_with_what_was_loaded_and_leaves_it_alone(
+    engine: Engine, name: str
+) -> None:
+    model, optimizer = make(engine, name)
     train(model, optimizer, 0, 3)
     saved = copy.deepcopy(optimizer.state_dict())
     before = patterns(saved)
-    resumed, other = make(name)
-    _, third = make(name)
+    resumed, other = make(engine, name)
+    _, third = make(engine, name)
     other.load_state_dict(saved)
     third.load_state_dict(saved)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(other, 0.5)  # fills a tensor lr in place
@@ -91,12 +96,12 @@ def test_loading_shares_no_tensor_with_what_was_loaded_and_leaves_it_alone(name:
 @pytest.mark.parametrize("target", ["wrapper", "inner"])
 @pytest.mark.parametrize("early", [True, False])
 def test_schedulers_drive_the_step_after_loading_whenever_they_were_built(
-    target: str, early: bool
+    engine: Engine, target: str, early: bool
 ) -> None:
-    model, optimizer = make("SGD")
+    model, optimizer = make(engine, "SGD")
     train(model, optimizer, 0, 3)
     saved = optimizer.state_dict()
-    resumed, other = make("SGD")
+    resumed, other = make(engine, "SGD")
     resumed.load_state_dict(model.state_dict())
 
     def build() -> Any:
@@ -117,8 +122,8 @@ def test_schedulers_drive_the_step_after_loading_whenever_they_were_built(
     assert other.param_groups[0]["lr"] == 0.0
 
 
-def test_hooks_around_saving_and_loading_run_and_may_replace_what_passes() -> None:
-    model, optimizer = make()
+def test_hooks_around_saving_and_loading_run_and_may_replace_what_passes(engine: Engine) -> None:
+    model, optimizer = make(engine)
     train(model, optimizer, 0, 2)
     seen: list[str] = []
     optimizer.register_state_dict_pre_hook(lambda o: seen.append("saving"))
@@ -133,8 +138,8 @@ def test_hooks_around_saving_and_loading_run_and_may_replace_what_passes() -> No
     assert seen[-1] == "loaded 2"
 
 
-def test_a_hook_after_saving_sees_all_that_is_saved() -> None:
-    _, optimizer = make()
+def test_a_hook_after_saving_sees_all_that_is_saved(engine: Engine) -> None:
+    _, optimizer = make(engine)
     seen: list[set[str]] = []
     optimizer.register_state_dict_post_hook(lambda o, saved: seen.append(set(saved)))
     optimizer.state_dict()
@@ -142,10 +147,12 @@ def test_a_hook_after_saving_sees_all_that_is_saved() -> None:
 
 
 @pytest.mark.parametrize("scale", [mpcore.NoLossScale(), mpcore.StaticLossScale(64.0)])
-def test_a_scale_that_never_moves_keeps_its_value_whatever_is_loaded(scale: Any) -> None:
-    source_model, source = make("SGD without state")
+def test_a_scale_that_never_moves_keeps_its_value_whatever_is_loaded(
+    engine: Engine, scale: Any
+) -> None:
+    source_model, source = make(engine, "SGD without state")
     train(source_model, source, 0, 7)
-    model, optimizer = make("SGD without state", scale)
+    model, optimizer = make(engine, "SGD without state", scale)
     expected = optimizer.loss_scale
     optimizer.load_state_dict(source.state_dict())
     assert optimizer.loss_scale == expected
@@ -156,25 +163,27 @@ def test_a_scale_that_never_moves_keeps_its_value_whatever_is_loaded(scale: Any)
     assert torch.equal(model.single.bias, before - 0.05)
 
 
-def test_a_saved_scale_outside_the_bounds_is_clamped_to_them() -> None:
-    _, source = make("SGD", mpcore.DynamicLossScale(init=2.0**10))
+def test_a_saved_scale_outside_the_bounds_is_clamped_to_them(engine: Engine) -> None:
+    _, source = make(engine, "SGD", mpcore.DynamicLossScale(init=2.0**10))
     for bounds, expected in (((1.0, 2.0**8), 2.0**8), ((2.0**12, 2.0**20), 2.0**12)):
         scale = mpcore.DynamicLossScale(expected, min_scale=bounds[0], max_scale=bounds[1])
-        _, optimizer = make("SGD", scale)
+        _, optimizer = make(engine, "SGD", scale)
         optimizer.load_state_dict(source.state_dict())
         assert optimizer.loss_scale == expected
 
 
-def test_a_saved_tolerance_of_overflows_is_cut_to_the_hysteresis_of_now() -> None:
-    _, source = make("SGD", mpcore.DynamicLossScale(init=2.0**8, hysteresis=4))
-    model, optimizer = make("SGD")
+def test_a_saved_tolerance_of_overflows_is_cut_to_the_hysteresis_of_now(engine: Engine) -> None:
+    _, source = make(engine, "SGD", mpcore.DynamicLossScale(init=2.0**8, hysteresis=4))
+    model, optimizer = make(engine, "SGD")
     optimizer.load_state_dict(source.state_dict())
     train(model, optimizer, 5, 6)
     assert (optimizer.skipped_steps, optimizer.loss_scale) == (1, 2.0**7)
 
 
-def test_loading_between_backward_and_step_forgets_that_the_gradients_were_scaled() -> None:
-    model, optimizer = make()
+def test_loading_between_backward_and_step_forgets_that_the_gradients_were_scaled(
+    engine: Engine,
+) -> None:
+    model, optimizer = make(engine)
     train(model, optimizer, 0, 4)
     saved = optimizer.state_dict()
     train(model, optimizer, 4, 9)
@@ -186,9 +195,11 @@ def test_loading_between_backward_and_step_forgets_that_the_gradients_were_scale
         optimizer.step()
 
 
-def test_loading_a_state_dict_from_before_training_takes_masters_from_the_weights_again() -> None:
-    _, fresh = make("SGD")
-    model, optimizer = make("SGD")
+def test_loading_a_state_dict_from_before_training_takes_masters_from_the_weights_again(
+    engine: Engine,
+) -> None:
+    _, fresh = make(engine, "SGD")
+    model, optimizer = make(engine, "SGD")
     train(model, optimizer, 0, 4)
     with torch.no_grad():
         model.low.weight.fill_(0.25)
@@ -201,11 +212,10 @@ def test_loading_a_state_dict_from_before_training_takes_masters_from_the_weight
     assert torch.equal(master, torch.full((4, 3), 0.25) - 0.05)
 
 
-def test_the_number_of_saturated_weights_is_saved_and_loaded() -> None:
+def test_the_number_of_saturated_weights_is_saved_and_loaded(engine: Engine) -> None:
     param, other = (nn.Parameter(torch.full((5,), 65504.0).half()) for _ in range(2))
     optimizer, resumed = (
-        mpcore.MixedPrecisionOptimizer(torch.optim.SGD([p], lr=100.0), SCALE)
-        for p in (param, other)
+        engine.wrap(torch.optim.SGD([p], lr=100.0), SCALE) for p in (param, other)
     )
     optimizer.backward(-param.float().sum())
     optimizer.step()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import mpcore
 import pytest
 import torch
 from mpcore.errors import ArgumentError, ArgumentTypeError
 
 from mpcore_testing.checkpoints import INNERS, SCALE, Pair, contents, make, train
+from mpcore_testing.engines import Engine
 
 
 def without(saved: Any, *path: Any) -> Any:
@@ -53,11 +53,13 @@ BROKEN: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_state_dict_that_does_not_fit_is_refused_and_nothing_changes(case: str) -> None:
-    model, optimizer = make()
+def test_a_state_dict_that_does_not_fit_is_refused_and_nothing_changes(
+    engine: Engine, case: str
+) -> None:
+    model, optimizer = make(engine)
     train(model, optimizer, 0, 3)
     before = contents(model, optimizer)
-    source_model, source = make(seed=1)
+    source_model, source = make(engine, seed=1)
     train(source_model, source, 0, 4)
     broken = copy.deepcopy(source.state_dict())
     BROKEN[case](broken)
@@ -67,11 +69,11 @@ def test_a_state_dict_that_does_not_fit_is_refused_and_nothing_changes(case: str
     train(model, optimizer, 3, 4)
 
 
-def test_masters_of_a_16_bit_model_are_not_loaded_into_float32_weights() -> None:
-    source_model, source = make()
+def test_masters_of_a_16_bit_model_are_not_loaded_into_float32_weights(engine: Engine) -> None:
+    source_model, source = make(engine)
     train(source_model, source, 0, 3)
     model = Pair().float()
-    optimizer = mpcore.MixedPrecisionOptimizer(INNERS["AdamW"](model.parameters()), SCALE)
+    optimizer = engine.wrap(INNERS["AdamW"](model.parameters()), SCALE)
     before = contents(model, optimizer)
     with pytest.raises(ArgumentError, match=r"^state_dict.*master.*: expected"):
         optimizer.load_state_dict(source.state_dict())

@@ -4,6 +4,7 @@ import mpcore
 import pytest
 import torch
 
+from mpcore_testing.engines import GENERAL
 from mpcore_testing.optimizers import Case, fused_cases, step_cases
 from mpcore_testing.syncs import HostSyncError, ScalarReads, fake_cuda
 from mpcore_testing.twins import mixed_groups
@@ -26,7 +27,7 @@ def excess_reads(case, *, clean_steps):
     groups = mixed_groups(torch.Generator().manual_seed(0), matrices_only=case.matrices_only)
     params = [param for group in groups for param in group]
     copies = [torch.nn.Parameter(p.detach().clone().float()) for p in params]
-    wrapped = mpcore.MixedPrecisionOptimizer(case.build(params), backend="reference")
+    wrapped = GENERAL.wrap(case.build(params))
     plain = case.build(copies)
 
     def wrapped_step():
@@ -60,7 +61,7 @@ def test_first_step_reads_at_most_one_value_more_than_the_inner_optimizer(case):
 def test_number_of_reads_does_not_grow_with_parameters_groups_or_backward_passes():
     params = [torch.nn.Parameter(torch.ones(3).half()) for _ in range(40)]
     groups = [{"params": params[i : i + 4]} for i in range(0, 40, 4)]
-    optimizer = mpcore.MixedPrecisionOptimizer(torch.optim.SGD(groups, lr=0.1))
+    optimizer = GENERAL.wrap(torch.optim.SGD(groups, lr=0.1))
 
     def step():
         for _ in range(3):
@@ -79,7 +80,7 @@ def test_step_with_a_closure_reads_one_value_more_per_evaluation():
     case = Case("LBFGS", {"lr": 0.5, "max_iter": 4})
     params = [torch.nn.Parameter(torch.ones(3).half()), torch.nn.Parameter(torch.ones(2))]
     copies = [torch.nn.Parameter(p.detach().clone().float()) for p in params]
-    wrapped = mpcore.MixedPrecisionOptimizer(case.build(params), mpcore.StaticLossScale(8.0))
+    wrapped = GENERAL.wrap(case.build(params), mpcore.StaticLossScale(8.0))
     plain = case.build(copies)
     evaluations = []
 
@@ -104,7 +105,7 @@ def test_step_with_a_closure_reads_one_value_more_per_evaluation():
 
 def test_overflowing_step_with_a_fused_optimizer_reads_nothing_until_last_step_is_asked():
     weight = torch.nn.Parameter(torch.ones(3).half())
-    optimizer = mpcore.MixedPrecisionOptimizer(torch.optim.AdamW([weight], fused=True))
+    optimizer = GENERAL.wrap(torch.optim.AdamW([weight], fused=True))
 
     def step():
         optimizer.scale(torch.ones(()))
@@ -141,10 +142,9 @@ def steps_on(params, optimizer, count, *, use=lambda optimizer: optimizer.clip_g
 
 def on_fake_cuda(case, loss_scale, use):
     params = fake_params()
-    optimizer = mpcore.MixedPrecisionOptimizer(
+    optimizer = GENERAL.wrap(
         case.build([{"params": params[:2]}, {"params": params[2:]}]),
         loss_scale,
-        backend="reference",
     )
     steps_on(params, optimizer, 3, use=use)
     masters = [optimizer.state[p]["master"] for p in params if p.dtype != FULL]
@@ -194,7 +194,7 @@ def test_fused_optimizers_step_on_the_device_alone(case):
 def test_fused_sgd_with_momentum_reads_once_in_its_first_step_and_then_never(case):
     with fake_cuda(answer=lambda: 0.0) as watch:
         params = fake_params()
-        optimizer = mpcore.MixedPrecisionOptimizer(case.build(params), backend="reference")
+        optimizer = GENERAL.wrap(case.build(params))
         steps_on(params, optimizer, 1)
         assert watch.reads == 1
         steps_on(params, optimizer, 3)
@@ -213,7 +213,7 @@ UNFUSED_ON_DEVICE = [
 def test_step_of_an_unfused_optimizer_asks_the_device_exactly_once(case):
     with fake_cuda(answer=lambda: 0.0) as watch:
         params = fake_params()
-        optimizer = mpcore.MixedPrecisionOptimizer(case.build(params), backend="reference")
+        optimizer = GENERAL.wrap(case.build(params))
         for done in range(1, 4):
             steps_on(params, optimizer, 1)
             assert watch.reads == done
@@ -223,7 +223,7 @@ def test_step_of_an_unfused_optimizer_asks_the_device_exactly_once(case):
 def test_unfused_optimizer_raises_where_no_read_is_allowed(case):
     with fake_cuda():
         params = fake_params()
-        optimizer = mpcore.MixedPrecisionOptimizer(case.build(params), backend="reference")
+        optimizer = GENERAL.wrap(case.build(params))
         with pytest.raises(HostSyncError, match="read a value"):
             steps_on(params, optimizer, 1)
 
@@ -240,9 +240,7 @@ def test_unfused_optimizer_raises_where_no_read_is_allowed(case):
 def test_numbers_for_the_user_sync_only_when_they_are_read(read):
     with fake_cuda() as watch:
         params = fake_params()
-        optimizer = mpcore.MixedPrecisionOptimizer(
-            torch.optim.AdamW(params, fused=True), backend="reference"
-        )
+        optimizer = GENERAL.wrap(torch.optim.AdamW(params, fused=True))
         steps_on(params, optimizer, 1)
         assert watch.reads == 0
         with pytest.raises(RuntimeError, match=REFUSED):

@@ -1,9 +1,9 @@
 """Every dense class of torch.optim, in the wrapper and alone: the same bits, overflows or not."""
 
-import mpcore
 import pytest
 import torch
 
+from mpcore_testing.engines import GENERAL
 from mpcore_testing.optimizers import OPTIONS, Case, dense_classes, step_cases, uncovered
 from mpcore_testing.twins import LOSS_SCALE, Twins, mixed_groups, random_gradient, spoil
 
@@ -148,7 +148,7 @@ def test_optimizer_that_moves_parameters_without_gradients_moves_masters_then_to
     params = [torch.nn.Parameter(torch.ones(3, dtype=dtype)) for _ in range(3)]
     copies = [torch.nn.Parameter(p.detach().float()) for p in params]
     inner = AveragingDecay(params, lr=0.1)
-    wrapped = mpcore.MixedPrecisionOptimizer(inner, LOSS_SCALE, backend="reference")
+    wrapped = GENERAL.wrap(inner, LOSS_SCALE)
     twins = Twins(wrapped, params, AveragingDecay(copies, lr=0.1), copies)
     generator = torch.Generator().manual_seed(0)
     for step in range(12):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mpcore_testing.bits import rounded, same_bits
+from mpcore_testing.engines import GENERAL
 from mpcore_testing.optimizers import Case
 from mpcore_testing.twins import LOSS_SCALE, ScaleOracle
 
@@ -88,9 +89,7 @@ def test_training_with_real_backward_passes_equals_the_loop_written_by_hand(case
     torch.manual_seed(0)
     model = Net()
     by_hand = ByHand(case, model)
-    optimizer = mpcore.MixedPrecisionOptimizer(
-        case.build(model.parameters()), LOSS_SCALE, backend="reference", path="general"
-    )
+    optimizer = GENERAL.wrap(case.build(model.parameters()), LOSS_SCALE)
     skipped = []
     for step in range(STEPS):
         for x, y in batches(step):
@@ -115,10 +114,10 @@ def test_training_with_real_backward_passes_equals_the_loop_written_by_hand(case
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_gradients_that_accumulate_overflow_only_in_their_sum(fused):
+def test_gradients_that_accumulate_overflow_only_in_their_sum(engine, fused):
     """Two finite float16 gradients of 40000 add up to infinity: the step must be skipped."""
     weight = torch.nn.Parameter(torch.ones(2).half())
-    optimizer = mpcore.MixedPrecisionOptimizer(
+    optimizer = engine.wrap(
         torch.optim.AdamW([weight], lr=0.1, fused=fused), mpcore.StaticLossScale(1.0)
     )
     for _ in range(2):

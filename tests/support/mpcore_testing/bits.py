@@ -33,5 +33,10 @@ def same_bits(left: Any, right: Any) -> bool:
 
 
 def rounded(master: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns torch's own rounding of `master` to `dtype`, to nearest even; nothing saturates."""
-    return master.detach().to(dtype)
+    """Returns torch's own rounding of `master` to `dtype`, to nearest even; finite stays finite."""
+    value = master.detach().to(dtype)
+    if not value.isinf().any():
+        return value
+    limit = torch.finfo(dtype).max
+    escaped = value.isinf() & master.detach().isfinite()
+    return torch.where(escaped, value.sign() * limit, value)

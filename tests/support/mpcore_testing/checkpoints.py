@@ -8,6 +8,8 @@ import mpcore
 import torch
 from torch import Tensor, nn
 
+from mpcore_testing.engines import Engine
+
 SCALE = mpcore.DynamicLossScale(init=2.0**8, growth_interval=4)
 INNERS: dict[str, Any] = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
@@ -26,25 +28,27 @@ def applied(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 class Pair(nn.Module):
-    def __init__(self) -> None:
+    """A layer of each dtype; the last one, float64 by default, is one that not all engines take."""
+
+    def __init__(self, last: torch.dtype = torch.float64) -> None:
         super().__init__()
         self.low = nn.Linear(3, 4).half()
         self.brain = nn.Linear(4, 3).bfloat16()
         self.single = nn.Linear(3, 2)
-        self.last = nn.Linear(2, 1).double()
+        self.last = nn.Linear(2, 1).to(last)
         self.frozen = nn.Parameter(torch.ones(2).half(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = applied(self.brain, applied(self.low, x.half()).bfloat16())
-        return applied(self.last, self.single(hidden.float()).double())
+        return applied(self.last, self.single(hidden.float()).to(self.last.weight.dtype))
 
 
 def make(
-    name: str = "AdamW", scale: Any = SCALE, seed: int = 0
+    engine: Engine, name: str = "AdamW", scale: Any = SCALE, seed: int = 0
 ) -> tuple[Pair, mpcore.MixedPrecisionOptimizer]:
     torch.manual_seed(seed)
-    model = Pair()
-    return model, mpcore.MixedPrecisionOptimizer(INNERS[name](model.parameters()), scale)
+    model = Pair(engine.dtypes([torch.float64, torch.float32])[0])
+    return model, engine.wrap(INNERS[name](model.parameters()), scale)
 
 
 def train(model: nn.Module, optimizer: Any, first: int, last: int, bad: Any = (5,)) -> None:

@@ -9,6 +9,8 @@ import mpcore
 import torch
 from torch import Tensor, nn
 
+from mpcore_testing.engines import Engine
+
 SCALE = mpcore.DynamicLossScale(init=2.0**8, growth_interval=5)
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 TARGETS = [torch.linspace(-1, 2, 6) * k for k in (1.0, -0.5, 2.0)]
@@ -23,10 +25,10 @@ INNERS: dict[str, Any] = {
 
 
 def make(
-    name: str = "SGD", scale: Any = SCALE
+    engine: Engine, name: str = "SGD", scale: Any = SCALE
 ) -> tuple[list[nn.Parameter], mpcore.MixedPrecisionOptimizer]:
     params = [nn.Parameter(torch.linspace(0, 1, 6).to(dtype)) for dtype in DTYPES]
-    return params, mpcore.MixedPrecisionOptimizer(INNERS[name](params), scale)
+    return params, engine.wrap(INNERS[name](params), scale)
 
 
 def loss_of(params: list[nn.Parameter]) -> Tensor:

@@ -8,6 +8,8 @@ import mpcore
 import torch
 from torch import Tensor, nn
 
+from mpcore_testing.engines import Engine
+
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 SCALE = mpcore.DynamicLossScale(init=2.0**8, growth_interval=3)
 
@@ -20,9 +22,9 @@ def weights(dtypes: Any = DTYPES) -> list[nn.Parameter]:
     return [nn.Parameter(torch.linspace(-1, 2, 6).reshape(2, 3).to(dtype)) for dtype in dtypes]
 
 
-def make(scale: Any = SCALE, steps: int = 0) -> tuple[list[nn.Parameter], Any]:
+def make(engine: Engine, scale: Any = SCALE, steps: int = 0) -> tuple[list[nn.Parameter], Any]:
     params = weights()
-    optimizer = mpcore.MixedPrecisionOptimizer(adamw(params), scale)
+    optimizer = engine.wrap(adamw(params), scale)
     for _ in range(steps):
         optimizer.zero_grad()
         optimizer.backward(loss_of(params))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mpcore_testing.bits import bits, rounded, same_bits
+from mpcore_testing.engines import GENERAL
 from mpcore_testing.optimizers import Case
 
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
@@ -108,9 +109,7 @@ class Twins:
             first, *rest = [{"params": list(group)} for group in tensors]
             return [first, *({**group, "lr": lr / 2} for group in rest)]
 
-        wrapped = mpcore.MixedPrecisionOptimizer(
-            case.build(with_options(groups)), LOSS_SCALE, backend="reference", path="general"
-        )
+        wrapped = GENERAL.wrap(case.build(with_options(groups)), LOSS_SCALE)
         plain = case.build(with_options(copies))
         return cls(wrapped, list(chain(*groups)), plain, list(chain(*copies)))
 
