@@ -11,9 +11,9 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import accumulate, chain
 from operator import attrgetter
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch import Tensor
 from mpcore_kernels._cache import PLAIN_TYPES, TableCache, remembered
 from mpcore_kernels._checks import check_no_overlap, check_pairs, check_tensors
 from mpcore_kernels._table import upload
+from mpcore_kernels._update_batch import Batch, Hyper, check_batch, tensors_of
 from mpcore_kernels._update_kernel import CHUNK, ROW
 from mpcore_kernels.rules import Rule
 
@@ -28,42 +29,6 @@ from mpcore_kernels.rules import Rule
 _KEPT = 8
 _LAYOUT: tuple[Any, ...] = (attrgetter("shape"), Tensor.stride)
 _KIND: tuple[Any, ...] = (*map(attrgetter, ("dtype", "device", "layout")), Tensor.is_neg)
-
-
-class Batch(Protocol):
-    """Tensors that one launch updates; see `plan_update`."""
-
-    @property
-    def masters(self) -> Sequence[Tensor]:
-        """What is stepped."""
-
-    @property
-    def weights(self) -> Sequence[Tensor] | None:
-        """Their 16-bit copies."""
-
-    @property
-    def moments(self) -> Sequence[Sequence[Tensor]]:
-        """A list for each moment of the rule."""
-
-    @property
-    def steps(self) -> Sequence[Tensor] | None:
-        """Step counts."""
-
-    @property
-    def groups(self) -> Sequence[int]:
-        """Param group of each tensor."""
-
-
-class Hyper(Protocol):
-    """The hyper-parameters of all param groups; see `prepare_`."""
-
-    @property
-    def numbers(self) -> Sequence[Sequence[float]]:
-        """A row for each param group."""
-
-    @property
-    def lrs(self) -> Sequence[Tensor | None]:
-        """Learning rates on the device."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +63,7 @@ class Plan:
 
     Attributes:
         rule: What computes the update.
-        device: Where the tensors are; None if there are none.
+        device: Where the tensors are; of no meaning if there are none.
         parts: The batches.
         owners: `[tensors, 2]`, int64: address of the step count, or 0, and param group.
         scalars: `[tensors, columns + 1]`, float32: see `_prepare.py`.
@@ -106,10 +71,20 @@ class Plan:
         written: Everything that an update writes.
         spans: Ascending start and end addresses of that, on the host.
         prepared: Whether `scalars` are those of the next update.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> from mpcore_kernels import plan_update
+        >>> masters = [torch.zeros(5000), torch.zeros(3)]
+        >>> batch = SimpleNamespace(masters=masters, weights=None, moments=[], steps=None,
+        ...                         groups=[0, 1])
+        >>> plan = plan_update("sgd", [batch])
+        >>> plan.tensors, plan.groups, plan.parts[0].owners.tolist()
+        (2, 2, [0, 0, 0, 1])
     """
 
     rule: Rule
-    device: torch.device | None
+    device: torch.device
     parts: list[Part]
     owners: Tensor
     scalars: Tensor
@@ -132,7 +107,6 @@ class Plan:
             ValueError: If `hyper` does not fit the rule, the param groups or the device.
             RuntimeError: If a CUDA graph is being captured and `hyper` is new.
         """
-        assert self.device is not None
         bits = array("d", chain.from_iterable(hyper.numbers)).tobytes()
         lrs = [None if lr is None else (lr.data_ptr(), lr.dtype, lr.device) for lr in hyper.lrs]
         key = (bits, tuple(map(len, hyper.numbers)), tuple(lrs))
@@ -143,7 +117,6 @@ class Plan:
         return self.owners, numbers, self.scalars, self.tensors
 
     def _upload_numbers(self, hyper: Hyper, bits: bytes) -> Tensor:
-        assert self.device is not None
         width = len(self.rule.numbers)
         for index, row in enumerate(hyper.numbers):
             if len(row) != width:
@@ -166,7 +139,8 @@ class Plan:
                 )
         table = torch.empty(len(hyper.numbers), width + 1, dtype=torch.int64, device="cpu")
         table[:, 1:] = torch.frombuffer(bytearray(bits), dtype=torch.int64).view(-1, width)
-        table[:, 0] = torch.tensor([0 if lr is None else lr.data_ptr() for lr in hyper.lrs])
+        addresses = [0 if lr is None else lr.data_ptr() for lr in hyper.lrs]
+        table[:, 0] = torch.tensor(addresses, dtype=torch.int64, device="cpu")
         return upload(table, self.device)
 
     def addresses_of(
@@ -179,9 +153,8 @@ class Plan:
             ValueError: If gradients do not fit their batch, or share memory with what is written.
             RuntimeError: If a CUDA graph is being captured and the gradients are new.
         """
-        if self.device is None and not any(map(len, grads)):
+        if not self.tensors and not any(map(len, grads)):
             return [], []
-        assert self.device is not None
         if len(grads) != len(self.parts):
             raise ValueError(f"grads: expected {len(self.parts)} lists, got {len(grads)}.")
         dtypes = [
@@ -197,7 +170,6 @@ class Plan:
 
     def _dtype_of(self, index: int, part: Part, grads: list[Any]) -> torch.dtype:
         """Returns the dtype of the gradients of a batch; raises unless they are what it needs."""
-        assert self.device is not None
         # lists and sets of properties, made and compared in the interpreter's C
         if len(grads) == len(part.batch.masters) and PLAIN_TYPES.issuperset(map(type, grads)):
             kinds = [set(map(read, grads)) for read in _KIND]
@@ -217,7 +189,6 @@ class Plan:
     def _upload_addresses(
         self, found: tuple[int, ...], dtypes: Sequence[torch.dtype]
     ) -> list[Tensor]:
-        assert self.device is not None
         starts = torch.tensor(found, dtype=torch.int64, device="cpu")
         sizes = [
             master.numel() * dtype.itemsize
@@ -225,6 +196,8 @@ class Plan:
             for master in part.batch.masters
         ]
         ends = starts + torch.tensor(sizes, dtype=torch.int64, device="cpu")
+        if ((starts == 0) & (ends != 0)).any():
+            raise ValueError("grads: expected tensors that hold memory, got one that holds none.")
         first, last = self.spans
         # the first span that ends behind the start of the gradient
         place = torch.searchsorted(last, starts, right=True)
@@ -246,20 +219,19 @@ def make_plan(rule: Rule, batches: Sequence[Batch]) -> Plan:
     device = next((batch.masters[0].device for batch in batches if len(batch.masters)), None)
     if device is None:
         nothing = torch.empty(0, dtype=torch.int64, device="cpu")
-        table = nothing.view(0, 2)
-        scalars = torch.empty(0, rule.columns + 1, device="cpu")
-        return Plan(rule, None, [], table, scalars, 0, [], (nothing, nothing))
+        tables = (nothing.view(0, 2), torch.empty(0, rule.columns + 1, device="cpu"))
+        return Plan(rule, nothing.device, [], *tables, 0, [], (nothing, nothing))
     parts: list[Part] = []
     owners: list[tuple[int, int]] = []
     written: list[Tensor] = []
     first = 0
     for index, batch in enumerate(batches):
-        _check_batch(f"batches[{index}]", rule, batch, device)
+        check_batch(f"batches[{index}]", rule, batch, device)
         place = slice(first, first + len(batch.masters))
         parts.append(_part(batch, place, device))
         steps = [0] * len(batch.masters) if batch.steps is None else map(_address, batch.steps)
         owners += zip(steps, batch.groups, strict=True)
-        written += _written(batch)
+        written += tensors_of(batch)
         first = place.stop
     check_no_overlap("batches", written)
     return Plan(
@@ -278,11 +250,6 @@ def _address(tensor: Tensor) -> int:
     return tensor.data_ptr()
 
 
-def _written(batch: Batch) -> list[Tensor]:
-    """Returns all tensors of a batch."""
-    return [*batch.masters, *(batch.weights or ()), *chain(*batch.moments), *(batch.steps or ())]
-
-
 def _spans(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Returns ascending start and end addresses of tensors that share no memory."""
     spans = sorted(
@@ -294,34 +261,6 @@ def _spans(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return table[:, 0].contiguous(), table[:, 1].contiguous()
 
 
-def _check_batch(name: str, rule: Rule, batch: Batch, device: torch.device) -> None:
-    """Raises unless a batch is what `plan_update` documents."""
-    masters, moments = batch.masters, batch.moments
-    if len(moments) not in rule.counts_steps:
-        raise ValueError(
-            f"{name}.moments: expected {' or '.join(map(str, rule.counts_steps))} lists for "
-            f"{rule.name!r}, got {len(moments)}."
-        )
-    if batch.steps is None and rule.counts_steps[len(moments)]:
-        raise ValueError(f"{name}.steps: expected a step count for each tensor, got None.")
-    check_tensors(f"{name}.masters", masters, (torch.float32,), device)
-    for index, moment in enumerate(moments):
-        check_tensors(f"{name}.moments[{index}]", moment, (torch.float32,), device)
-        check_pairs(f"{name}.masters", masters, f"{name}.moments[{index}]", moment)
-    if batch.weights is not None:
-        dtypes = {weight.dtype for weight in batch.weights}
-        check_tensors(f"{name}.weights", batch.weights, (torch.float16, torch.bfloat16), device)
-        check_pairs(f"{name}.masters", masters, f"{name}.weights", batch.weights)
-        if len(dtypes) > 1:
-            raise ValueError(f"{name}.weights: expected one dtype, got several. Make two batches.")
-    if batch.steps is not None:
-        check_tensors(f"{name}.steps", batch.steps, (torch.float32,), device)
-        if len(batch.steps) != len(masters) or any(step.dim() for step in batch.steps):
-            raise ValueError(f"{name}.steps: expected a 0-d tensor for each of masters.")
-    if len(batch.groups) != len(masters) or any(group < 0 for group in batch.groups):
-        raise ValueError(f"{name}.groups: expected the index of a param group for each of masters.")
-
-
 def _part(batch: Batch, place: slice, device: torch.device) -> Part:
     """Describes one batch on its device, without a host sync."""
     masters, nothing = batch.masters, [0] * len(batch.masters)
@@ -329,7 +268,7 @@ def _part(batch: Batch, place: slice, device: torch.device) -> Part:
     programs = [max(1, -(-master.numel() // CHUNK)) for master in masters]
     columns = [
         [master.numel() for master in masters],
-        [0, *torch.tensor(programs).cumsum(0).tolist()][:-1],
+        [0, *accumulate(programs)][:-1],
         nothing if batch.weights is None else [*map(_address, batch.weights)],
         nothing if batch.steps is None else [*map(_address, batch.steps)],
         [*map(_address, masters)],

@@ -30,7 +30,8 @@ from mpcore_kernels._dtypes import FORMATS
 from mpcore_kernels._launch import Variant
 from mpcore_kernels._statistics import CATEGORIES, EXPONENTS
 from mpcore_kernels._table import CHUNK, Table, build, upload
-from mpcore_kernels._update_plan import Hyper, Plan
+from mpcore_kernels._update_batch import Hyper
+from mpcore_kernels._update_plan import Plan
 
 
 @dataclass(frozen=True)
@@ -239,7 +240,7 @@ def _check_update(
     """Returns what to prepare, None if there is nothing; raises unless both are given."""
     if (plan is None) != (hyper is None):
         raise ValueError("plan, hyper: expected both or none of them, got one.")
-    if plan is None or hyper is None or plan.device is None:
+    if plan is None or hyper is None or not plan.tensors:
         return None
     if plan.device != device:
         raise ValueError(f"plan: expected one of tensors on {device}, got {plan.device}.")

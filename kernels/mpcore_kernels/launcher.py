@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from mpcore_kernels._cache import TableCache
-from mpcore_kernels._update_plan import Batch, Hyper, Plan
+from mpcore_kernels._update_batch import Batch, Hyper
+from mpcore_kernels._update_plan import Plan
 from mpcore_kernels.cast import cast_into
 from mpcore_kernels.inspection import Inspection, inspect
 from mpcore_kernels.scale import update_scale_

@@ -31,7 +31,8 @@ from mpcore_kernels._cache import is_capturing
 from mpcore_kernels._checks import check_device, check_no_overlap, check_state
 from mpcore_kernels._launch import Variant
 from mpcore_kernels._table import mark_written
-from mpcore_kernels._update_plan import Batch, Hyper, Plan, make_plan
+from mpcore_kernels._update_batch import Batch, Hyper
+from mpcore_kernels._update_plan import Plan, make_plan
 from mpcore_kernels.rules import RULES
 
 
@@ -155,6 +156,19 @@ def prepare_(plan: Plan, hyper: Hyper) -> None:
         ValueError: If `hyper` does not fit the plan.
         RuntimeError: If a CUDA graph is being captured and `hyper` was not used with the plan
             before.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> param, grad = torch.tensor([1.0, 2.0]), torch.tensor([8.0, 8.0])
+        >>> batch = SimpleNamespace(masters=[param], weights=None, moments=[], steps=None,
+        ...                         groups=[0])
+        >>> plan = plan_update("sgd", [batch])
+        >>> plan.prepared
+        False
+        >>> # lr, momentum, dampening, weight_decay, nesterov, maximize
+        >>> prepare_(plan, SimpleNamespace(numbers=((0.5, 0, 0, 0, 0, 0),), lrs=(None,)))
+        >>> plan.prepared
+        True
     """
     if plan.tensors:
         arguments = plan.prepare_arguments(hyper)
@@ -191,6 +205,21 @@ def update_(
             written then.
         RuntimeError: If the plan is not prepared, or a CUDA graph is being captured and the plan
             does not know the gradients. Nothing is written then.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> param, grad = torch.tensor([1.0, 2.0]), torch.tensor([8.0, 8.0])
+        >>> batch = SimpleNamespace(masters=[param], weights=None, moments=[], steps=None,
+        ...                         groups=[0])
+        >>> plan = plan_update("sgd", [batch])
+        >>> hyper = SimpleNamespace(numbers=((0.5, 0, 0, 0, 0, 0),), lrs=(None,))
+        >>> for found_inf in (1, 0):  # the first step overflowed
+        ...     prepare_(plan, hyper)
+        ...     flag, saturated = torch.tensor(found_inf, dtype=torch.int32), torch.tensor(0)
+        ...     update_(plan, [[grad]], torch.tensor(0.25), flag, saturated)
+        ...     param.tolist()
+        [1.0, 2.0]
+        [0.0, 1.0]
     """
     check_state("coefficient", coefficient, torch.float32, ())
     device = coefficient.device
@@ -198,7 +227,7 @@ def update_(
     check_state("found_inf", found_inf, torch.int32, (), device)
     check_state("saturated", saturated, torch.int64, (), device)
     move = _arguments(then, coefficient, found_inf, saturated)
-    if plan.device not in (None, device):
+    if plan.tensors and plan.device != device:
         raise ValueError(f"coefficient: expected a tensor on {plan.device}, got {device}.")
     dtypes, addresses = plan.addresses_of(grads)
     if not plan.prepared:
@@ -240,8 +269,8 @@ def _arguments(
         stand_ins = (coefficient, found_inf, found_inf, saturated, saturated)
         return (*stand_ins, 0.0, 0.0, 0, 0.0, 0.0, 0)
     state = (then.scale, then.growth_tracker, then.overflows_left, then.steps, then.skipped_steps)
-    scale.check_scale_state(*state)
     check_state("scale", then.scale, torch.float32, (), coefficient.device)
+    scale.check_scale_state(*state)
     read = (coefficient, found_inf)
     check_no_overlap("then", (*state, saturated), "coefficient, found_inf", read)
     return (

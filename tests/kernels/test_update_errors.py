@@ -185,6 +185,10 @@ def test_update_refuses_gradients_that_do_not_fit(device):
         "grads[0][0]: expected a dense tensor": [[torch._neg_view(a), b]],
     }.items():
         step.refuse(ValueError, message, grads=grads)
+    freed = torch.ones_like(a)
+    freed.untyped_storage().resize_(0)
+    message = "grads: expected tensors that hold memory, got one that holds none."
+    step.refuse(ValueError, message, grads=[[freed, b]])
     message = "grads[0][0]: expected a torch.Tensor, got NoneType."
     step.refuse(TypeError, message, grads=[[None, b]])
     # float32 parameters have float32 gradients
@@ -227,6 +231,19 @@ def test_update_refuses_scalars_that_do_not_fit(device):
     }.items():
         step.refuse(ValueError, f"{name}: expected a contiguous", **{name: bad})
     step.refuse(TypeError, "coefficient: expected a torch.Tensor, got float.", coefficient=0.5)
+
+
+def test_update_refuses_scalars_on_another_device(device):
+    step = Step(device)
+    for name in ("found_inf", "saturated"):
+        away = step.arguments[name].to("meta")
+        step.refuse(ValueError, f"{name}: expected a tensor on {device}", **{name: away})
+    step.refuse(ValueError, "tensors: expected a", coefficient=torch.ones((), device="meta"))
+    for index in range(5):
+        name = list(vars(step.move))[index]
+        away = getattr(step.move, name).to("meta")
+        move = dataclasses.replace(step.move, **{name: away})
+        step.refuse(ValueError, f"{name}: expected a tensor on", then=move)
 
 
 def test_update_refuses_a_move_that_does_not_fit(device):

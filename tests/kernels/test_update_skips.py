@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import mpcore_kernels
+from mpcore_kernels._launch import Variant
 from mpcore_kernels._update_kernel import CHUNK
 from mpcore_testing.fused import (
     BRAIN,
@@ -100,6 +101,25 @@ def test_the_scale_moves_once_with_every_update_skipped_or_not(batches, device, 
         skipped = sum(map(bool, HISTORY[: step + 1]))
         assert (move.scale.item(), *move.values()[3:]) == (scale, step + 1, skipped)
     assert len(launched) == len(HISTORY) * (1 + batches)
+
+
+def test_the_scale_moves_in_the_last_launch(device, monkeypatch):
+    parts = [make_batch(MOMENTS, HALF, [3], seed=i) for i in range(3)]
+    twin, move = Twin(RULE, [*parts, make_batch(MOMENTS, HALF, [])], device), Move.on(device)
+    found = []
+
+    def recorded(variant, programs, *arguments):
+        if variant.name.startswith("update"):
+            moves, *state = arguments[7:13]
+            assert all(a is b for a, b in zip(state, vars(move).values(), strict=False))
+            found.append(moves)
+        launch(variant, programs, *arguments)
+
+    launch = Variant.launch
+    monkeypatch.setattr(Variant, "launch", recorded)
+    grads = [*(make_grads(part, HALF, 1) for part in parts), []]
+    twin.step(grads, Hyper.of(NUMBERS), then=move)
+    assert found == [0, 0, 1]
 
 
 @pytest.mark.parametrize("found_inf", [0, 1])

@@ -81,6 +81,10 @@ def test_launchers_use_exactly_the_variants_that_the_audit_compiles(device, laun
     assert set(launched) == set(variants())
 
 
+def test_every_launch_says_that_nothing_may_be_contracted():
+    assert [variant.name for variant in variants() if variant.enable_fp_fusion] == []
+
+
 def test_no_variant_is_listed_twice():
     assert len({variant.name for variant in variants()}) == len(variants())
 

@@ -26,13 +26,17 @@ _KERNEL = mutants(
         "tl.sum(tl.reshape(counts",
         "tl.max(tl.reshape(counts",
     ),
-    ("every chunk writes the step count", "(step != 0) & (start == 0)", "step != 0 * start"),
     ("no step count is written", "(step != 0) & (start == 0)", "(step != 0) & (start == 1)"),
     ("the scalars of another tensor", "tensor * (COLUMNS + 1)", "tensor * COLUMNS"),
     (
         "the gradient's address is taken for aligned",
         "is_aligned(grad, GRAD, tl.float32) & (start",
         "(start",
+    ),
+    (
+        "the last moment's address is taken for aligned",
+        "for i in tl.static_range(len(masters)):\n        aligned",
+        "for i in tl.static_range(MOMENTS):\n        aligned",
     ),
     (
         "the weight's address is taken for aligned",
@@ -132,11 +136,15 @@ _MACHINE_CODE = mutants(
         "counts = tl.zeros_like(counts) + tl.sum(counts, axis=0)",
     ),
     ("masked rounds as long as chunks", "ROUND = 512", "ROUND = 2048"),
-    ("rules are contracted", "enable_fp_fusion=False", "enable_fp_fusion=True"),
     (
         "the gradient is read twice",
         "    x = widen(bits, GRAD)",
         _TWICE,
     ),
 )
-UPDATES = [*_KERNEL, *_PREPARE, *_RULES, *_PLAN, *_MACHINE_CODE]
+_CONTRACTION = mutants(
+    "_update_kernel.py",
+    ("test_variants.py",),
+    ("rules are contracted", "enable_fp_fusion=False", "enable_fp_fusion=True"),
+)
+UPDATES = [*_KERNEL, *_PREPARE, *_RULES, *_PLAN, *_CONTRACTION, *_MACHINE_CODE]
