@@ -159,11 +159,11 @@ def choose_backend(device: torch.device, why_not: str | None) -> Advice:
 
     Example:
         >>> choose_backend(torch.device("cpu"), "there is no GPU").choice
-        'reference'
+        'cpu'
     """
     name, _ = resolve("auto", [device])
     if name == "triton":
         return Advice(name, "fused kernels run on this GPU.")
     if device.type == "cpu":
-        return Advice(name, "parameters on the CPU are served by plain PyTorch operations.")
+        return Advice(name, "PyTorch's own fused kernels, on blocks that stay in the cache.")
     return Advice(name, f"{why_not}; plain PyTorch operations stand in.")
