@@ -46,6 +46,15 @@ class FusedPath:
         self._backend = backend
         self._saturated = saturated
         self._plan: tuple[Any, StepPlan] | None = None
+        self._handed_over = -1  # the version of the masters whose state is fit for the other path
+
+    def hand_over(self) -> None:
+        """Makes the state what the wrapped optimizer's own `step` expects."""
+        if self._handed_over != self._masters.version:
+            for state in self.inner.state.values():
+                self.rule.hand_over(state)
+            self._plan = None
+            self._handed_over = self._masters.version
 
     def plan(self, params: Sequence[Tensor]) -> StepPlan:
         """Returns how `params` are updated, made anew if tensors or options changed; no host sync.
@@ -67,6 +76,7 @@ class FusedPath:
                 params, groups, self.inner.state, self._masters, self.rule, self._backend
             )
             self._plan = (key, plan)
+        self._handed_over = -1
         return self._plan[1]
 
     def step(self, gradients: StepGradients, move: ScaleMove | None) -> bool:

@@ -190,8 +190,13 @@ class Paths:
         """Steps or skips; returns whether the loss scale has moved with it."""
         if gradients.plan is not None and self._fused is not None:
             return self._fused.step(gradients, move)
+        self._hand_over()
         self._general.step(gradients)
         return False
+
+    def _hand_over(self) -> None:
+        if self._fused is not None:
+            self._fused.hand_over()
 
     def step_without_gradients(self) -> None:
         """Lets the wrapped optimizer do what it does without gradients: usually nothing."""
@@ -212,4 +217,5 @@ class Paths:
         fused = self._now()
         if fused is not None:
             return fused.step_with_closure(closure, collect, move)
+        self._hand_over()
         return *self._general.step_with_closure(closure, collect), False

@@ -23,11 +23,8 @@ from mpcore_testing.refusals import (
 @pytest.mark.parametrize("steps", [0, 2])
 @pytest.mark.parametrize("moved", [0, 2])
 def test_a_weight_that_moved_to_another_device_is_refused(
-    request: pytest.FixtureRequest, engine: Engine, moved: int, steps: int
+    engine: Engine, moved: int, steps: int
 ) -> None:
-    if str(engine) == "cpu-fused" and steps:
-        reason = "views in the plan of the cpu backend keep torch from swapping a parameter"
-        request.applymarker(pytest.mark.xfail(strict=True, raises=RuntimeError, reason=reason))
     params, optimizer = make(engine, steps=steps)
     optimizer.zero_grad()
     optimizer.backward(loss_of(params))

@@ -224,7 +224,6 @@ def test_weight_decay_too_small_for_16_bits_is_not_lost(dtype: torch.dtype, engi
     assert same_bits(param.detach(), torch.full((3,), expected).to(dtype))
 
 
-@pytest.mark.xfail(strict=True, reason="SGD's count of the fused path is not kept by the other one")
 def test_a_velocity_of_the_general_path_survives_if_the_first_fused_step_overflowed(
     engine: Engine,
 ) -> None:

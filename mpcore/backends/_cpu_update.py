@@ -95,7 +95,8 @@ def _groups(batch: Batch, chunk: int) -> list[_Group]:
 
 def _blocks(batch: Batch, members: list[int], chunk: int) -> Iterator[_Block]:
     def flat(tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [memory_order(tensors[index]) for index in members]
+        # not views of the parameters: a view would keep torch from swapping them for others
+        return [memory_order(tensors[index].data) for index in members]
 
     masters = flat(batch.masters)
     weights = None if batch.weights is None else flat(batch.weights)

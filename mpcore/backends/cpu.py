@@ -123,5 +123,5 @@ def _alike(narrow: Tensor, wide: Tensor) -> bool:
 
 
 def _shares(flat: Tensor, tensor: Tensor) -> bool:
-    """Whether `memory_order` gave a dense view of a tensor, which can be written to."""
-    return flat.data_ptr() == tensor.data_ptr() and flat.is_contiguous()
+    """Whether `memory_order` gave a view of a tensor, which can be written to."""
+    return flat.data_ptr() == tensor.data_ptr()

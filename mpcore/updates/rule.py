@@ -76,6 +76,10 @@ class UpdateRule(ABC):
         """Whether a parameter with these moments needs to know how many updates it has had."""
         return True
 
+    def hand_over(self, state: dict[str, Any]) -> None:
+        """Takes from a parameter's state what the optimizer's own step would misunderstand."""
+        return  # nothing, for most
+
     def torch_fused(self, numbers: Sequence[float], moments: int) -> TorchFused | None:
         """Returns torch's fused CPU kernel for a param group, or None if torch has none.
 

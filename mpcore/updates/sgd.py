@@ -37,6 +37,12 @@ class SGDRule(UpdateRule):
         """Only velocities know a first step."""
         return bool(moments)
 
+    def hand_over(self, state: dict[str, Any]) -> None:
+        """torch.optim.SGD knows a first step by its missing velocity; syncs with the host."""
+        step = state.pop("step", None)
+        if step is not None and float(step) == 0:
+            state.pop("momentum_buffer", None)
+
     def numbers(self, group: Mapping[str, Any], lr: float) -> tuple[float, ...]:
         """lr, momentum, dampening, weight_decay, nesterov, maximize."""
         names = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")
