@@ -51,10 +51,10 @@ def fast_kinds(grad, coefficient):
     return kinds, int(bad[0])
 
 
-def assert_close(actual, exact, error):
+def assert_close(actual, exact, error, smallest=2.0**-149):
     if math.isfinite(exact):
         # below the smallest normal float32 number a norm has fewer digits
-        assert abs(actual - exact) <= error * exact + 2.0**-149
+        assert abs(actual - exact) <= error * exact + smallest
     else:
         assert actual == exact or (math.isnan(actual) and math.isnan(exact))
 
@@ -72,7 +72,7 @@ def assert_found(grads, coefficient, max_norm=1.0):
     assert found.found_inf.item() == int(overflow)
     sums = [exact_square_sum(grad, coefficient) for grad in grads]
     for actual, exact in zip(found.square_sum.tolist(), sums, strict=True):
-        assert_close(actual, exact, 2 * ERROR)
+        assert_close(actual, exact, 2 * ERROR, smallest=0.0)
     norm = math.sqrt(math.fsum(sums)) if all(map(math.isfinite, sums)) else sum(sums)
     with numpy.errstate(over="ignore"):
         single = float(numpy.float32(norm))
@@ -128,6 +128,18 @@ def test_norms_neither_overflow_nor_vanish(dtype, exponent):
         found = assert_found(grads, coefficient)
         assert found.found_inf.item() == 0
         assert found.grad_norm.item() > 0
+
+
+def test_many_squares_that_vanish_count_beside_one_that_does_not():
+    grad = torch.full((CHUNK,), 2.0**-75)
+    grad[7] = 2.0**-62
+    assert_found([grad], 1.0)
+
+
+@pytest.mark.parametrize("exponent", [-22, -20, -16, -10, 0])
+def test_products_that_are_rounded_to_subnormal_numbers(exponent):
+    grad = torch.randn(4096, generator=torch.Generator().manual_seed(5)) * 2.0**exponent
+    assert_found([grad], 2.0**-126)
 
 
 @pytest.mark.parametrize("value", [0.1, 0.3, 0.7, 1.1, 3.3, 1e-3, 7.7, 123.456])

@@ -85,7 +85,7 @@ def _trace(
     """Returns the events of the profiler's trace, in the order of time."""
     with (
         _without_profiler_log(),
-        profile(activities=activities, profile_memory=memory, acc_events=True) as profiled,
+        profile(activities=activities, profile_memory=memory) as profiled,
     ):
         call()
     with tempfile.TemporaryDirectory(prefix="mpcore-bench-") as folder:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mpcore.bench.contenders import Contender
 from mpcore.bench.problem import ADAMW, MAX_NORM, Problem
-from mpcore.bench.rows import FP32_BOUND, Bound, Row
+from mpcore.bench.rows import TORCH_NORM_BOUND, Bound, Row
 from mpcore.bench.traffic import NOT_STATED
 
 Params = Sequence[nn.Parameter]
@@ -130,7 +130,7 @@ PEERS = (
         name="pytorch_optimizer",
         regime="FP16 weights and gradients; FP32 masters, gradients, moments",
         devices=_BOTH,
-        bound=FP32_BOUND,
+        bound=TORCH_NORM_BOUND,
         expected_bytes=20,
         make=_pytorch_optimizer,
         scaled=True,

@@ -81,7 +81,9 @@ def notes(result: BenchResult) -> tuple[str, ...]:
         f"Moved: stated, not measured. GB/s: moved over the median; a copy reaches "
         f"{result.copy_bandwidth / 1e9:.1f} GB/s here.",
         "Host reads: values read by the host (aten::_local_scalar_dense). "
-        + ("Each waits for the GPU." if on_gpu else "On a CPU they cost nothing; launches: none."),
+        + (
+            "Each waits for the GPU." if on_gpu else "On a CPU none waits, and nothing is launched."
+        ),
     )
 
 

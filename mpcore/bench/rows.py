@@ -44,7 +44,12 @@ class Bound:
         )
 
 
-FP32_BOUND = Bound(2**-22, 2**-11, True, "FP32 arithmetic, three steps, norm in FP32")
+FP32_BOUND = Bound(2**-22, 2**-11, True, "FP32 arithmetic, three steps")
+# On a CPU, torch's FP32 norm of GPT-2's gradients came out 7.5e-4 too small, which moved weights by
+# 3.9e-4 lr; AdamW in float64 with that norm was within 2.5e-5 lr of torch's weights.
+TORCH_NORM_BOUND = Bound(
+    2**-22, 2**-9, True, "FP32 arithmetic, three steps, clipped by torch's FP32 norm"
+)
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ def own_rows(dtype: torch.dtype, backend: str) -> tuple[Row, ...]:
         regime=f"{masters}, FP32 gradients too",
         make=lambda problem: MastersLoop(problem, dtype),
         traffic=MASTERS_LOOP,
-        bound=FP32_BOUND,
+        bound=TORCH_NORM_BOUND,
         expected_bytes=20,
     )
     return (*_mpcore_rows(dtype, backend, masters), *_amp_rows(), by_hand)
@@ -132,7 +137,7 @@ def _amp_rows() -> tuple[Row, Row]:
         regime=regime,
         make=lambda problem: TorchAmp(problem, fused=True),
         traffic=AMP_FUSED,
-        bound=FP32_BOUND,
+        bound=TORCH_NORM_BOUND,
         expected_bytes=16,
     )
     foreach = Row(
@@ -141,7 +146,7 @@ def _amp_rows() -> tuple[Row, Row]:
         regime=regime,
         make=lambda problem: TorchAmp(problem, fused=False),
         traffic=AMP_FOREACH,
-        bound=FP32_BOUND,
+        bound=TORCH_NORM_BOUND,
         expected_bytes=20,
     )
     return fused, foreach
