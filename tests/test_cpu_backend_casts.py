@@ -131,7 +131,7 @@ def test_unscale_refuses_memory_that_overlaps_itself():
 def test_float64_is_computed_in_float64():
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(300, dtype=torch.float64, generator=generator)
-    values[:2] = torch.tensor([1e300, -1e-300])
+    values[:2] = torch.tensor([1e300, -1e-300], dtype=torch.float64)
     coefficient = torch.tensor(0.37)
     expected = values * coefficient.double()
     for out in (torch.empty(300), torch.empty(300, dtype=torch.float64)):
