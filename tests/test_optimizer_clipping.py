@@ -9,7 +9,6 @@ import mpcore
 import numpy as np
 import pytest
 import torch
-from mpcore.errors import ArgumentError, ArgumentTypeError, StageError
 from torch import Tensor, nn
 
 from mpcore_testing.engines import ENGINES, Engine
@@ -283,34 +282,3 @@ def test_grads_without_any_gradient_is_an_empty_list(engine: Engine) -> None:
         param.grad = None
     optimizer.unscale_()
     assert optimizer.grads() == []
-
-
-def test_grads_needs_unscale_first_in_the_same_step(engine: Engine) -> None:
-    params, optimizer = make(engine)
-    message = r"^grads\(\): expected unscale_\(\) .*first"
-    with pytest.raises(StageError, match=message):
-        optimizer.grads()
-    optimizer.clip_grad_norm_(1.0)
-    with pytest.raises(StageError, match=message):
-        optimizer.grads()
-    optimizer.step()
-    with pytest.raises(StageError, match=message):
-        optimizer.grads()
-    assert params[0].grad is not None
-
-
-@pytest.mark.parametrize(
-    ("max_norm", "error"),
-    [
-        *((value, ArgumentError) for value in (0, -1.0, float("nan"), float("-inf"))),
-        *((value, ArgumentTypeError) for value in ("1", None, True)),
-    ],
-)
-def test_a_bad_max_norm_is_refused_and_named(
-    engine: Engine, max_norm: Any, error: type[Exception]
-) -> None:
-    params, optimizer = make(engine)
-    with pytest.raises(error, match=r"^max_norm: expected a number.*, got"):
-        optimizer.clip_grad_norm_(max_norm)
-    assert params[0].grad is not None
-    optimizer.unscale_()

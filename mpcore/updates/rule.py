@@ -132,7 +132,7 @@ class TorchFused(ABC):
 def power(base: Tensor, exponent: Tensor) -> Tensor:
     """Returns `base ** exponent` in float64 by squaring: the same bits on every device.
 
-    Its relative error is below 64 * 2^-53; it is rounded to float32 later.
+    Its relative error is below `2 * exponent * 2^-53`: squaring doubles the error of its argument.
 
     Args:
         base: float64.

@@ -22,46 +22,58 @@ KINDS["Lion"] = mpcore.optim.Lion
 rates = st.floats(1e-6, 1.0)
 betas = st.floats(0.0, 0.9999)
 decays = st.sampled_from([0.0]) | st.floats(1e-6, 0.5)
+epsilons = st.sampled_from([1e-10, 1e-8, 1e-4, 0.1, 1.0])
+shapes = st.lists(st.integers(1, 5), max_size=3).map(tuple) | st.integers(60, 70).map(
+    lambda n: (n,)
+)
+#: by itself each option of each optimizer, large enough to be seen
+ALONE = [
+    ("Adam", {"lr": 0.25}),
+    ("Adam", {"lr": 0.25, "eps": 0.5}),
+    ("Adam", {"lr": 0.25, "betas": (0.5, 0.25), "maximize": True}),
+    ("Adam", {"lr": 0.25, "weight_decay": 0.5}),
+    ("Adam", {"lr": 0.25, "amsgrad": True, "betas": (0.5, 0.25)}),
+    ("AdamW", {"lr": 0.25, "weight_decay": 0.5}),
+    ("AdamW", {"lr": 0.25, "amsgrad": True, "betas": (0.0, 0.0), "maximize": True}),
+    ("SGD", {"lr": 0.25, "maximize": True}),
+    ("SGD", {"lr": 0.25, "weight_decay": 0.5}),
+    ("SGD", {"lr": 0.25, "momentum": 0.5}),
+    ("SGD", {"lr": 0.25, "momentum": 0.5, "dampening": 0.25}),
+    ("SGD", {"lr": 0.25, "momentum": 0.5, "nesterov": True}),
+    ("Adagrad", {"lr": 0.25}),
+    ("Adagrad", {"lr": 0.25, "lr_decay": 0.5, "maximize": True}),
+    ("Adagrad", {"lr": 0.25, "eps": 0.5}),
+    ("Adagrad", {"lr": 0.25, "weight_decay": 0.5}),
+    ("Lion", {"lr": 0.25}),
+    ("Lion", {"lr": 0.25, "betas": (0.0, 0.5), "maximize": True}),
+    ("Lion", {"lr": 0.25, "weight_decay": 0.5}),
+]
 
 
 @st.composite
-def optimizers(draw):
-    """An optimizer's name and options."""
-    name = draw(st.sampled_from(sorted(KINDS)))
+def options_of(draw, name):
+    """Every option of an optimizer."""
     options = {"lr": draw(rates), "weight_decay": draw(decays), "maximize": draw(st.booleans())}
     if name in ("Adam", "AdamW", "Lion"):
         options["betas"] = (draw(betas), draw(betas))
     if name in ("Adam", "AdamW"):
-        options |= {"amsgrad": draw(st.booleans()), "eps": draw(st.floats(1e-10, 1e-3))}
+        options |= {"amsgrad": draw(st.booleans()), "eps": draw(epsilons)}
     elif name == "Adagrad":
-        options |= {"lr_decay": draw(st.floats(0, 0.5)), "eps": draw(st.floats(1e-10, 1e-3))}
+        options |= {"lr_decay": draw(st.floats(0, 0.5)), "eps": draw(epsilons)}
     elif name == "SGD":
-        options["momentum"] = draw(st.sampled_from([0.0]) | betas)
+        options["momentum"] = draw(st.sampled_from([0.0, 0.5, 0.9]) | betas)
         options["nesterov"] = options["momentum"] > 0 and draw(st.booleans())
         options["dampening"] = 0.0 if options["nesterov"] else draw(st.floats(0, 0.9))
-    return name, options
+    return options
 
 
-@given(
-    what=optimizers(),
-    shape=st.lists(st.integers(0, 5), max_size=3).map(tuple) | st.integers(60, 70).map(lambda n: n),
-    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
-    engine=st.sampled_from(FUSED),
-    tensor_lr=st.booleans(),
-    seed=st.integers(0, 2**16),
-)
-def test_three_steps_are_those_of_the_formula_in_float64(
-    what, shape, dtype, engine, tensor_lr, seed
-):
-    """A step rounds at most sixteen times; the terms of a sum have the sizes that are compared.
+def assert_formula(name, options, start, engine, generator, *, tensor_lr=False):
+    """Three steps within sixteen roundings each of the terms that a step adds.
 
     Gradients have the sign that L2 decay has, so that their sum cancels nothing.
     """
-    name, options = what
-    generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(shape, generator=generator).to(dtype)
     if tensor_lr:  # float32 is what it holds
-        options["lr"] = float(torch.tensor(options["lr"]))
+        options = {**options, "lr": float(torch.tensor(options["lr"]))}
     formula = Formula(name, options, start.double().numpy())
     param = torch.nn.Parameter(start.clone())
     lr = torch.tensor(options["lr"]) if tensor_lr else options["lr"]
@@ -70,16 +82,41 @@ def test_three_steps_are_those_of_the_formula_in_float64(
     allowed = np.zeros(np.shape(formula.param))
     for _ in range(3):
         master = optimizer.state.get(param, {}).get("master", param).detach().double()
-        sign = torch.where(master < 0, -1.0, 1.0) * (-1 if options["maximize"] else 1)
+        sign = torch.where(master < 0, -1.0, 1.0) * (-1 if options.get("maximize") else 1)
         values = (torch.rand(param.shape, generator=generator) + 0.125) * sign
-        param.grad = values.to(dtype)
+        param.grad = values.to(start.dtype)
         formula.step(param.grad.double().numpy())
         optimizer.step()
         allowed = allowed + 16 * UNIT * (np.abs(formula.param) + formula.size)
-        # weights that cross zero turn the sign of the next gradient: a moment may then cancel
         after = optimizer.state.get(param, {}).get("master", param).detach().double().numpy()
         fine = np.abs(after - formula.param) <= allowed
         assert fine[np.broadcast_to(formula.certain, fine.shape)].all()
+
+
+@pytest.mark.parametrize("engine", FUSED, ids=str)
+@pytest.mark.parametrize(("name", "options"), ALONE, ids=str)
+def test_each_option_by_itself_does_what_the_formula_says(name, options, engine):
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(67, generator=generator)
+    assert_formula(name, options, start, engine, generator)
+
+
+@pytest.mark.parametrize("name", sorted(KINDS))
+@given(
+    data=st.data(),
+    shape=shapes,
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+    engine=st.sampled_from(FUSED),
+    tensor_lr=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_three_steps_are_those_of_the_formula_in_float64(
+    name, data, shape, dtype, engine, tensor_lr, seed
+):
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(shape, generator=generator).to(dtype)
+    options = data.draw(options_of(name))
+    assert_formula(name, options, start, engine, generator, tensor_lr=tensor_lr)
 
 
 def exact_power(base, exponent):

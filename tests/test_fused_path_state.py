@@ -1,0 +1,127 @@
+"""State that comes from elsewhere, learning rates on a device, and host syncs of a fused step."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import mpcore
+import pytest
+import torch
+from torch import nn
+
+from mpcore_testing.bits import same_bits
+from mpcore_testing.devices import FIRST, SimulatedDevices
+from mpcore_testing.engines import FUSED, Engine
+from mpcore_testing.syncs import HostSyncError, fake_cuda
+
+SCALE = mpcore.StaticLossScale(2.0**8)
+ORACLE = Engine("reference", "fused")
+engines = pytest.mark.parametrize("engine", FUSED, ids=str)
+
+
+def weights() -> list[nn.Parameter]:
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    return [nn.Parameter(torch.linspace(-1, 2, 6).to(dtype)) for dtype in dtypes]
+
+
+def train(optimizer: Any, params: list[Any], seeds: range) -> None:
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        scale = float(optimizer.scale(torch.ones(())))
+        for param in params:
+            param.grad = (torch.randn(param.shape, generator=generator) * scale).to(param.dtype)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@engines
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adagrad, mpcore.optim.Lion])
+def test_state_loaded_in_mid_training_is_what_the_next_step_uses(kind: Any, engine: Engine) -> None:
+    params = weights()
+    optimizer = engine.wrap(kind(params, lr=0.01), SCALE)
+    train(optimizer, params, range(3))
+    saved = copy.deepcopy(optimizer.state_dict())
+    values = [p.detach().clone() for p in params]
+    train(optimizer, params, range(3, 6))
+    expected = copy.deepcopy([dict(optimizer.state[p]) for p in params])
+    train(optimizer, params, range(6, 9))
+    optimizer.load_state_dict(saved)
+    with torch.no_grad():  # in place: every address stays
+        for param, value in zip(params, values, strict=True):
+            param.copy_(value)
+    train(optimizer, params, range(3, 6))
+    assert same_bits([dict(optimizer.state[p]) for p in params], expected)
+
+
+@engines
+def test_moments_of_other_strides_or_none_are_brought_into_the_layout_of_the_parameter(
+    engine: Engine,
+) -> None:
+    turned = nn.Parameter(torch.linspace(-1, 1, 6).view(2, 3).t())
+    plain = nn.Parameter(turned.detach().contiguous())
+    optimizers = []
+    for param in (turned, plain):
+        inner = torch.optim.SGD([param], lr=0.1, momentum=0.9)
+        inner.state[param] = {"momentum_buffer": torch.arange(6.0).view(3, 2)}
+        optimizers.append(engine.wrap(inner, SCALE))
+        train(optimizers[-1], [param], range(3))
+    assert torch.equal(turned, plain)
+    assert optimizers[0].state[turned]["momentum_buffer"].stride() == turned.stride()
+    param, other = (nn.Parameter(torch.ones(3)) for _ in "ab")
+    inner = torch.optim.SGD([param], lr=0.1, momentum=0.9)
+    inner.state[param] = {"momentum_buffer": None}  # as older releases of torch left it
+    for one, given in ((inner, param), (torch.optim.SGD([other], lr=0.1, momentum=0.9), other)):
+        train(engine.wrap(one, SCALE), [given], range(3))
+    assert same_bits(param.detach(), other.detach())
+
+
+def test_a_learning_rate_on_the_device_that_changes_after_the_clip_is_seen() -> None:
+    with SimulatedDevices():
+        results = []
+        for late in (False, True):
+            weight = nn.Parameter(torch.ones(3, device=FIRST))
+            rate = torch.full((), 1.0 if late else 0.25, device=FIRST)
+            optimizer = ORACLE.wrap(torch.optim.SGD([weight], lr=rate), SCALE)
+            optimizer.scale(torch.ones((), device=FIRST))
+            weight.grad = torch.full_like(weight, 2.0**8)
+            optimizer.clip_grad_norm_(100.0)
+            if late:
+                rate.fill_(0.25)
+            optimizer.step()
+            results.append(weight.values.tolist())  # type: ignore[attr-defined]
+        assert results[0] == results[1] == [0.75] * 3
+
+
+# addresses of fake tensors say nothing; here they only tell whether a plan is still good
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize("way", ["step", "clip", "unscale"])
+@pytest.mark.parametrize("tensor_lr", [False, True])
+# not Adagrad: its constructor makes step counts on the host, which move to the device once
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, mpcore.optim.Lion])
+def test_a_fused_step_never_asks_the_device(kind: Any, tensor_lr: bool, way: str) -> None:
+    with fake_cuda() as watch:
+        dtypes = (torch.float16, torch.bfloat16, torch.float32)
+        params = [nn.Parameter(torch.empty(4, 3, dtype=d, device="cuda")) for d in dtypes]
+        inner = kind([{"params": params[:1]}, {"params": params[1:]}], lr=0.1)
+        for group in inner.param_groups:
+            if tensor_lr:  # torch's constructors would read it
+                group["lr"] = torch.full((), 0.1, device="cuda")
+            group["momentum"] = 0.9
+        optimizer = ORACLE.wrap(inner)
+        for number in range(3):
+            optimizer.scale(torch.empty((), device="cuda"))
+            for param in params:
+                param.grad = torch.empty_like(param)
+            if number == 1:
+                params[0].grad = None
+            if way == "clip":
+                optimizer.clip_grad_norm_(1.0)
+            elif way == "unscale":
+                optimizer.unscale_()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert watch.operations > 100
+        assert watch.reads == 0
+        with pytest.raises((HostSyncError, RuntimeError)):
+            bool(optimizer.last_step.skipped)
