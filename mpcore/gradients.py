@@ -108,8 +108,7 @@ class StepGradients:
     def _bucket(self, device: torch.device, only: bool) -> _Bucket:
         here = self.params if only else [p for p in self.params if p.device == device]
         halves = [p for p in here if p.dtype in SIXTEEN_BIT]
-        whole = len(halves) == len(here)
-        return _Bucket(device, halves, [] if whole else [p for p in here if p not in set(halves)])
+        return _Bucket(device, halves, [p for p in here if p.dtype not in SIXTEEN_BIT])
 
     def apply(self) -> None:
         """Multiplies what is pending: 16-bit gradients into masters' `.grad`, others in place."""

@@ -11,6 +11,7 @@ al., "Mixed-Precision Training for NLP and Speech Recognition with OpenSeq2Seq",
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -243,18 +244,25 @@ class LossScaleTensors:
             getattr(self, field.name).fill_(value)
 
     @torch.no_grad()
-    def advance_(self, loss_scale: LossScale, found_inf: Tensor) -> None:
+    def advance_(
+        self,
+        loss_scale: LossScale,
+        found_inf: Tensor,
+        update: Callable[..., None] = update_scale_,
+    ) -> None:
         """Follows `next_state` in place on the device, without a host sync.
 
         Args:
             loss_scale: The description.
-            found_inf: 0-d, any dtype; non-zero means overflow.
+            found_inf: 0-d; non-zero means overflow. int32 for a backend other than the default.
+            update: `update_scale_` of a backend.
         """
         move = self.move(loss_scale)
         if move is None:
-            self.count_(found_inf)
+            self.steps.add_(1)
+            self.skipped_steps.add_(found_inf != 0)
         else:
-            update_scale_(**move.arguments(), found_inf=found_inf)
+            update(**move.arguments(), found_inf=found_inf)
 
     def move(self, loss_scale: LossScale) -> ScaleMove | None:
         """Returns how the scale moves at the end of a step; None if it never does."""
@@ -273,8 +281,3 @@ class LossScaleTensors:
             max_scale=loss_scale.max_scale,
             hysteresis=loss_scale.hysteresis,
         )
-
-    def count_(self, found_inf: Tensor) -> None:
-        """Counts a step of a scale that never moves, without a host sync."""
-        self.steps.add_(1)
-        self.skipped_steps.add_(found_inf != 0)

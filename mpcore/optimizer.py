@@ -45,7 +45,7 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
             `model.named_parameters()`, so that reports can name parameters. State that it
             already has is kept. Do not call its `step` yourself any more.
         loss_scale: `DynamicLossScale(...)`, `StaticLossScale(scale)` or `NoLossScale()`.
-        backend: "auto", "cpu", "reference" or "triton"; see `mpcore.backends.resolve`.
+        backend: "auto", or one by name: see `mpcore.backends.resolve`.
         path: "fused" (the backend computes the whole step; AdamW, Adam, SGD, Adagrad and Lion of
             exactly these types), "general" (the optimizer's own step), or "auto": fused if it can.
 

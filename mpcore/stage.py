@@ -154,11 +154,9 @@ class Stage:
         self.result = StepResult(
             found_inf, gradients, lambda p: name_of(p, self._groups), self._outside_scale
         )
-        move = self.move(external)
-        if move is None:
-            self._tensors.count_(found_inf)
-        elif not moved:
-            self._backend.update_scale_(**move.arguments(), found_inf=found_inf)
+        if not moved:
+            scaling = self._loss_scaling if external is None else NoLossScale()
+            self._tensors.advance_(scaling, found_inf, self._backend.update_scale_)
         self.forget()
         gradients.release()
         self.scaled = False

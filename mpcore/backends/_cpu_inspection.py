@@ -102,7 +102,7 @@ def _find(flat: list[Tensor], coefficient: Tensor) -> _Found:
             if not _SMALLEST < square < _LARGEST:
                 square = _wide_square_sum(piece_values)
             length = math.sqrt(square) * abs(factor)
-            if square == 0.0 == factor * square or _SHORTEST < length < _LONGEST:
+            if (square == 0.0 and math.isfinite(factor)) or _SHORTEST < length < _LONGEST:
                 found.sums[piece.index] += square * factor * factor
             else:
                 _look_closely(piece, piece_values, coefficient, found)

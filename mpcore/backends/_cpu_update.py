@@ -67,7 +67,7 @@ def plan_update(rule: str, batches: Sequence[Batch]) -> Plan:
     checked = _update.plan_update(rule, batches)
     plan = Plan(checked.rule, checked.batches)
     # plain torch needs several temporaries of the size of a block
-    chunk = CHUNK if _has_kernel(plan) else CHUNK // 8
+    chunk = CHUNK if plan.rule.has_torch_kernel else CHUNK // 8
     plan.groups = [_groups(batch, chunk) for batch in plan.batches]
     plan.counters = [_counters(batch.steps or []) for batch in plan.batches]
     plan.elements = sum(master.numel() for batch in plan.batches for master in batch.masters)
@@ -77,10 +77,6 @@ def plan_update(rule: str, batches: Sequence[Batch]) -> Plan:
 def _counters(steps: Sequence[Tensor]) -> list[Tensor]:
     together = shared_base(steps) if steps else None
     return list(steps) if together is None else [together]
-
-
-def _has_kernel(plan: _update.Plan) -> bool:
-    return type(plan.rule).torch_fused is not UpdateRule.torch_fused
 
 
 @torch.no_grad()
@@ -117,7 +113,7 @@ def prepare_(plan: Plan, hyper: Hyper) -> None:
         for row, lr in zip(hyper.numbers, hyper.lrs, strict=True)
     ]
     plan.hyper = Hyper(tuple(numbers), tuple(None for _ in numbers))
-    if _has_kernel(plan):
+    if plan.rule.has_torch_kernel:
         plan.scalars = []  # torch's kernels compute their own
     else:
         _update.prepare_(plan, plan.hyper)
@@ -168,17 +164,16 @@ def _update_group(
     scratch: Tensor,
 ) -> None:
     numbers = plan.hyper.numbers[group.number] if plan.hyper is not None else ()
-    fused = plan.rule.torch_fused(numbers, len(group.blocks[0].moments)) if group.blocks else None
     scaled = float(coefficient) != 1.0
     for block in group.blocks:
         here = layout(block.pieces, scratch)
         copy_all(here, cut(grads, block.pieces))
         if scaled:
             scratch[: sum(piece.numel() for piece in here)].mul_(coefficient)
-        if fused is not None:
+        if rows is None:
             counts = [steps[piece.index] for piece in block.pieces] if steps else []
-            fused(block.masters, here, block.moments, counts)
-        elif rows is not None:
+            plan.rule.update_with_torch(numbers, block.masters, here, block.moments, counts)
+        else:
             _apply(plan.rule, block, here, rows)
         if block.weights is not None:
             _round(block.masters, block.weights, scratch, saturated)

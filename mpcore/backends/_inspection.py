@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from mpcore._checks import SIXTEEN_BIT
+from mpcore.backends._blocks import memory_order
 from mpcore.backends._update import Plan, prepare_
 from mpcore.errors import ArgumentError
 from mpcore.updates import Hyper
@@ -111,7 +112,7 @@ def inspect(
         prepare_(plan, hyper)
     device = coefficient.device
     none = torch.zeros(0, dtype=torch.int64, device=device)
-    flat = [_in_memory_order(grad) for grad in grads]
+    flat = [memory_order(grad) for grad in grads]
     found = [_found_in(values, coefficient) for values in flat]
     # the total is put together from all chunks, not from the rounded sums of tensors
     everything = _Found(
@@ -159,12 +160,6 @@ def check_dtypes(grads: Sequence[Tensor]) -> None:
 
 def _stack(values: list[Tensor], nothing: Tensor) -> Tensor:
     return torch.stack(values) if values else nothing
-
-
-def _in_memory_order(tensor: Tensor) -> Tensor:
-    """Returns the elements of a dense tensor as they lie in memory, one after the other."""
-    order = sorted(range(tensor.dim()), key=lambda d: (tensor.stride(d), tensor.size(d)))
-    return tensor.detach().permute(order[::-1]).reshape(-1)
 
 
 def _found_in(values: Tensor, coefficient: Tensor) -> _Found:

@@ -98,7 +98,8 @@ def update_(
     scalars = take_scalars(plan)
     if not bool(found_inf):
         for batch, batch_grads, rows in zip(plan.batches, grads, scalars, strict=True):
-            _update_batch(plan.rule.name, batch, batch_grads, rows, coefficient, saturated)
+            with torch._dynamo.config.patch(recompile_limit=64):  # one code for all combinations
+                _update_batch(plan.rule.name, batch, batch_grads, rows, coefficient, saturated)
             for step in batch.steps or ():
                 step.add_(1)
     if then is not None:
@@ -113,6 +114,7 @@ def _update_batch(
     coefficient: Tensor,
     saturated: Tensor,
 ) -> None:
+    none = torch.zeros((), dtype=torch.int32)
     for i, (master, grad, row) in enumerate(zip(batch.masters, grads, rows, strict=True)):
         weight = None if batch.weights is None else batch.weights[i]
         if grad.numel() == 0:
@@ -120,15 +122,13 @@ def _update_batch(
         one_pass = _compiled(
             rule, len(batch.moments), grad.dtype, None if weight is None else weight.dtype
         )
-        with torch._dynamo.config.patch(recompile_limit=64):  # one code for all combinations
-            total = one_pass(
-                memory_order(grad),
-                memory_order(master),
-                [memory_order(moment[i]) for moment in batch.moments],
-                None if weight is None else memory_order(weight),
-                torch.stack([coefficient, *row]),
-            )
+        total = one_pass(
+            memory_order(grad),
+            memory_order(master),
+            [memory_order(moment[i]) for moment in batch.moments],
+            None if weight is None else memory_order(weight),
+            torch.stack([coefficient, *row]),
+        )
         # no element of a vector is longer than the vector: nothing was clamped
         if weight is not None and not float(total) < 0.9 * torch.finfo(weight.dtype).max ** 2:
-            none = torch.zeros((), dtype=torch.int32)
             cast_into([master], [weight], none, saturated)

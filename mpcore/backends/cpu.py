@@ -62,8 +62,7 @@ def unscale_into(
     """
     sources, flat = [memory_order(g) for g in grads], [memory_order(out) for out in outs]
     for grad, out, target in zip(grads, outs, flat, strict=True):
-        is_wide = torch.float64 in (grad.dtype, out.dtype)
-        if is_wide or not (_alike(grad, out) and _shares(target, out)):
+        if not (_alike(grad, out) and _shares(target, out)):
             reference.unscale_into(grads, outs, coefficient, nonfinite)
             return
     found = torch.zeros(1)

@@ -7,13 +7,12 @@ Optimization", JMLR 2011; learning-rate decay and epsilon as `torch.optim.Adagra
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mpcore.updates.rule import TorchFused, UpdateRule
+from mpcore.updates.rule import UpdateRule
 from mpcore.updates.square_root import SquareRoot, sqrt32
 
 
@@ -23,6 +22,7 @@ class AdagradRule(UpdateRule):
     name = "adagrad"
     optimizers = (torch.optim.Adagrad,)
     columns = ("sign", "l2", "rate", "eps")
+    has_torch_kernel = True
 
     def moments(self, group: Mapping[str, Any]) -> tuple[str, ...]:
         """The sum of squares."""
@@ -52,36 +52,24 @@ class AdagradRule(UpdateRule):
         total = moments[0] + grad * grad
         return param - (grad * rate) / (sqrt(total) + eps), (total,)
 
-    def torch_fused(self, numbers: Sequence[float], moments: int) -> TorchFused:
-        """`torch._fused_adagrad_`."""
-        lr, lr_decay, eps, weight_decay, maximize = numbers
-        return _FusedAdagrad(lr, lr_decay, weight_decay, eps, bool(maximize))
-
-
-@dataclass(frozen=True)
-class _FusedAdagrad(TorchFused):
-    lr: float
-    lr_decay: float
-    weight_decay: float
-    eps: float
-    maximize: bool
-
-    def __call__(
+    def update_with_torch(
         self,
+        numbers: Sequence[float],
         params: list[Tensor],
         grads: list[Tensor],
         moments: Sequence[list[Tensor]],
         steps: list[Tensor],
     ) -> None:
-        """See `TorchFused`."""
+        """`torch._fused_adagrad_`."""
+        lr, lr_decay, eps, weight_decay, maximize = numbers
         torch._fused_adagrad_(
             params,
             grads,
             moments[0],
             steps,
-            lr=self.lr,
-            lr_decay=self.lr_decay,
-            weight_decay=self.weight_decay,
-            eps=self.eps,
-            maximize=self.maximize,
+            lr=lr,
+            lr_decay=lr_decay,
+            weight_decay=weight_decay,
+            eps=eps,
+            maximize=bool(maximize),
         )

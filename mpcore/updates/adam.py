@@ -9,13 +9,12 @@ where `torch.optim` has them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mpcore.updates.rule import TorchFused, UpdateRule, power
+from mpcore.updates.rule import UpdateRule, power
 from mpcore.updates.square_root import SquareRoot, sqrt32, sqrt64
 
 
@@ -28,6 +27,7 @@ class AdamRule(UpdateRule):
         *("sign", "decay", "l2", "beta1", "1-beta1", "beta2", "1-beta2"),
         *("step_size", "root", "eps"),
     )
+    has_torch_kernel = True
 
     def why_not(self, group: Mapping[str, Any]) -> str | None:
         """Early releases of torch did not say in a group whether the decay is decoupled."""
@@ -82,46 +82,29 @@ class AdamRule(UpdateRule):
             updated = (mean, square, torch.maximum(moments[2], square))
         return param - (mean * step_size) / (sqrt(updated[-1]) / root + eps), updated
 
-    def torch_fused(self, numbers: Sequence[float], moments: int) -> TorchFused:
-        """`torch._fused_adamw_` or `torch._fused_adam_`."""
-        lr, beta1, beta2, eps, weight_decay, decoupled, maximize = numbers
-        return _FusedAdam(
-            lr, beta1, beta2, weight_decay, eps, moments == 3, bool(maximize), bool(decoupled)
-        )
-
-
-@dataclass(frozen=True)
-class _FusedAdam(TorchFused):
-    lr: float
-    beta1: float
-    beta2: float
-    weight_decay: float
-    eps: float
-    amsgrad: bool
-    maximize: bool
-    decoupled: bool
-
-    def __call__(
+    def update_with_torch(
         self,
+        numbers: Sequence[float],
         params: list[Tensor],
         grads: list[Tensor],
         moments: Sequence[list[Tensor]],
         steps: list[Tensor],
     ) -> None:
-        """See `TorchFused`."""
-        kernel = torch._fused_adamw_ if self.decoupled else torch._fused_adam_
+        """`torch._fused_adamw_` or `torch._fused_adam_`."""
+        lr, beta1, beta2, eps, weight_decay, decoupled, maximize = numbers
+        kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
         kernel(
             params,
             grads,
             moments[0],
             moments[1],
-            moments[2] if self.amsgrad else [],
+            moments[2] if len(moments) == 3 else [],
             steps,
-            lr=self.lr,
-            beta1=self.beta1,
-            beta2=self.beta2,
-            weight_decay=self.weight_decay,
-            eps=self.eps,
-            amsgrad=self.amsgrad,
-            maximize=self.maximize,
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=weight_decay,
+            eps=eps,
+            amsgrad=len(moments) == 3,
+            maximize=bool(maximize),
         )

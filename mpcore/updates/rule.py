@@ -30,11 +30,13 @@ class UpdateRule(ABC):
         name: What backends know the rule by.
         optimizers: Classes whose steps it computes; recognised by exact type.
         columns: Names of the scalars, in order.
+        has_torch_kernel: Whether torch has a fused CPU kernel for it.
     """
 
     name: ClassVar[str]
     optimizers: ClassVar[tuple[type, ...]]
     columns: ClassVar[tuple[str, ...]]
+    has_torch_kernel: ClassVar[bool] = False
 
     @abstractmethod
     def moments(self, group: Mapping[str, Any]) -> tuple[str, ...]:
@@ -80,14 +82,26 @@ class UpdateRule(ABC):
         """Takes from a parameter's state what the optimizer's own step would misunderstand."""
         return  # nothing, for most
 
-    def torch_fused(self, numbers: Sequence[float], moments: int) -> TorchFused | None:
-        """Returns torch's fused CPU kernel for a param group, or None if torch has none.
+    def update_with_torch(
+        self,
+        numbers: Sequence[float],
+        params: list[Tensor],
+        grads: list[Tensor],
+        moments: Sequence[list[Tensor]],
+        steps: list[Tensor],
+    ) -> None:
+        """Updates `params` and `moments` in place with torch's fused CPU kernel.
+
+        Only where `has_torch_kernel` says so.
 
         Args:
-            numbers: The group's hyper-parameters, as `numbers` returns them.
-            moments: How many moments its parameters have.
+            numbers: The hyper-parameters of one param group, as `numbers` returns them.
+            params: float32.
+            grads: float32, unscaled; the kernel turns the sign itself.
+            moments: float32, one list for each moment of the rule.
+            steps: 0-d float32, the step count that this update makes; empty if none is kept.
         """
-        return None
+        raise NotImplementedError(f"torch has no fused kernel for {self.name}")
 
     def why_not(self, group: Mapping[str, Any]) -> str | None:
         """Returns which option of a param group the rule does not know, or None."""
@@ -106,27 +120,6 @@ class UpdateRule(ABC):
             ):
                 return f"{name} is a tensor"
         return None
-
-
-class TorchFused(ABC):
-    """One of torch's fused CPU kernels, with the hyper-parameters of one param group."""
-
-    @abstractmethod
-    def __call__(
-        self,
-        params: list[Tensor],
-        grads: list[Tensor],
-        moments: Sequence[list[Tensor]],
-        steps: list[Tensor],
-    ) -> None:
-        """Updates `params` and `moments` in place.
-
-        Args:
-            params: float32.
-            grads: float32, unscaled; the kernel turns the sign itself.
-            moments: float32, one list for each moment of the rule.
-            steps: 0-d float32, the step count that this update makes.
-        """
 
 
 def power(base: Tensor, exponent: Tensor) -> Tensor:

@@ -7,13 +7,12 @@ Sutskever et al., "On the importance of initialization and momentum in deep lear
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mpcore.updates.rule import TorchFused, UpdateRule
+from mpcore.updates.rule import UpdateRule
 from mpcore.updates.square_root import SquareRoot, sqrt32
 
 
@@ -28,6 +27,7 @@ class SGDRule(UpdateRule):
     name = "sgd"
     optimizers = (torch.optim.SGD,)
     columns = ("sign", "l2", "momentum", "1-dampening", "first", "nesterov", "lr")
+    has_torch_kernel = True
 
     def moments(self, group: Mapping[str, Any]) -> tuple[str, ...]:
         """The velocity, if there is momentum."""
@@ -71,51 +71,28 @@ class SGDRule(UpdateRule):
         step = torch.where(nesterov != 0, grad + velocity * momentum, velocity)
         return param - step * lr, (velocity,)
 
-    def torch_fused(self, numbers: Sequence[float], moments: int) -> TorchFused:
-        """`torch._fused_sgd_`."""
-        lr, momentum, dampening, weight_decay, nesterov, maximize = numbers
-        return _FusedSGD(lr, momentum, dampening, weight_decay, bool(nesterov), bool(maximize))
-
-
-@dataclass(frozen=True)
-class _FusedSGD(TorchFused):
-    lr: float
-    momentum: float
-    dampening: float
-    weight_decay: float
-    nesterov: bool
-    maximize: bool
-
-    def __call__(
+    def update_with_torch(
         self,
+        numbers: Sequence[float],
         params: list[Tensor],
         grads: list[Tensor],
         moments: Sequence[list[Tensor]],
         steps: list[Tensor],
     ) -> None:
-        """See `TorchFused`."""
-        if not moments:
-            self._run(params, grads, [], first=False)
-            return
-        firsts = [float(step) == 1 for step in steps]
-        for first in (True, False):
+        """`torch._fused_sgd_`, for first steps and later ones apart."""
+        firsts = [float(step) == 1 for step in steps] if moments else [False] * len(params)
+        lr, momentum, dampening, weight_decay, nesterov, maximize = numbers
+        for first in set(firsts):
             chosen = [i for i, is_first in enumerate(firsts) if is_first == first]
-            if chosen:
-                parts = ([part[i] for i in chosen] for part in (params, grads, moments[0]))
-                self._run(*parts, first=first)
-
-    def _run(
-        self, params: list[Tensor], grads: list[Tensor], velocities: list[Tensor], *, first: bool
-    ) -> None:
-        torch._fused_sgd_(
-            params,
-            grads,
-            velocities,
-            weight_decay=self.weight_decay,
-            momentum=self.momentum,
-            lr=self.lr,
-            dampening=self.dampening,
-            nesterov=self.nesterov,
-            maximize=self.maximize,
-            is_first_step=first,
-        )
+            torch._fused_sgd_(
+                [params[i] for i in chosen],
+                [grads[i] for i in chosen],
+                [moments[0][i] for i in chosen] if moments else [],
+                weight_decay=weight_decay,
+                momentum=momentum,
+                lr=lr,
+                dampening=dampening,
+                nesterov=bool(nesterov),
+                maximize=bool(maximize),
+                is_first_step=first,
+            )
