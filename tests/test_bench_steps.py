@@ -101,7 +101,7 @@ def test_every_dtype_is_given_the_same_numbers(dtype):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_own_rows_are_right_and_are_timed(dtype):
     result = run(dtype=dtype, backend="reference")
-    own = {row.key for row in rows.own_rows(torch.float16, "auto")}
+    own = {row.key for row in rows.own_rows(torch.float16, "auto", CPU)}
     for outcome in result.outcomes:
         if outcome.row.key in own:
             assert outcome.reason is None
@@ -151,10 +151,10 @@ class Raises(contenders.TorchAmp):
 def with_row(monkeypatch, kind):
     make = experiment.own_rows
 
-    def replaced(dtype, backend):
+    def replaced(dtype, backend, device):
         return tuple(
             replace(row, make=lambda given: kind(given, False)) if row.key == "amp-foreach" else row
-            for row in make(dtype, backend)
+            for row in make(dtype, backend, device)
         )
 
     monkeypatch.setattr(experiment, "own_rows", replaced)
@@ -211,7 +211,7 @@ def test_bytes_are_those_counted_by_hand():
     [("fused", 30), ("general", 42), ("amp-fused", 48), ("amp-foreach", 100), ("masters-loop", 60)],
 )
 def test_stated_traffic_adds_up(key, total):
-    row = next(row for row in rows.own_rows(torch.float16, "auto") if row.key == key)
+    row = next(row for row in rows.own_rows(torch.float16, "auto", CPU) if row.key == key)
     assert row.traffic.total == total
     assert sum(float(word) for word in str(row.traffic).split() if word.isdigit()) in (
         total,
@@ -296,7 +296,7 @@ def test_more_than_fits_into_memory_is_refused_before_it_is_made():
 
 
 def test_rates_need_times():
-    outcome = Outcome(MIXED, rows.own_rows(torch.float16, "auto")[0])
+    outcome = Outcome(MIXED, rows.own_rows(torch.float16, "auto", CPU)[0])
     assert report.achieved(outcome) is None
     timed = replace(outcome, times=Times((0.5,)))
     assert report.achieved(timed) == 30 * MIXED.count / 0.5

@@ -114,6 +114,16 @@ def test_a_skipped_step_changes_nothing(name, skips):
             assert_same_state(ours, theirs, params)
 
 
+def test_tensors_that_take_their_first_step_late_are_first_all_the_same():
+    ours, _, _ = twins("momentum", [(5,), (70,)], torch.float16)
+    ours.batch.steps[0].fill_(3)
+    ours.batch.moments[0][0].fill_(1.0)
+    ours.step([torch.full((5,), 2.0).half(), torch.full((70,), 2.0).half()], torch.tensor(0.5))
+    # the first takes the gradient for its velocity, the other one has one already
+    assert torch.allclose(ours.batch.moments[0][0], torch.tensor(1.9), rtol=2.0**-23)
+    assert torch.equal(ours.batch.moments[0][1], torch.ones(70))
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("sizes", [[CHUNK + 37], [500, 3, 100]])
 def test_weights_that_are_clamped_are_counted(dtype, sizes):

@@ -196,7 +196,7 @@ def test_invariant_4_weights_are_masters_rounded_to_nearest_even_and_saturated(
     step(0.0)
     expected, clamped = round_by_hand(masters, dtype)
     nan = torch.isnan(masters)
-    if str(engine) == "reference-fused":
+    if str(engine) in ("reference-fused", "compiled-fused"):
         # the written arithmetic has p * 0 for "no decay": an infinity becomes NaN, still visible
         nan |= torch.isinf(masters)
     assert torch.equal(torch.isnan(weight), nan)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mpcore.backends import compiled, cpu, reference
+from mpcore.backends._c_compiler import find_compiler
 from mpcore.backends._inspection import Inspection
 from mpcore.backends._scale import ScaleMove
 from mpcore.errors import ArgumentError, BackendError
@@ -152,7 +153,10 @@ def resolve(
                 f"backend: expected one that can run here, got {name!r}: the parameters are on "
                 f'{sorted(kinds)}. Pass backend="auto".'
             )
-        return name, cpu if name == "cpu" else compiled
+        if name == "cpu":
+            return name, cpu
+        find_compiler()  # raises if there is none: better now than in the first step
+        return name, compiled
     reason = why_not_triton(devices, dtypes)
     if reason is not None:
         raise BackendError(

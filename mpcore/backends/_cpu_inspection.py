@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mpcore.backends import _inspection
-from mpcore.backends._blocks import Piece, blocks, copy_all, cut, layout, memory_order, new_scratch
+from mpcore.backends._blocks import blocks, copy_all, cut, layout, memory_order, new_scratch
 from mpcore.backends._cpu_update import Plan, prepare_
 from mpcore.backends._inspection import Inspection
 from mpcore.updates import Hyper
@@ -64,15 +64,40 @@ def inspect(
         prepare_(plan, hyper)
     if statistics:
         return _inspection.inspect(grads, coefficient, max_norm, statistics=True)
+    flat = [memory_order(grad) for grad in grads]
+    chunks, sums = _square_sums(flat)
+    return conclude(flat, chunks, sums, coefficient, limit)
+
+
+def conclude(
+    flat: list[Tensor], chunks: Tensor, sums: Tensor, coefficient: Tensor, limit: float
+) -> Inspection:
+    """Returns what the sums of squares of all chunks tell; looks again at those that tell nothing.
+
+    Args:
+        flat: Gradients as they lie in memory.
+        chunks: int64 `[chunks, 3]`, in order: tensor, first element, end.
+        sums: float64 `[chunks]`. A sum of float32 squares, in any order.
+        coefficient: 0-d float32.
+        limit: Of the norm of the unscaled gradients.
+    """
     factor = float(coefficient)
-    found = _find([memory_order(grad) for grad in grads], coefficient)
-    norm = math.sqrt(math.fsum(found.sums))
+    lengths = sums.sqrt() * abs(factor)
+    known = (sums > _SMALLEST) & (sums < _LARGEST) & (lengths > _SHORTEST) & (lengths < _LONGEST)
+    count = len(flat)
+    found = _Found([0] * count, [-1] * count)
+    squares = sums * factor * factor
+    if not bool(known.all()):
+        for i in known.logical_not().nonzero().flatten().tolist():
+            squares[i] = _look_again(flat, chunks[i].tolist(), coefficient, found)
+    each = torch.zeros(count, dtype=torch.float64).index_add_(0, chunks[:, 0], squares)
+    norm = math.sqrt(math.fsum(each.tolist()))
     overflow = any(found.kinds)
     clip = 1.0 if overflow else min(limit / (norm + 1e-6), 1.0)
     return Inspection(
         kinds=torch.tensor(found.kinds, dtype=torch.int32),
         first_bad=torch.tensor(found.first_bad, dtype=torch.int64),
-        square_sum=torch.tensor(found.sums, dtype=torch.float64),
+        square_sum=each,
         largest=None,
         found_inf=torch.tensor(int(overflow), dtype=torch.int32),
         grad_norm=torch.tensor(norm, dtype=torch.float64).float(),
@@ -86,51 +111,42 @@ class _Found:
 
     kinds: list[int]
     first_bad: list[int]
-    sums: list[float]
 
 
-def _find(flat: list[Tensor], coefficient: Tensor) -> _Found:
-    count, factor = len(flat), float(coefficient)
-    found = _Found([0] * count, [-1] * count, [0.0] * count)
+def _look_again(flat: list[Tensor], chunk: list[int], coefficient: Tensor, found: _Found) -> float:
+    """Returns the sum of squares of a chunk, unscaled; notes what is not finite."""
+    index, start, stop = chunk
+    values, factor = flat[index][start:stop], float(coefficient)
+    square = _wide_square_sum(values)
+    length = math.sqrt(square) * abs(factor)
+    if (square == 0.0 and math.isfinite(factor)) or _SHORTEST < length < _LONGEST:
+        return square * factor * factor
+    exact = _inspection.inspect([values], coefficient, None)
+    first_bad = int(exact.first_bad)
+    found.kinds[index] |= int(exact.kinds)
+    if found.first_bad[index] == -1 and first_bad != -1:
+        found.first_bad[index] = start + first_bad
+    return float(exact.square_sum)
+
+
+def _square_sums(flat: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Returns chunks, and the float32 sum of squares of each."""
     sizes = [grad.numel() for grad in flat]
     scratch = new_scratch(sizes)
+    chunks: list[tuple[int, int, int]] = []
+    sums: list[Tensor] = []
     for block in blocks(sizes):
-        values = cut(flat, block)
-        for piece, piece_values, square in zip(
-            block, values, _square_sums(block, values, scratch), strict=True
-        ):
-            if not _SMALLEST < square < _LARGEST:
-                square = _wide_square_sum(piece_values)
-            length = math.sqrt(square) * abs(factor)
-            if (square == 0.0 and math.isfinite(factor)) or _SHORTEST < length < _LONGEST:
-                found.sums[piece.index] += square * factor * factor
-            else:
-                _look_closely(piece, piece_values, coefficient, found)
-    return found
-
-
-def _square_sums(block: list[Piece], values: list[Tensor], scratch: Tensor) -> list[float]:
-    """Returns the float32 sum of squares of each piece; `scratch` holds the squares."""
-    here = layout(block, scratch)
-    copy_all(here, values)
-    squares = scratch[: sum(part.numel() for part in here)]
-    squares.mul_(squares)
-    if len(here) == 1:
-        return [float(squares.sum())]
-    return torch.stack([part.sum() for part in here]).tolist()
+        here = layout(block, scratch)
+        copy_all(here, cut(flat, block))
+        squares = scratch[: sum(part.numel() for part in here)]
+        squares.mul_(squares)
+        sums += [part.sum() for part in here]
+        chunks += [(piece.index, piece.start, piece.stop) for piece in block]
+    table = torch.tensor(chunks, dtype=torch.int64).view(-1, 3)
+    return table, torch.stack([torch.zeros(()), *sums])[1:].double()
 
 
 def _wide_square_sum(values: Tensor) -> float:
     """Returns the sum of squares, in float64: infinite or NaN only if an element is."""
     parts = (part.double() for part in torch.split(values, _WIDE))
     return sum(float(part.mul_(part).sum()) for part in parts)
-
-
-def _look_closely(piece: Piece, values: Tensor, coefficient: Tensor, found: _Found) -> None:
-    """Adds what the reference backend finds in a piece."""
-    exact = _inspection.inspect([values], coefficient, None)
-    index, first_bad = piece.index, int(exact.first_bad)
-    found.kinds[index] |= int(exact.kinds)
-    found.sums[index] += float(exact.square_sum)
-    if found.first_bad[index] == -1 and first_bad != -1:
-        found.first_bad[index] = piece.start + first_bad

@@ -6,6 +6,9 @@
 
 Bitwise oracle: `torch.optim.X(fused=True)` over float32 copies with the unscaled gradients. A rule
 without such a kernel runs in plain torch, with the bits of the reference backend.
+
+Torch's kernels could unscale on the way, by a division (`grad_scale`). That saves 4 % of a step and
+loses that a step multiplies by the coefficient exactly as `grads()` and every other backend do.
 """
 
 from __future__ import annotations
@@ -31,7 +34,6 @@ from mpcore.backends._blocks import (
 from mpcore.backends._cast import cast_into
 from mpcore.backends._scale import ScaleMove, update_scale_
 from mpcore.updates import Batch, Hyper, UpdateRule
-from mpcore.updates.batch import shared_base
 
 
 @dataclass
@@ -69,14 +71,9 @@ def plan_update(rule: str, batches: Sequence[Batch]) -> Plan:
     # plain torch needs several temporaries of the size of a block
     chunk = CHUNK if plan.rule.has_torch_kernel else CHUNK // 8
     plan.groups = [_groups(batch, chunk) for batch in plan.batches]
-    plan.counters = [_counters(batch.steps or []) for batch in plan.batches]
+    plan.counters = [_update.step_counters(batch) for batch in plan.batches]
     plan.elements = sum(master.numel() for batch in plan.batches for master in batch.masters)
     return plan
-
-
-def _counters(steps: Sequence[Tensor]) -> list[Tensor]:
-    together = shared_base(steps) if steps else None
-    return list(steps) if together is None else [together]
 
 
 @torch.no_grad()
@@ -147,7 +144,7 @@ def update_(
             for group in groups:
                 flat = [memory_order(grads[index][i]) for i in group.members]
                 steps = [batch.steps[i] for i in group.members] if batch.steps else []
-                rows = [scalars[index][i] for i in group.members] if scalars else None
+                rows = scalars[index][group.members] if scalars else None
                 _update_group(plan, group, flat, steps, rows, coefficient, saturated, scratch)
     if then is not None:
         update_scale_(**then.arguments(), found_inf=found_inf)
@@ -158,7 +155,7 @@ def _update_group(
     group: _Group,
     grads: list[Tensor],
     steps: list[Tensor],
-    rows: list[tuple[Tensor, ...]] | None,
+    rows: Tensor | None,
     coefficient: Tensor,
     saturated: Tensor,
     scratch: Tensor,
@@ -179,12 +176,10 @@ def _update_group(
             _round(block.masters, block.weights, scratch, saturated)
 
 
-def _apply(
-    rule: UpdateRule, block: _Block, grads: list[Tensor], rows: list[tuple[Tensor, ...]]
-) -> None:
+def _apply(rule: UpdateRule, block: _Block, grads: list[Tensor], rows: Tensor) -> None:
     """Updates a block with the arithmetic of the reference backend."""
     for i, piece in enumerate(block.pieces):
-        s = rows[piece.index]
+        s = rows[piece.index].unbind()
         old = [moment[i] for moment in block.moments]
         param, updated = rule.apply(grads[i] * s[0], block.masters[i], old, s)
         block.masters[i].copy_(param)

@@ -20,6 +20,7 @@ from mpcore.backends._cast import cast_into
 from mpcore.backends._scale import ScaleMove, update_scale_
 from mpcore.errors import ArgumentError, StageError
 from mpcore.updates import RULES, Batch, Hyper, UpdateRule
+from mpcore.updates.batch import shared_base
 
 
 @dataclass
@@ -30,14 +31,14 @@ class Plan:
         rule: What computes the update.
         batches: What it updates.
         hyper: The hyper-parameters that the scalars were computed from.
-        scalars: Per batch and tensor the values of `rule.columns`, 0-d float32; None until
-            `prepare_`.
+        scalars: Per batch the values of `rule.columns` of each tensor, float32
+            `[tensors, columns]`; None until `prepare_`.
     """
 
     rule: UpdateRule
     batches: Sequence[Batch]
     hyper: Hyper | None = None
-    scalars: list[list[tuple[Tensor, ...]]] | None = None
+    scalars: list[Tensor] | None = None
 
 
 def plan_update(rule: str, batches: Sequence[Batch]) -> Plan:
@@ -72,14 +73,15 @@ def prepare_(plan: Plan, hyper: Hyper) -> None:
     plan.scalars = [_scalars(plan.rule, batch, hyper) for batch in plan.batches]
 
 
-def _scalars(rule: UpdateRule, batch: Batch, hyper: Hyper) -> list[tuple[Tensor, ...]]:
+def _scalars(rule: UpdateRule, batch: Batch, hyper: Hyper) -> Tensor:
     """Returns the scalars of each tensor, computed for all tensors of a param group at once."""
     members: dict[int, list[int]] = {}
     for index, group in enumerate(batch.groups):
         members.setdefault(group, []).append(index)
-    scalars: list[tuple[Tensor, ...]] = [()] * len(batch.groups)
+    device = batch.masters[0].device if batch.masters else None
+    scalars: list[Tensor] = [torch.empty(0)] * len(batch.groups)
     for group, indices in members.items():
-        like = torch.ones(len(indices), dtype=torch.float64, device=batch.masters[0].device)
+        like = torch.ones(len(indices), dtype=torch.float64, device=device)
         # filled on the device: numbers that were copied there could wait for it
         numbers = [torch.full_like(like, number) for number in hyper.numbers[group]]
         lr = hyper.lrs[group]
@@ -88,10 +90,13 @@ def _scalars(rule: UpdateRule, batch: Batch, hyper: Hyper) -> list[tuple[Tensor,
         t = like
         if batch.steps is not None:
             t = torch.stack([batch.steps[index] for index in indices]).double() + 1
-        columns = [value.expand_as(like).float().unbind() for value in rule.scalars(numbers, t)]
-        for index, row in zip(indices, zip(*columns, strict=True), strict=True):
+        columns = [value.expand_as(like).float() for value in rule.scalars(numbers, t)]
+        rows = torch.stack(columns, dim=1)
+        if len(members) == 1:
+            return rows
+        for index, row in zip(indices, rows.unbind(), strict=True):
             scalars[index] = row
-    return scalars
+    return torch.stack(scalars) if scalars else torch.empty(0, len(rule.columns), device=device)
 
 
 @torch.no_grad()
@@ -120,7 +125,10 @@ def update_(
     scalars = take_scalars(plan)
     keep = found_inf != 0
     for batch, batch_grads, rows in zip(plan.batches, grads, scalars, strict=True):
-        for i, (master, grad, s) in enumerate(zip(batch.masters, batch_grads, rows, strict=True)):
+        columns = [row.unbind() for row in rows.unbind()]
+        for i, (master, grad, s) in enumerate(
+            zip(batch.masters, batch_grads, columns, strict=True)
+        ):
             moments = [moment[i] for moment in batch.moments]
             g = (grad.float() * coefficient) * s[0]
             param, updated = plan.rule.apply(g, master, moments, s)
@@ -134,9 +142,22 @@ def update_(
         update_scale_(**then.arguments(), found_inf=found_inf)
 
 
-def take_scalars(plan: Plan) -> list[list[tuple[Tensor, ...]]]:
+def take_scalars(plan: Plan) -> list[Tensor]:
     """Returns the scalars of a prepared plan, which then needs to be prepared again."""
     scalars, plan.scalars = plan.scalars, None
     if scalars is None:
         raise StageError("update_: expected a plan that was prepared since its last update.")
     return scalars
+
+
+def step_counters(batch: Batch) -> list[Tensor]:
+    """Returns what counts the steps of a batch: one tensor for all, or one for each.
+
+    Example:
+        >>> counts = torch.zeros(2)
+        >>> step_counters(Batch([], None, [], list(counts.unbind()), []))[0] is counts
+        True
+    """
+    steps = list(batch.steps or ())
+    together = shared_base(steps) if steps else None
+    return steps if together is None else [together]

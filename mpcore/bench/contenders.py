@@ -84,7 +84,6 @@ class Mpcore(Contender):
         inner = torch.optim.AdamW(self.params, **ADAMW, fused=path == "general")
         scale = DynamicLossScale(init=problem.scale)
         self._optimizer = MixedPrecisionOptimizer(inner, scale, path=path, backend=backend)
-        self.compiled = backend == "compiled"
         self._loss = torch.zeros((), device=problem.device)
 
     def before_step(self) -> None:

@@ -65,7 +65,8 @@ class BenchSettings:
         Raises:
             ArgumentError: There is no row of a name.
         """
-        everything = (*own_rows(DTYPES[self.dtype], self.backend), *peer_rows(self.device))
+        own = own_rows(DTYPES[self.dtype], self.backend, self.device)
+        everything = (*own, *peer_rows(self.device))
         if self.rows is None:
             return everything
         known = [row.key for row in everything]

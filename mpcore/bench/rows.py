@@ -82,16 +82,17 @@ BASELINE = "amp-fused"
 LOOP = "masters-loop"
 
 
-def own_rows(dtype: torch.dtype, backend: str) -> tuple[Row, ...]:
+def own_rows(dtype: torch.dtype, backend: str, device: torch.device) -> tuple[Row, ...]:
     """Returns the rows that need PyTorch alone.
 
     Args:
         dtype: float16 or bfloat16, of the parameters where a row has masters.
-        backend: Of the mpcore rows.
+        backend: Of the mpcore rows that do not name one themselves.
+        device: Where they run.
 
     Example:
-        >>> [row.key for row in own_rows(torch.float16, "auto")]
-        ['fused', 'general', 'amp-fused', 'amp-foreach', 'masters-loop']
+        >>> [row.key for row in own_rows(torch.float16, "auto", torch.device("cpu"))]
+        ['fused', 'compiled', 'general', 'amp-fused', 'amp-foreach', 'masters-loop']
     """
     half = "FP16" if dtype == torch.float16 else "BF16"
     masters = f"{half} weights and gradients, FP32 masters and moments"
@@ -104,7 +105,18 @@ def own_rows(dtype: torch.dtype, backend: str) -> tuple[Row, ...]:
         bound=TORCH_NORM_BOUND,
         expected_bytes=20,
     )
-    return (*_mpcore_rows(dtype, backend, masters), *_amp_rows(), by_hand)
+    compiled = Row(
+        key="compiled",
+        label="mpcore, compiled",
+        regime=masters,
+        make=lambda problem: Mpcore(problem, dtype, "fused", "compiled"),
+        traffic=MPCORE_FUSED,
+        bound=FP32_BOUND,
+        expected_bytes=16,
+        missing=None if device.type == "cpu" else "runs on a CPU only",
+    )
+    fused, general = _mpcore_rows(dtype, backend, masters)
+    return (fused, compiled, general, *_amp_rows(), by_hand)
 
 
 def _mpcore_rows(dtype: torch.dtype, backend: str, regime: str) -> tuple[Row, Row]:

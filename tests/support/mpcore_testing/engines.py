@@ -81,7 +81,13 @@ class Engine:
 
 
 GENERAL = Engine("reference", "general")
-ENGINES = [GENERAL, Engine("reference", "fused"), Engine("cpu", "general"), Engine("cpu", "fused")]
+ENGINES = [
+    GENERAL,
+    Engine("reference", "fused"),
+    Engine("cpu", "general"),
+    Engine("cpu", "fused"),
+    Engine("compiled", "fused"),
+]
 FUSED = [engine for engine in ENGINES if engine.fused]
 
 

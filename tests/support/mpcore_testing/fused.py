@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 
 import torch
 
-import mpcore_kernels
 from mpcore_testing.kernels import assert_same_bits, random_finite
 from mpcore_testing.updates import Batch, Hyper, assert_same_batches, update
 
@@ -96,20 +96,22 @@ class Twin:
         batches: On the CPU; copied.
         device: Where the kernels work.
         placed: The batches on the device, if they must lie somewhere in particular.
+        backend: What updates; None: the kernels.
     """
 
-    def __init__(self, rule, batches, device, placed=None):
+    def __init__(self, rule, batches, device, placed=None, backend=None):
+        self.backend = backend or importlib.import_module("mpcore_kernels")
         self.rule = rule
         self.device = device
         self.expected = [batch.on("cpu") for batch in batches]
         self.actual = placed or [batch.on(device) for batch in batches]
-        self.plan = mpcore_kernels.plan_update(rule, self.actual)
+        self.plan = self.backend.plan_update(rule, self.actual)
         self.saturated = scalar(1000, torch.int64, device)
         self.clamped = 1000
 
     def step(self, grads, hyper, coefficient=0.37, found_inf=0, then=None):
         """Updates both and fails unless they agree bitwise; `grads` are on the CPU."""
-        mpcore_kernels.prepare_(self.plan, self.hyper_on_device(hyper))
+        self.backend.prepare_(self.plan, self.hyper_on_device(hyper))
         self.update(grads, coefficient, found_inf, then)
         self.follow(grads, hyper, coefficient, found_inf)
 
@@ -121,7 +123,7 @@ class Twin:
     def update(self, grads, coefficient, found_inf=0, then=None):
         """Updates what is on the device; the plan must be prepared."""
         placed = [[_copy(grad, self.device) for grad in batch] for batch in grads]
-        mpcore_kernels.update_(
+        self.backend.update_(
             self.plan,
             placed,
             scalar(coefficient, FULL, self.device),

@@ -1,0 +1,55 @@
+"""`inspect` of the compiled backend: one pass for sums of squares, then as on the cpu backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mpcore.backends import _cpu_inspection, _inspection, _update
+from mpcore.backends._blocks import memory_order
+from mpcore.backends._c_compiler import load
+from mpcore.backends._c_source import square_sums_source
+from mpcore.backends._c_work import Work, by_dtype, cut_chunks, run
+from mpcore.backends._inspection import Inspection
+from mpcore.updates import Hyper
+
+
+@torch.no_grad()
+def inspect(
+    grads: Sequence[Tensor],
+    coefficient: Tensor,
+    max_norm: float | None,
+    *,
+    statistics: bool = False,
+    plan: _update.Plan | None = None,
+    hyper: Hyper | None = None,
+) -> Inspection:
+    """Finds overflow, norms and the clip, compiled when it first runs; CPU tensors.
+
+    The promises of the cpu backend's `inspect`, and other bits of the norm.
+    `reference.inspect` documents the arguments.
+    """
+    limit = float(torch.tensor(_inspection.check_max_norm(max_norm)))  # rounded to float32
+    _inspection.check_dtypes(grads)
+    if plan is not None and hyper is not None:
+        _update.prepare_(plan, hyper)
+    if statistics:
+        return _inspection.inspect(grads, coefficient, max_norm, statistics=True)
+    flat = [memory_order(grad) for grad in grads]
+    chunks, sums = _square_sums(flat)
+    return _cpu_inspection.conclude(flat, chunks, sums, coefficient, limit)
+
+
+def _square_sums(flat: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Returns chunks, and the sum of squares of each."""
+    chunks = cut_chunks([grad.numel() for grad in flat])
+    tables, sums = [chunks[:0]], [torch.zeros(0, dtype=torch.float64)]
+    for dtype, of_dtype, addresses in by_dtype(flat, chunks):
+        work = Work.over(of_dtype, addresses)
+        tables.append(of_dtype)
+        sums.append(torch.empty(len(of_dtype), dtype=torch.float64))
+        work.sums = sums[-1].data_ptr()
+        run(load(square_sums_source(dtype)).square_sums, work)
+    return torch.cat(tables), torch.cat(sums)

@@ -1,0 +1,124 @@
+"""What the passes in C work on: tables of addresses, chunks, and the threads that share them."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from threading import Thread
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpcore.backends._blocks import memory_order
+
+#: Elements that a thread takes at a time.
+CHUNK = 2**16
+# below this, waking other threads takes longer than the work
+_WORTH_A_THREAD = 2**17
+
+
+@dataclass(frozen=True)
+class Table:
+    """Where tensors lie in memory, and how they are cut.
+
+    Attributes:
+        flat: The tensors of each role as they lie in memory; kept alive.
+        addresses: Per role int64 `[tensors]`.
+        chunks: int64 `[chunks, 3]`: tensor, first element, end.
+    """
+
+    flat: list[list[Tensor]]
+    addresses: list[Tensor]
+    chunks: Tensor
+
+    @staticmethod
+    def of(roles: Sequence[Sequence[Tensor]]) -> Table:
+        """Returns the table of tensors; those of one index have one layout in all roles."""
+        flat = [[memory_order(tensor) for tensor in role] for role in roles]
+        chunks = cut_chunks([tensor.numel() for tensor in flat[0]])
+        return Table(flat, [addresses_of(role) for role in flat], chunks)
+
+
+def addresses_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Returns where tensors lie in memory, int64 `[tensors]`."""
+    return torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64)
+
+
+def cut_chunks(sizes: Sequence[int]) -> Tensor:
+    """Returns chunks of tensors of these sizes, int64 `[chunks, 3]`: tensor, first element, end.
+
+    Example:
+        >>> cut_chunks([5, 0, 2**16 + 1]).tolist()
+        [[0, 0, 5], [2, 0, 65536], [2, 65536, 65537]]
+    """
+    size = torch.tensor(sizes, dtype=torch.int64)
+    pieces = (size + CHUNK - 1) // CHUNK
+    tensor = torch.repeat_interleave(torch.arange(len(size)), pieces)
+    first = torch.cumsum(pieces, 0) - pieces
+    start = (torch.arange(len(tensor)) - first[tensor]) * CHUNK
+    return torch.stack([tensor, start, torch.minimum(start + CHUNK, size[tensor])], dim=1)
+
+
+def by_dtype(flat: Sequence[Tensor], chunks: Tensor) -> list[tuple[torch.dtype, Tensor, Tensor]]:
+    """Returns for each dtype the chunks of its tensors, and the addresses of all tensors."""
+    dtypes = [tensor.dtype for tensor in flat]
+    present = dict.fromkeys(dtypes)
+    if len(present) == 1:
+        return [(dtypes[0], chunks, addresses_of(flat))]
+    masks = {dtype: torch.tensor([d == dtype for d in dtypes]) for dtype in present}
+    return [(d, chunks[masks[d][chunks[:, 0]]], addresses_of(flat)) for d in present]
+
+
+class Work(ctypes.Structure):
+    """`work_t` of `_passes.c`: what the threads of one pass share."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("next", "count")),
+        *((name, ctypes.c_void_p) for name in ("chunks", "grads", "sums", "masters", "moments")),
+        *((name, ctypes.c_void_p) for name in ("weights", "scalars", "saturated")),
+        ("tensors", ctypes.c_int64),
+        ("coefficient", ctypes.c_float),
+        ("streaming", ctypes.c_int32),
+    ]
+
+    @classmethod
+    def over(cls, chunks: Tensor, grads: Tensor) -> Work:
+        """Returns the work on some chunks.
+
+        Args:
+            chunks: int64 `[chunks, 3]`, contiguous; has to stay alive, as everything else.
+            grads: The gradients' addresses.
+        """
+        work = cls(count=len(chunks), chunks=chunks.data_ptr(), grads=grads.data_ptr())
+        work.elements = int((chunks[:, 2] - chunks[:, 1]).sum())
+        return work
+
+
+def run(function: Any, work: Work) -> None:
+    """Runs a pass on as many threads as torch uses: its own, if they can be had."""
+    threads = torch.get_num_threads() if work.elements >= _WORTH_A_THREAD else 1
+    argument = ctypes.byref(work)
+    team = _openmp()
+    if threads > 1 and team is not None:
+        team(function, argument, threads, 0)
+        return
+    others = [Thread(target=function, args=(argument,)) for _ in range(threads - 1)]
+    for thread in others:
+        thread.start()
+    function(argument)  # ctypes releases the interpreter's lock
+    for thread in others:
+        thread.join()
+
+
+@cache
+def _openmp() -> Callable[..., None] | None:
+    """Returns what starts the threads of the OpenMP that torch has loaded, or None.
+
+    They wait for work by spinning for a while after each operation of torch: threads of our own
+    would have to share the cores with them.
+    """
+    team: Callable[..., None] | None = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
+    return team

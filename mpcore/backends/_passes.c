@@ -1,0 +1,209 @@
+/* Passes of the compiled backend: what `_c_source.py` puts its definitions in front of.
+ *
+ * Defined there: grad_t, weight_t, widen (from grad_t to float) and SQUARE_SUMS, or for an update narrow
+ * (from float to weight_t), MOMENTS and COLUMNS; `step` is put in front of `update`. Tensors come as
+ * arrays of addresses, work as a table of chunks that threads take from a shared counter: which
+ * thread gets which chunk shows in no bit.
+ *
+ * Everything is done in blocks that stay in the first-level cache: memory is read once and written
+ * once. Built without contraction and without -ffast-math.
+ */
+#include <math.h>
+
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
+#if defined(__F16C__) && !defined(PORTABLE)
+#define FAST_FLOAT16
+#endif
+
+#define BLOCK 1024
+#define LOOP static __attribute__((noinline)) /* keeps `restrict`, which inlining drops */
+
+typedef float lanes_t __attribute__((vector_size(64)));
+
+typedef struct {
+    int64_t tensor, start, stop; /* elements */
+} chunk_t;
+
+/* What the threads of a pass share; `_c_work.py` has the same fields. */
+typedef struct {
+    int64_t next, count;     /* chunks */
+    const chunk_t *chunks;
+    const grad_t *const *grads;
+    double *sums;            /* of `square_sums`: [count] */
+    float *const *masters;   /* from here on of `update` */
+    float *const *moments;   /* [MOMENTS][tensors] */
+    weight_t *const *weights; /* NULL: the masters are the weights */
+    const float *scalars;    /* [tensors][COLUMNS] */
+    int64_t *saturated;
+    int64_t tensors;
+    float coefficient;
+    int32_t streaming;       /* whether weights go around the caches */
+} work_t;
+
+/* Returns the number of a chunk that nobody has taken, or at least `count`. */
+static inline int64_t take(work_t *work) {
+    return __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED);
+}
+
+static inline uint32_t bits_of(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return bits;
+}
+
+static inline float float_of(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+/* Returns `yes` where the mask is all ones and `no` where it is 0: branches keep loops scalar. */
+static inline uint32_t choose(uint32_t mask, uint32_t yes, uint32_t no) {
+    return (yes & mask) | (no & ~mask);
+}
+
+static inline uint32_t mask_of(int condition) { return -(uint32_t)condition; }
+
+LOOP void widen_bfloat16(const uint16_t *restrict from, float *restrict to, int64_t n) {
+    for (int64_t i = 0; i < n; i++) to[i] = float_of((uint32_t)from[i] << 16);
+}
+
+LOOP void widen_float16(const uint16_t *restrict from, float *restrict to, int64_t n) {
+    int64_t i = 0;
+#ifdef FAST_FLOAT16
+    for (; i + 8 <= n; i += 8)
+        _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from + i))));
+#endif
+    for (; i < n; i++) {
+        uint32_t sign = (from[i] & 0x8000u) << 16, magnitude = (from[i] & 0x7fffu) << 13;
+        uint32_t bits = magnitude + (112u << 23); /* the exponent with the bias of float32 */
+        /* a subnormal number: its bits behind a leading one, that one subtracted again */
+        uint32_t small = bits_of(float_of(magnitude + (113u << 23)) - float_of(113u << 23));
+        bits = choose(mask_of(magnitude >= 0x0f800000u), bits + (112u << 23), bits);
+        bits = choose(mask_of(magnitude < 0x00800000u), small, bits);
+        to[i] = float_of(bits | sign);
+    }
+}
+
+/* Rounding to nearest, ties to even; a finite value that would round to infinity becomes the largest
+ * finite one with its sign. Both return how many did. */
+
+LOOP int64_t narrow_bfloat16(const float *restrict from, uint16_t *restrict to, int64_t n) {
+    uint32_t clamped = 0;
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t bits = bits_of(from[i]), magnitude = bits & 0x7fffffffu;
+        uint32_t rounded = (magnitude + 0x7fffu + ((magnitude >> 16) & 1)) >> 16;
+        uint32_t over = mask_of(magnitude >= 0x7f7f8000u) & mask_of(magnitude < 0x7f800000u);
+        uint32_t nan = mask_of(magnitude > 0x7f800000u);
+        rounded = choose(over, 0x7f7fu, rounded);
+        rounded = choose(nan, 0x7fc0u, rounded);
+        clamped += over & 1;
+        to[i] = (uint16_t)(rounded | ((bits >> 16) & 0x8000u));
+    }
+    return clamped;
+}
+
+LOOP int64_t narrow_any_float16(const float *restrict from, uint16_t *restrict to, int64_t n) {
+    uint32_t clamped = 0;
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t bits = bits_of(from[i]), magnitude = bits & 0x7fffffffu;
+        uint32_t normal = (magnitude - (112u << 23) + 0x0fffu + ((magnitude >> 13) & 1)) >> 13;
+        /* adding 0.5 leaves the multiples of 2^-24 in the last bits */
+        uint32_t small = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;
+        uint32_t over = mask_of(magnitude >= 0x477ff000u), bad = mask_of(magnitude >= 0x7f800000u);
+        uint32_t rounded = choose(mask_of(magnitude < 0x38800000u), small, normal);
+        rounded = choose(over, 0x7bffu, rounded);
+        rounded = choose(bad, 0x7c00u, rounded) | (mask_of(magnitude > 0x7f800000u) & 0x0200u);
+        clamped += over & ~bad & 1;
+        to[i] = (uint16_t)(rounded | ((bits >> 16) & 0x8000u));
+    }
+    return clamped;
+}
+
+#ifdef FAST_FLOAT16
+LOOP uint32_t largest_magnitude(const float *restrict from, int64_t n) {
+    uint32_t largest = 0;
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t magnitude = bits_of(from[i]) & 0x7fffffffu;
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    return largest;
+}
+#endif
+
+static int64_t narrow_float16(const float *from, uint16_t *to, int64_t n) {
+    int64_t done = 0;
+#ifdef FAST_FLOAT16
+    const int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    if (largest_magnitude(from, n) < 0x477ff000u) /* nothing to clamp, nothing not finite */
+        for (; done + 8 <= n; done += 8)
+            _mm_storeu_si128((__m128i *)(to + done),
+                             _mm256_cvtps_ph(_mm256_loadu_ps(from + done), nearest));
+#endif
+    return narrow_any_float16(from + done, to + done, n - done);
+}
+
+#ifdef SQUARE_SUMS
+/* Writes the sum of squares of each chunk: 64 float sums of 16 squares each, blocks in float64. */
+void square_sums(work_t *work) {
+    for (int64_t k; (k = take(work)) < work->count;) {
+        const chunk_t chunk = work->chunks[k];
+        double sum = 0;
+        for (int64_t at = chunk.start; at < chunk.stop; at += BLOCK) {
+            int64_t n = chunk.stop - at < BLOCK ? chunk.stop - at : BLOCK;
+            lanes_t x[BLOCK / 16], part[4] = {{0}};
+            memset(x + n / 16, 0, sizeof x - n / 16 * sizeof *x); /* what is behind the end */
+            widen(work->grads[chunk.tensor] + at, (float *)x, n);
+            for (int i = 0; i < BLOCK / 16; i += 4)
+                for (int j = 0; j < 4; j++) part[j] += x[i + j] * x[i + j];
+            lanes_t lanes = (part[0] + part[1]) + (part[2] + part[3]);
+            float block = 0;
+            for (int i = 0; i < 16; i++) block += lanes[i];
+            sum += block;
+        }
+        work->sums[k] = sum;
+    }
+}
+#endif
+
+#ifdef MOMENTS
+/* Writes weights around the caches: they are read again in the next forward pass, and a line that is
+ * not read before it is written saves a seventh of what the pass reads. */
+static void stream(const uint16_t *from, uint16_t *to, int64_t n) {
+    int64_t i = 0;
+#ifdef __SSE2__
+    if (((uintptr_t)to & 15) == 0)
+        for (; i + 8 <= n; i += 8)
+            _mm_stream_si128((__m128i *)(to + i), _mm_loadu_si128((const __m128i *)(from + i)));
+#endif
+    memcpy(to + i, from + i, (size_t)(n - i) * sizeof *to);
+}
+
+/* Updates chunks of masters, moments and weights; counts the weights that were clamped. */
+void update(work_t *work) {
+    int64_t clamped = 0;
+    for (int64_t k; (k = take(work)) < work->count;) {
+        const chunk_t chunk = work->chunks[k];
+        const int64_t tensor = chunk.tensor;
+        for (int64_t at = chunk.start; at < chunk.stop; at += BLOCK) {
+            int64_t n = chunk.stop - at < BLOCK ? chunk.stop - at : BLOCK;
+            float grad[BLOCK], *master = work->masters[tensor] + at, *here[MOMENTS + 1];
+            uint16_t rounded[BLOCK];
+            for (int i = 0; i < MOMENTS; i++) here[i] = work->moments[i * work->tensors + tensor] + at;
+            widen(work->grads[tensor] + at, grad, n);
+            step(grad, master, here, n, work->scalars + COLUMNS * tensor, work->coefficient);
+            if (work->weights) {
+                weight_t *weight = work->weights[tensor] + at;
+                clamped += narrow(master, work->streaming ? rounded : weight, n);
+                if (work->streaming) stream(rounded, weight, n);
+            }
+        }
+    }
+#ifdef __SSE2__
+    _mm_sfence(); /* what went around the caches is seen by whoever waits for this thread */
+#endif
+    __atomic_fetch_add(work->saturated, clamped, __ATOMIC_RELAXED);
+}
+#endif

@@ -1,0 +1,338 @@
+"""The compiled backend: bitwise NumPy's elementary operations, on any number of threads."""
+
+import subprocess
+
+import mpcore
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from mpcore.backends import _c_compiler, _c_source, _c_update, _c_work, compiled, cpu
+from mpcore.backends._c_work import CHUNK
+from mpcore.errors import BackendError, StageError
+from mpcore.updates import RULES
+
+from mpcore_testing.fused import (
+    COMBINATIONS,
+    FULL,
+    HALF,
+    KINDS,
+    OPTIONS,
+    Move,
+    Twin,
+    make_batch,
+    make_grads,
+)
+from mpcore_testing.kernels import (
+    HALVES,
+    all_patterns,
+    assert_same_bits,
+    float32_bits,
+    random_bits,
+)
+from mpcore_testing.rounding import edge_masters, round_by_hand
+from mpcore_testing.updates import Batch, Hyper
+
+# around the vectors of the loops and the blocks that stay in the first-level cache
+SIZES = [0, 1, 7, 8, 15, 16, 17, 300, 1023, 1024, 1025, 2049]
+LARGE = [CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 37]
+PLAIN_SGD = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+ADAMW = OPTIONS[0][2]
+
+
+def named(values):
+    return "-".join(map(str, values[:2]))
+
+
+def twin(rule, *batches):
+    return Twin(rule, batches, "cpu", backend=compiled)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=named)
+@pytest.mark.parametrize(("grad", "weight"), COMBINATIONS)
+def test_several_steps_give_the_bits_of_numpy(options, grad, weight):
+    rule, moments, numbers = options
+    batch = make_batch(moments, weight, SIZES, steps=0.0)
+    both = twin(rule, batch)
+    for step in range(3):
+        both.step([make_grads(batch, grad, 50 * step)], Hyper.of(numbers))
+    assert [step.item() for step in both.actual[0].steps] == [3.0] * len(SIZES)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=named)
+@pytest.mark.parametrize(("grad", "weight"), COMBINATIONS)
+def test_any_bits_in_every_tensor_give_the_bits_of_numpy(options, grad, weight):
+    rule, moments, numbers = options
+    batch = make_batch(moments, weight, [5000], make=random_bits)
+    if rule != "adagrad":
+        # a sum of squares is not negative, a mean may be
+        batch.moments[:1] = [[-m for m in moment] for moment in batch.moments[:1]]
+    both = twin(rule, batch)
+    both.step([make_grads(batch, grad, 7, random_bits)], Hyper.of(numbers), coefficient=2.0**-10)
+
+
+@given(
+    bits=st.lists(float32_bits(), min_size=1, max_size=40),
+    coefficient=st.floats(2.0**-30, 2.0**30, width=32),
+    options=st.sampled_from(OPTIONS),
+    weight=st.sampled_from([None, *HALVES]),
+)
+def test_any_masters_and_coefficients_give_the_bits_of_numpy(bits, coefficient, options, weight):
+    rule, moments, numbers = options
+    batch = make_batch(moments, weight, [len(bits)])
+    batch.masters[0].copy_(torch.tensor(bits, dtype=torch.int32).view(FULL))
+    both = twin(rule, batch)
+    grads = make_grads(batch, weight or FULL, 3)
+    both.step([grads], Hyper.of(numbers), coefficient=coefficient)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=named)
+def test_every_remainder_of_a_chunk(kind):
+    rule, moments, numbers = kind
+    batch = make_batch(moments, HALF, LARGE)
+    twin(rule, batch).step([make_grads(batch, HALF, 3)], Hyper.of(numbers))
+
+
+def test_groups_have_their_own_numbers_and_batches_their_own_dtypes():
+    groups = [0, 1, 1, 0, 1]
+    sizes = [5, 300, 17, 1025, 64]
+    batches = [
+        make_batch(2, weight, sizes, groups=groups, seed=seed)
+        for seed, weight in enumerate((*HALVES, None))
+    ]
+    both = twin("adam", *batches)
+    hyper = Hyper((OPTIONS[0][2], OPTIONS[1][2]), (None, torch.tensor(0.25)))
+    for step in range(2):
+        grads = [make_grads(b, w, step) for b, w in zip(batches, (*HALVES, FULL), strict=True)]
+        both.step(grads, hyper)
+
+
+def test_gradients_of_different_dtypes_in_one_batch():
+    batch = make_batch(2, HALF, [300, CHUNK + 3, 17, 2000])
+    narrow, wide = make_grads(batch, HALF, 3), make_grads(batch, FULL, 9)
+    twin("adam", batch).step([[narrow[0], wide[1], wide[2], narrow[3]]], Hyper.of(ADAMW))
+
+
+def test_tensors_that_lie_in_any_order_and_anywhere():
+    layouts = [
+        lambda t: t.to(memory_format=torch.channels_last),
+        lambda t: t.permute(2, 0, 3, 1),
+        lambda t: t[1:2],
+    ]
+    flat = make_batch(2, HALF, [120] * 3)
+
+    def laid(tensors):
+        return [lay(t.view(4, 3, 5, 2)) for lay, t in zip(layouts, tensors, strict=True)]
+
+    moments = [laid(moment) for moment in flat.moments]
+    batch = Batch(laid(flat.masters), laid(flat.weights), moments, flat.steps, flat.groups)
+    twin("adam", batch).step([make_grads(batch, HALF, 3)], Hyper.of(ADAMW))
+    shifted = make_batch(2, HALF, [1001])
+    parts = [shifted.masters, shifted.weights, *shifted.moments]
+    masters, weights, *moments = [[part[0][1:]] for part in parts]
+    odd = Batch(masters, weights, moments, shifted.steps, [0])
+    plan = compiled.plan_update("adam", [odd])
+    assert plan.tables[0].addresses[0].item() == masters[0].data_ptr()
+    both = Twin("adam", [odd], "cpu", placed=[odd], backend=compiled)
+    both.step([make_grads(odd, HALF, 3)], Hyper.of(ADAMW))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=named)
+def test_a_skipped_step_changes_nothing(options):
+    rule, moments, numbers = options
+    batch = make_batch(moments, HALF, SIZES, steps=0.0)
+    both = twin(rule, batch)
+    grads = make_grads(batch, HALF, 3)
+    grads[3].fill_(torch.inf)
+    both.step([grads], Hyper.of(numbers), found_inf=1)
+    assert [step.item() for step in both.actual[0].steps] == [0.0] * len(SIZES)
+    both.step([make_grads(batch, HALF, 3)], Hyper.of(numbers))
+
+
+@pytest.mark.parametrize(("found_inf", "scale"), [(0, 1024.0), (1, 512.0)])
+def test_the_scale_moves_in_every_step(found_inf, scale):
+    batch, move = make_batch(0, HALF, [3]), Move.on("cpu")
+    grads = [make_grads(batch, HALF, 3)]
+    twin("sgd", batch).step(grads, Hyper.of(OPTIONS[3][2]), found_inf=found_inf, then=_Then(move))
+    assert move.scale.item() == scale
+
+
+class _Then:
+    """A move in the form that the backends take."""
+
+    def __init__(self, move):
+        self.move = move
+
+    def arguments(self):
+        return vars(self.move)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("portable", [False, True])
+def test_every_16_bit_gradient_is_widened_exactly(dtype, portable):
+    patterns = all_patterns(dtype)
+    wide = torch.empty(2**16)
+    converted("widen", dtype, portable)(patterns.data_ptr(), wide.data_ptr(), 2**16)
+    assert_same_bits(wide, patterns.float())
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("portable", [False, True])
+def test_masters_at_every_edge_are_rounded_and_counted(dtype, portable):
+    masters = edge_masters(dtype)
+    expected, clamped = round_by_hand(masters, dtype)
+    weights = torch.empty(len(masters), dtype=dtype)
+    narrow = converted("narrow", dtype, portable)
+    assert narrow(masters.data_ptr(), weights.data_ptr(), len(masters)) == clamped > 0
+    # the oracle is for numbers
+    expected = torch.where(masters.isnan(), torch.nan, expected.view(dtype))
+    assert_same_bits(weights, expected)
+    # the fast loop is for blocks in which nothing has to be clamped
+    mild = masters[masters.abs() < 6e4]
+    for start in range(0, len(mild), 1021):
+        part = mild[start : start + 1021].clone()
+        assert narrow(part.data_ptr(), weights.data_ptr(), len(part)) == 0
+        assert_same_bits(weights[: len(part)], round_by_hand(part, dtype)[0].view(dtype))
+
+
+def converted(name, dtype, portable):
+    """A conversion of `_passes.c`, with the processor's instructions for it or without."""
+    source = _c_source.square_sums_source(dtype)
+    function = f"{name}_{str(dtype).removeprefix('torch.')}"
+    types = ("uint16_t", "float") if name == "widen" else ("float", "uint16_t")
+    result = "return " if name == "narrow" else ""
+    source += (
+        f"{'int64_t' if result else 'void'} exported(const {types[0]} *from, {types[1]} *to, "
+        f"int64_t n) {{ {result}{function}(from, to, n); }}\n"
+    )
+    exported = _c_compiler.load(source, ("PORTABLE",) if portable else ()).exported
+    exported.argtypes = [_c_work.ctypes.c_void_p] * 2 + [_c_work.ctypes.c_int64]
+    exported.restype = _c_work.ctypes.c_int64 if result else None
+    return exported
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads, for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("openmp", [True, False])
+def test_the_number_of_threads_shows_in_no_bit(threads, monkeypatch, openmp):
+    if not openmp:
+        monkeypatch.setattr(_c_work, "_openmp", lambda: None)
+    batch = make_batch(2, HALF, [5 * CHUNK + 11, 700, 2 * CHUNK])
+    grads = make_grads(batch, HALF, 3)
+    norms = set()
+    for count in (1, 2, 3):
+        threads(count)
+        twin("adam", batch).step([grads], Hyper.of(ADAMW))
+        norms.add(compiled.inspect(grads, torch.tensor(1.0), None).grad_norm.item())
+    assert len(norms) == 1
+
+
+def test_weights_that_go_around_the_caches_are_the_same(monkeypatch):
+    monkeypatch.setattr(_c_update, "_STREAMING", 1)
+    for weight in HALVES:
+        batch = make_batch(2, weight, [*SIZES, CHUNK + 5])
+        twin("adam", batch).step([make_grads(batch, weight, 3)], Hyper.of(ADAMW))
+        # at an address that vectors cannot be stored to
+        odd = torch.zeros(1001, dtype=weight)[1:]
+        masters = [torch.linspace(-3, 3, 1000)]
+        plan = compiled.plan_update("sgd", [Batch(masters, [odd], [], None, [0])])
+        compiled.prepare_(plan, Hyper.of(PLAIN_SGD))
+        nothing, go = [[torch.zeros(1000, dtype=weight)]], torch.tensor(0, dtype=torch.int32)
+        compiled.update_(plan, nothing, torch.tensor(1.0), go, torch.tensor(0))
+        assert_same_bits(odd, masters[0].to(weight))
+
+
+@pytest.mark.parametrize("backend", [cpu, compiled], ids=["cpu", "compiled"])
+def test_clamped_weights_are_counted_and_finite(backend):
+    weight = torch.nn.Parameter(torch.full((10,), 65000.0).half())
+    optimizer = mpcore.MixedPrecisionOptimizer(
+        torch.optim.SGD([weight], lr=1000.0),
+        mpcore.NoLossScale(),
+        path="fused",
+        backend="cpu" if backend is cpu else "compiled",
+    )
+    weight.grad = -torch.ones(10).half()
+    optimizer.step()
+    assert weight.tolist() == [65504.0] * 10
+    assert optimizer.saturated == 10
+    assert optimizer.state[weight]["master"].tolist() == [65992.0] * 10
+
+
+def test_a_plan_is_prepared_for_one_update():
+    batch = make_batch(0, HALF, [3])
+    plan = compiled.plan_update("sgd", [batch])
+    one, go = torch.tensor(1.0), torch.tensor(0, dtype=torch.int32)
+    grads = [make_grads(batch, HALF, 1)]
+    with pytest.raises(StageError, match="prepared"):
+        compiled.update_(plan, grads, one, go, torch.tensor(0))
+    compiled.prepare_(plan, Hyper.of(PLAIN_SGD))
+    compiled.update_(plan, grads, one, go, torch.tensor(0))
+    with pytest.raises(StageError, match="prepared"):
+        compiled.update_(plan, grads, one, go, torch.tensor(0))
+
+
+def test_a_missing_compiler_is_named_when_the_optimizer_is_made(monkeypatch):
+    monkeypatch.setattr(_c_compiler, "COMPILERS", ("no-such-compiler",))
+    inner = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(3).half())])
+    with pytest.raises(BackendError, match=r"no-such-compiler.*Install one, or pass backend="):
+        mpcore.MixedPrecisionOptimizer(inner, backend="compiled")
+
+
+def test_what_a_compiler_refuses_is_shown():
+    with pytest.raises(BackendError, match=r"(?s)to compile.*nonsense.*backend=\"cpu\""):
+        _c_compiler.load("nonsense")
+
+
+def test_compiling_leaves_no_file_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(_c_compiler.tempfile, "tempdir", str(tmp_path))
+    assert _c_compiler.load("int one(void) { return 1; }").one() == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rule_that_c_does_not_know_is_refused_by_name():
+    class Odd(type(RULES["sgd"])):
+        def apply(self, grad, param, moments, s, sqrt=None):
+            return torch.tanh(grad), ()
+
+    with pytest.raises(NotImplementedError, match=r"torch\.where.*got tanh"):
+        _c_source.step_source(Odd(), 0)
+
+
+def test_numbers_in_a_rule_are_float32_exactly():
+    class Odd(type(RULES["sgd"])):
+        def apply(self, grad, param, moments, s, sqrt=None):
+            return 1 - (0.1 * grad + 2) / (3 / param), ()
+
+    source = _c_source.step_source(Odd(), 0)
+    assert f"(float){(0.1).hex()} * g" in source
+    assert "(float)0x1.8000000000000p+1 / p" in source
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_the_loops_are_vectorized(dtype):
+    compiler = _c_compiler.find_compiler()
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
+    if "Free Software Foundation" not in version.stdout:
+        pytest.skip("only GCC says which loops it vectorized")
+    source = _c_source.update_source("adam", 2, dtype, dtype)
+    flags = [*_c_compiler._FLAGS, "-DPORTABLE", "-march=native", "-fopt-info-vec", "-x", "c", "-"]
+    done = subprocess.run(
+        [compiler, *flags, "-o", "/dev/null"],
+        input=source,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = {int(line.split(":")[1]) for line in done.stderr.splitlines() if "vectorized" in line}
+    texts = source.splitlines()
+    loops = {next(t for t in reversed(texts[:n]) if t.startswith("LOOP")) for n in lines}
+    name = str(dtype).removeprefix("torch.")
+    for expected in ("step_loop(", f"widen_{name}(", f"narrow_{name}("):
+        expected = expected.replace("narrow_float16", "narrow_any_float16")
+        assert any(expected in loop for loop in loops), (expected, loops)
