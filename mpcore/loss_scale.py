@@ -21,20 +21,30 @@ from torch import Tensor
 from mpcore._checks import check_count, check_scale
 from mpcore.backends._scale import ScaleMove, update_scale_
 from mpcore.errors import ArgumentError, ArgumentTypeError
+from mpcore.presets import Presets
+
+#: What fills the hysteresis up again besides growth, as backends are told: 1 for a clean step, 2
+#: for backing off.
+REFILLS = {"growth": 0, "clean": 1, "clean_or_backoff": 3}
 
 
 @dataclass(frozen=True)
-class DynamicLossScale:
+class DynamicLossScale(Presets):
     """A scale that grows while training is clean and backs off when a gradient overflows.
 
     ```
     on overflow:  the step is skipped;  tracker = 0;  budget -= 1
         if budget <= 0:
             scale = max(scale * backoff_factor, min_scale)
+            if refill == "clean_or_backoff":  budget = hysteresis
     on a clean step:  tracker += 1
+        if refill != "growth":  budget = hysteresis
         if tracker == growth_interval:
             scale = min(scale * growth_factor, max_scale);  tracker = 0;  budget = hysteresis
     ```
+
+    `DynamicLossScale.torch()`, `keras2()`, `keras3()`, `jmp()`, `flax()`, `apex()`, `megatron()`,
+    `deepspeed()`, `fairseq()` and `paddle()` are the scales of those systems.
 
     Args:
         init: First scale, a power of two within `[min_scale, max_scale]`.
@@ -45,6 +55,9 @@ class DynamicLossScale:
         max_scale: Ceiling, a power of two of at most 2^126. The scale never reaches infinity.
         hysteresis: Overflows tolerated between two growths: the scale backs off at the
             `hysteresis`-th one and at every later one, until it grows. 1 backs off at once.
+        refill: When overflows are tolerated anew: "growth"; "clean", after any clean step too, so
+            that only overflows in a row count and ones that alternate with clean steps never lower
+            the scale; "clean_or_backoff", after backing off as well.
 
     Raises:
         ArgumentError: A factor or bound is not a power of two, or the bounds are out of order.
@@ -69,6 +82,7 @@ class DynamicLossScale:
     min_scale: float = 1.0
     max_scale: float = 2.0**24
     hysteresis: int = 1
+    refill: str = "growth"
 
     def __post_init__(self) -> None:
         check_scale("min_scale", self.min_scale)
@@ -91,6 +105,10 @@ class DynamicLossScale:
             )
         check_count("growth_interval", self.growth_interval)
         check_count("hysteresis", self.hysteresis)
+        if self.refill not in REFILLS:
+            raise ArgumentError(
+                f"refill: expected one of {', '.join(map(repr, REFILLS))}, got {self.refill!r}."
+            )
 
 
 @dataclass(frozen=True)
@@ -194,12 +212,17 @@ def next_state(loss_scale: LossScale, state: LossScaleState, *, found_inf: bool)
         return counted
     if found_inf:
         left = max(state.overflows_left - 1, 0)
-        lower = max(state.scale * loss_scale.backoff_factor, loss_scale.min_scale)
+        if left > 0:
+            return counted._replace(growth_tracker=0, overflows_left=left)
+        refilled = loss_scale.refill == "clean_or_backoff"
         return counted._replace(
-            scale=lower if left == 0 else state.scale, growth_tracker=0, overflows_left=left
+            scale=max(state.scale * loss_scale.backoff_factor, loss_scale.min_scale),
+            growth_tracker=0,
+            overflows_left=loss_scale.hysteresis if refilled else 0,
         )
     if state.growth_tracker + 1 < loss_scale.growth_interval:
-        return counted._replace(growth_tracker=state.growth_tracker + 1)
+        kept = state.overflows_left if loss_scale.refill == "growth" else loss_scale.hysteresis
+        return counted._replace(growth_tracker=state.growth_tracker + 1, overflows_left=kept)
     return counted._replace(
         scale=min(state.scale * loss_scale.growth_factor, loss_scale.max_scale),
         growth_tracker=0,
@@ -280,4 +303,5 @@ class LossScaleTensors:
             min_scale=loss_scale.min_scale,
             max_scale=loss_scale.max_scale,
             hysteresis=loss_scale.hysteresis,
+            refill=REFILLS[loss_scale.refill],
         )

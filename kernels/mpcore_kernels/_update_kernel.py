@@ -167,7 +167,7 @@ def _update_chunk(
 
 
 @triton.jit(
-    do_not_specialize=["moves", "growth_interval", "hysteresis"],
+    do_not_specialize=["moves", "growth_interval", "hysteresis", "refill"],
     do_not_specialize_on_alignment=[
         "rows_ptr",
         "owners_ptr",
@@ -203,6 +203,7 @@ def _update_kernel(
     min_scale,  # f32
     max_scale,  # f32
     hysteresis,  # i32
+    refill,  # i32
     APPLY: tl.constexpr,  # rules: what computes an element
     GRAD: tl.constexpr,  # f16 | bf16 | f32, what the gradients hold
     WEIGHT: tl.constexpr,  # f16 | bf16 | None, what the weights hold
@@ -234,7 +235,7 @@ def _update_kernel(
         move_scale(
             *(scale_ptr, growth_tracker_ptr, overflows_left_ptr, steps_ptr, skipped_steps_ptr),
             *(found_inf_ptr, growth_factor, backoff_factor, growth_interval),
-            *(min_scale, max_scale, hysteresis),
+            *(min_scale, max_scale, hysteresis, refill),
         )
 
 
@@ -246,7 +247,7 @@ def variant(rule: Rule, moments: int, grad: torch.dtype, weight: torch.dtype | N
         arguments=(
             *("*i64", "*i64", "*i64", "*fp32", "*fp32", "*i32", "*i64", "i32"),
             *("*fp32", "*i32", "*i32", "*i64", "*i64"),
-            *("fp32", "fp32", "i32", "fp32", "fp32", "i32"),
+            *("fp32", "fp32", "i32", "fp32", "fp32", "i32", "i32"),
         ),
         constants=(
             ("APPLY", rule.apply),

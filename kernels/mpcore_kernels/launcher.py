@@ -123,6 +123,7 @@ class Launcher:
         min_scale: float,
         max_scale: float,
         hysteresis: int,
+        refill: int,
     ) -> None:
         """See `mpcore_kernels.update_scale_`; no host sync."""
         update_scale_(
@@ -138,4 +139,5 @@ class Launcher:
             min_scale=min_scale,
             max_scale=max_scale,
             hysteresis=hysteresis,
+            refill=refill,
         )

@@ -1,8 +1,11 @@
 """The loss scale's transition, on the device.
 
     on overflow:    steps += 1;  skipped_steps += 1;  tracker = 0;  left = max(left - 1, 0)
-                    if left == 0:  scale = max(scale * backoff_factor, min_scale)
+                    if left == 0:
+                        scale = max(scale * backoff_factor, min_scale)
+                        if refill & 2:  left = hysteresis
     on a good step: steps += 1;  tracker += 1
+                    if refill & 1:  left = hysteresis
                     if tracker >= growth_interval:
                         scale = min(scale * growth_factor, max_scale)
                         tracker = 0;  left = hysteresis
@@ -41,6 +44,7 @@ def move_scale(
     min_scale,
     max_scale,
     hysteresis,
+    refill,
 ):
     """Moves the loss scale and its counters by one step: see `_update_scale_kernel`."""
     bad = tl.load(found_inf_ptr) != 0
@@ -51,16 +55,18 @@ def move_scale(
     grow = tracker >= growth_interval
     lower = tl.maximum(scale * backoff_factor, min_scale)
     higher = tl.minimum(scale * growth_factor, max_scale)
-    scale = tl.where(bad & (left == 0), lower, scale)
+    backs_off = bad & (left == 0)
+    scale = tl.where(backs_off, lower, scale)
+    full = grow | ((refill & 1 != 0) & (bad == 0)) | ((refill & 2 != 0) & backs_off)
     tl.store(scale_ptr, tl.where(grow, higher, scale))
     tl.store(growth_tracker_ptr, tl.where(grow, 0, tracker))
-    tl.store(overflows_left_ptr, tl.where(grow, hysteresis, left))
+    tl.store(overflows_left_ptr, tl.where(full, hysteresis, left))
     tl.store(steps_ptr, tl.load(steps_ptr) + 1)
     tl.store(skipped_steps_ptr, tl.load(skipped_steps_ptr) + bad.to(tl.int64))
 
 
 @triton.jit(
-    do_not_specialize=["growth_interval", "hysteresis"],
+    do_not_specialize=["growth_interval", "hysteresis", "refill"],
     do_not_specialize_on_alignment=[
         "scale_ptr",
         "growth_tracker_ptr",
@@ -83,6 +89,7 @@ def _update_scale_kernel(
     min_scale,  # f32
     max_scale,  # f32
     hysteresis,  # i32
+    refill,  # i32
 ):
     """Moves the loss scale and its counters by one step.
 
@@ -94,7 +101,7 @@ def _update_scale_kernel(
     move_scale(
         *(scale_ptr, growth_tracker_ptr, overflows_left_ptr, steps_ptr, skipped_steps_ptr),
         *(found_inf_ptr, growth_factor, backoff_factor, growth_interval),
-        *(min_scale, max_scale, hysteresis),
+        *(min_scale, max_scale, hysteresis, refill),
     )
 
 
@@ -104,7 +111,7 @@ def variant() -> Variant:
         kernel=_update_scale_kernel,
         arguments=(
             *("*fp32", "*i32", "*i32", "*i64", "*i64", "*i32"),
-            *("fp32", "fp32", "i32", "fp32", "fp32", "i32"),
+            *("fp32", "fp32", "i32", "fp32", "fp32", "i32", "i32"),
         ),
         constants=(),
         num_warps=1,
@@ -136,6 +143,15 @@ def _check_count(name: str, value: int) -> int:
     return value
 
 
+def _check_refill(value: int) -> int:
+    """Returns `value`; raises unless it is 0, 1, 2 or 3."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"refill: expected an integer, got {type(value).__name__}.")
+    if value not in range(4):
+        raise ValueError(f"refill: expected 0, 1, 2 or 3, got {value}.")
+    return value
+
+
 def check_scale_state(
     scale: Tensor,
     growth_tracker: Tensor,
@@ -158,7 +174,8 @@ def checked_numbers(
     min_scale: float,
     max_scale: float,
     hysteresis: int,
-) -> tuple[float, float, int, float, float, int]:
+    refill: int,
+) -> tuple[float, float, int, float, float, int, int]:
     """Returns the numbers of `update_scale_`; raises unless they are as it documents."""
     return (
         _check_factor("growth_factor", growth_factor, 1.0, math.inf),
@@ -167,6 +184,7 @@ def checked_numbers(
         _check_factor("min_scale", min_scale, 0.0, math.inf),
         _check_factor("max_scale", max_scale, 0.0, math.inf),
         _check_count("hysteresis", hysteresis),
+        _check_refill(refill),
     )
 
 
@@ -184,6 +202,7 @@ def update_scale_(
     min_scale: float,
     max_scale: float,
     hysteresis: int,
+    refill: int,
 ) -> None:
     """Moves a dynamic loss scale by one step in place on its device, without a host sync.
 
@@ -202,6 +221,7 @@ def update_scale_(
         min_scale: Floor, above 0.
         max_scale: Ceiling, above 0 and finite.
         hysteresis: What `overflows_left` becomes when the scale grows, from 1 to 2^31 - 1.
+        refill: 0 to 3, a sum of what else makes it that: 1 for a good step, 2 for backing off.
 
     Raises:
         TypeError: If an argument that should be a tensor or an integer is none.
@@ -213,7 +233,7 @@ def update_scale_(
         >>> tracker, left = (torch.tensor(n, dtype=torch.int32) for n in (0, 1))
         >>> state = (scale, tracker, left, steps, skipped, torch.tensor(1, dtype=torch.int32))
         >>> update_scale_(*state, growth_factor=2.0, backoff_factor=0.5, growth_interval=2000,
-        ...               min_scale=1.0, max_scale=2.0**24, hysteresis=1)
+        ...               min_scale=1.0, max_scale=2.0**24, hysteresis=1, refill=0)
         >>> scale.item(), steps.item(), skipped.item()
         (512.0, 1, 1)
     """
@@ -224,7 +244,7 @@ def update_scale_(
     state = (scale, growth_tracker, overflows_left, steps, skipped_steps)
     check_scale_state(*state)
     numbers = checked_numbers(
-        growth_factor, backoff_factor, growth_interval, min_scale, max_scale, hysteresis
+        growth_factor, backoff_factor, growth_interval, min_scale, max_scale, hysteresis, refill
     )
     variant().launch(1, *state, found_inf, *numbers)
     mark_written(*state)

@@ -83,6 +83,10 @@ class ScaleMove(Protocol):
     def hysteresis(self) -> int:
         """See there."""
 
+    @property
+    def refill(self) -> int:
+        """See there."""
+
 
 def variants() -> list[Variant]:
     """Returns every variant that the functions below can use."""
@@ -258,7 +262,7 @@ def update_(
 def _arguments(
     then: ScaleMove | None, coefficient: Tensor, found_inf: Tensor, saturated: Tensor
 ) -> tuple[Any, ...]:
-    """Returns what a launch needs to move the loss scale: five tensors, six numbers.
+    """Returns what a launch needs to move the loss scale: five tensors, seven numbers.
 
     Raises:
         TypeError, ValueError: If they are not what `update_scale_` documents, or a tensor that is
@@ -267,7 +271,7 @@ def _arguments(
     if then is None:
         # not looked at; of the right types
         stand_ins = (coefficient, found_inf, found_inf, saturated, saturated)
-        return (*stand_ins, 0.0, 0.0, 0, 0.0, 0.0, 0)
+        return (*stand_ins, 0.0, 0.0, 0, 0.0, 0.0, 0, 0)
     state = (then.scale, then.growth_tracker, then.overflows_left, then.steps, then.skipped_steps)
     check_state("scale", then.scale, torch.float32, (), coefficient.device)
     scale.check_scale_state(*state)
@@ -276,7 +280,12 @@ def _arguments(
     return (
         *state,
         *scale.checked_numbers(
-            *(then.growth_factor, then.backoff_factor, then.growth_interval),
-            *(then.min_scale, then.max_scale, then.hysteresis),
+            then.growth_factor,
+            then.backoff_factor,
+            then.growth_interval,
+            then.min_scale,
+            then.max_scale,
+            then.hysteresis,
+            then.refill,
         ),
     )

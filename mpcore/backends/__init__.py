@@ -98,6 +98,7 @@ class Backend(Protocol):
         min_scale: float,
         max_scale: float,
         hysteresis: int,
+        refill: int,
     ) -> None:
         """Moves a dynamic loss scale by one step."""
 

@@ -17,7 +17,7 @@
 #define FAST_FLOAT16
 #endif
 
-#define BLOCK 1024
+#define BLOCK 512
 #define LOOP static __attribute__((noinline)) /* keeps `restrict`, which inlining drops */
 
 typedef float lanes_t __attribute__((vector_size(64)));
@@ -146,7 +146,7 @@ static int64_t narrow_float16(const float *from, uint16_t *to, int64_t n) {
 }
 
 #ifdef SQUARE_SUMS
-/* Writes the sum of squares of each chunk: 64 float sums of 16 squares each, blocks in float64. */
+/* Writes the sum of squares of each chunk: 64 float sums of 8 squares each, blocks in float64. */
 void square_sums(work_t *work) {
     for (int64_t k; (k = take(work)) < work->count;) {
         const chunk_t chunk = work->chunks[k];

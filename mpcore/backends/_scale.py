@@ -24,6 +24,7 @@ class ScaleMove:
     min_scale: float
     max_scale: float
     hysteresis: int
+    refill: int
 
     def arguments(self) -> dict[str, Any]:
         """Returns the arguments of `update_scale_` by name, `found_inf` left out."""
@@ -45,6 +46,7 @@ def update_scale_(
     min_scale: float,
     max_scale: float,
     hysteresis: int,
+    refill: int,
 ) -> None:
     """Follows `mpcore.loss_scale.next_state` in place on the device, without a host sync.
 
@@ -61,13 +63,15 @@ def update_scale_(
         min_scale: Likewise.
         max_scale: Likewise.
         hysteresis: Likewise.
+        refill: A sum of what fills `overflows_left` up again besides growth: 1 for a clean step, 2
+            for backing off.
 
     Example:
         >>> scale, steps, skipped = torch.tensor(1024.0), torch.tensor(0), torch.tensor(0)
         >>> tracker, left = (torch.tensor(n, dtype=torch.int32) for n in (0, 1))
         >>> update_scale_(scale, tracker, left, steps, skipped, torch.tensor(1), growth_factor=2.0,
         ...               backoff_factor=0.5, growth_interval=2000, min_scale=1.0,
-        ...               max_scale=2.0**24, hysteresis=1)
+        ...               max_scale=2.0**24, hysteresis=1, refill=0)
         >>> scale.item(), steps.item(), skipped.item()
         (512.0, 1, 1)
     """
@@ -77,9 +81,17 @@ def update_scale_(
     left = (overflows_left - bad.to(torch.int32)).clamp_(min=0)
     tracker = torch.where(bad, 0, growth_tracker + 1)
     grow = tracker >= growth_interval
-    lower = (scale * backoff_factor).clamp_(min=min_scale)
-    higher = (scale * growth_factor).clamp_(max=max_scale)
-    held = torch.where(bad & (left == 0), lower, scale)
+    # factors that are no float32 numbers are not rounded first: so does torch.amp.GradScaler
+    wide = scale.double()
+    lower = (wide * backoff_factor).float().clamp_(min=min_scale)
+    higher = (wide * growth_factor).float().clamp_(max=max_scale)
+    backs_off = bad & (left == 0)
+    held = torch.where(backs_off, lower, scale)
+    full = grow
+    if refill & 1:
+        full = full | bad.logical_not()
+    if refill & 2:
+        full = full | backs_off
     torch.where(grow, higher, held, out=scale)
     torch.where(grow, torch.zeros_like(tracker), tracker, out=growth_tracker)
-    torch.where(grow, torch.full_like(left, hysteresis), left, out=overflows_left)
+    torch.where(full, torch.full_like(left, hysteresis), left, out=overflows_left)

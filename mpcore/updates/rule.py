@@ -136,8 +136,10 @@ def power(base: Tensor, exponent: Tensor) -> Tensor:
         tensor(0.1250, dtype=torch.float64)
     """
     bits = exponent.to(torch.int64)
+    # reading a CPU's tensor waits for nothing; squares beyond the highest bit are never used
+    needed = int(bits.max()).bit_length() if bits.device.type == "cpu" and bits.numel() else 32
     result = torch.ones_like(base)
-    for bit in range(32):
+    for bit in range(needed):
         result = torch.where((bits >> bit) & 1 != 0, result * base, result)
         base = base * base
     return result

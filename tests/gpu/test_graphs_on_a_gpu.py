@@ -28,6 +28,7 @@ RULE = {
     "min_scale": 1.0,
     "max_scale": 2.0**24,
     "hysteresis": 1,
+    "refill": 0,
 }
 
 

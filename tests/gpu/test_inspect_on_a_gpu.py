@@ -134,6 +134,7 @@ def test_inspect_and_update_never_wait_for_the_device(backend, no_sync):
             min_scale=1.0,
             max_scale=4.0,
             hysteresis=1,
+            refill=0,
         )
 
 

@@ -215,8 +215,12 @@ def test_backends_widen_alike(values, device):
     assert_all_same(*results)
 
 
-@given(history=st.lists(st.sampled_from([0, 0, 0, 1]), max_size=12), hysteresis=st.integers(1, 3))
-def test_backends_update_the_scale_alike(history, hysteresis, device):
+@given(
+    history=st.lists(st.sampled_from([0, 0, 0, 1]), max_size=12),
+    hysteresis=st.integers(1, 3),
+    refill=st.integers(0, 3),
+)
+def test_backends_update_the_scale_alike(history, hysteresis, refill, device):
     results = []
     for backend in (mpcore_kernels, reference):
         state = LossScaleTensors.from_state(LossScaleState(8.0, 0, hysteresis, 0, 0), device)
@@ -230,6 +234,7 @@ def test_backends_update_the_scale_alike(history, hysteresis, device):
                 min_scale=0.7,
                 max_scale=100.1,
                 hysteresis=hysteresis,
+                refill=refill,
             )
         results.append(state.to_state())
     assert results[0] == results[1]

@@ -13,6 +13,7 @@ RULE = {
     "min_scale": 1.0,
     "max_scale": 8.0,
     "hysteresis": 1,
+    "refill": 0,
 }
 
 

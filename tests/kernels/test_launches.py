@@ -83,6 +83,7 @@ def test_update_scale_launches_one_program(recorded):
         min_scale=1.0,
         max_scale=2.0,
         hysteresis=1,
+        refill=0,
     )
     assert [grid for grid, _ in recorded.launches] == [(1,)]
 

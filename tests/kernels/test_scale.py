@@ -18,11 +18,13 @@ RULE = {
     "min_scale": 1.0,
     "max_scale": 2.0**24,
     "hysteresis": 2,
+    "refill": 0,
 }
 
 
 def rule_of(loss_scale):
-    return {name: getattr(loss_scale, name) for name in RULE}
+    numbers = {name: getattr(loss_scale, name) for name in RULE}
+    return numbers | {"refill": {"growth": 0, "clean": 1, "clean_or_backoff": 3}[loss_scale.refill]}
 
 
 def placed(state, device):
@@ -52,6 +54,7 @@ def loss_scales(draw):
         min_scale=2.0**low,
         max_scale=2.0**high,
         hysteresis=draw(st.sampled_from([1, 2, 3, 16])),
+        refill=draw(st.sampled_from(["growth", "clean", "clean_or_backoff"])),
     )
 
 
@@ -132,6 +135,7 @@ def test_update_scale_tells_autograd_what_it_wrote(device):
         ("growth_interval", 0),
         ("growth_interval", 2**31),
         ("hysteresis", 0),
+        ("refill", 4),
         ("min_scale", 0.0),
         ("max_scale", math.inf),
         ("max_scale", math.nan),
@@ -148,6 +152,8 @@ def test_update_scale_refuses_wrong_dtypes_and_counts(device):
     tensors = placed(LossScaleState(8.0, 1, 1, 5, 2), device)
     with pytest.raises(TypeError, match="hysteresis: expected an integer"):
         update(tensors, 1, device, **(RULE | {"hysteresis": 1.0}))
+    with pytest.raises(TypeError, match="refill: expected an integer"):
+        update(tensors, 1, device, **(RULE | {"refill": True}))
     tensors.steps = tensors.steps.int()
     with pytest.raises(ValueError, match="steps: expected a contiguous"):
         update(tensors, 1, device, **RULE)

@@ -20,6 +20,7 @@ SCALE = {
     "min_scale": 1.0,
     "max_scale": 2.0**24,
     "hysteresis": 1,
+    "refill": 0,
 }
 
 

@@ -39,6 +39,7 @@ def dynamic_scales(draw: st.DrawFn) -> DynamicLossScale:
         min_scale=2.0**low,
         max_scale=2.0**high,
         hysteresis=draw(st.integers(1, 4)),
+        refill=draw(st.sampled_from(["growth", "clean", "clean_or_backoff"])),
     )
 
 
@@ -47,14 +48,18 @@ ALL_SCALES = dynamic_scales() | STATIC_SCALES | st.just(NoLossScale())
 
 
 def exponents(scale: DynamicLossScale, history: list[bool]) -> list[int]:
-    """An oracle in whole exponents: counts overflows since the last growth, has no budget."""
-    log2 = {f.name: int(math.log2(getattr(scale, f.name))) for f in dataclasses.fields(scale)}
+    """An oracle in whole exponents: counts overflows that weigh, has no budget."""
+    names = ("init", "growth_factor", "backoff_factor", "min_scale", "max_scale")
+    log2 = {name: int(math.log2(getattr(scale, name))) for name in names}
     exponent, overflows, clean, seen = log2["init"], 0, 0, []
     for bad in history:
         clean = 0 if bad else clean + 1
         overflows += bad
         if bad and overflows >= scale.hysteresis:
             exponent = max(exponent + log2["backoff_factor"], log2["min_scale"])
+            overflows = 0 if scale.refill == "clean_or_backoff" else overflows
+        if not bad and scale.refill.startswith("clean"):
+            overflows = 0
         if clean == scale.growth_interval:
             exponent = min(exponent + log2["growth_factor"], log2["max_scale"])
             clean = overflows = 0

@@ -74,6 +74,7 @@ class Move:
     min_scale: float = 1.0
     max_scale: float = 2.0**20
     hysteresis: int = 1
+    refill: int = 0
 
     @staticmethod
     def on(device, scale=1024.0):

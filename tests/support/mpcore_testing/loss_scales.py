@@ -21,6 +21,7 @@ def dynamic_scales(draw: st.DrawFn) -> mpcore.DynamicLossScale:
         backoff_factor=2.0 ** -draw(st.integers(1, 40)),
         growth_interval=draw(st.integers(1, 4)),
         hysteresis=draw(st.integers(1, 3)),
+        refill=draw(st.sampled_from(["growth", "clean", "clean_or_backoff"])),
     )
 
 
@@ -36,8 +37,12 @@ def expected_scales(rule: mpcore.DynamicLossScale, overflows: Sequence[bool]) ->
             clean, budget = 0, budget - 1
             if budget <= 0:
                 now = max(now + exponent["backoff_factor"], exponent["min_scale"])
+                if rule.refill == "clean_or_backoff":
+                    budget = rule.hysteresis
         else:
             clean += 1
+            if rule.refill in ("clean", "clean_or_backoff"):
+                budget = rule.hysteresis
             if clean == rule.growth_interval:
                 now = min(now + exponent["growth_factor"], exponent["max_scale"])
                 clean, budget = 0, rule.hysteresis

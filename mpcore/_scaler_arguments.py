@@ -1,0 +1,93 @@
+"""Checks of what a GradScaler is given; they raise what `torch.amp.GradScaler` raises."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from mpcore._checks import LARGEST_SCALE, SIXTEEN_BIT, SMALLEST_SCALE
+from mpcore.loss_scale import REFILLS
+
+# what a state_dict holds besides torch's keys
+EXTRAS = ("min_scale", "max_scale", "hysteresis", "refill")
+COUNTERS = ("_overflows_left", "_steps", "_skipped_steps")
+
+
+def checked_state(state: dict[str, Any]) -> dict[str, Any]:
+    """Returns a complete state; raises and changes nothing if it is none.
+
+    Counters that a checkpoint of torch's does not have are those of a new scaler, and a scale
+    outside of the bounds is brought back to them: torch's may be 0 or infinite.
+
+    Args:
+        state: torch's keys and `EXTRAS`.
+
+    Raises:
+        KeyError: A key is missing.
+        AssertionError: A number is impossible.
+    """
+    low, high = float(state["min_scale"]), float(state["max_scale"])
+    check_bounds(low, high)
+    if math.isnan(state["scale"]):
+        raise AssertionError("The scale must be a number, and this state has NaN.")
+    check_factor("growth factor", state["growth_factor"], 1.0, math.inf)
+    check_factor("backoff factor", state["backoff_factor"], 0.0, 1.0)
+    check_count("growth interval", state["growth_interval"])
+    check_count("growth tracker", state["_growth_tracker"], lowest=0)
+    check_count("hysteresis", state["hysteresis"])
+    check_refill(state["refill"])
+    fresh = dict(zip(COUNTERS, (state["hysteresis"], 0, 0), strict=True))
+    whole = {**fresh, **state, "scale": min(max(state["scale"], low), high)}
+    whole["_overflows_left"] = min(whole["_overflows_left"], whole["hysteresis"])
+    return {**whole, "min_scale": low, "max_scale": high}
+
+
+def is_float32(value: float) -> bool:
+    """Whether a number is one of float32.
+
+    Example:
+        >>> is_float32(1.5), is_float32(0.8)
+        (True, False)
+    """
+    return bool(struct.unpack("f", struct.pack("f", value))[0] == value)
+
+
+def widened(outputs: Any) -> Any:
+    """Returns outputs with 16-bit tensors in float32."""
+    if isinstance(outputs, Tensor):
+        return outputs.float() if outputs.dtype in SIXTEEN_BIT else outputs
+    if isinstance(outputs, (list, tuple)):
+        return type(outputs)(map(widened, outputs))
+    return map(widened, outputs) if isinstance(outputs, Iterable) else outputs
+
+
+def check_bounds(low: float, high: float) -> None:
+    if not SMALLEST_SCALE <= low <= high <= LARGEST_SCALE:
+        raise AssertionError(
+            f"The bounds must be 2**-126 <= min_scale <= max_scale <= 2**126, got {low:g} and "
+            f"{high:g}."
+        )
+
+
+def check_in_bounds(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise AssertionError(f"{name} must be within [{low:g}, {high:g}], got {value!r}.")
+
+
+def check_factor(name: str, value: float, low: float, high: float) -> None:
+    if not low < value < high:
+        raise AssertionError(f"The {name} must be > {low} and < {high}, got {value!r}.")
+
+
+def check_count(name: str, value: int, lowest: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value < 2**31:
+        raise AssertionError(f"The {name} must be an integer >= {lowest}, got {value!r}.")
+
+
+def check_refill(refill: str) -> None:
+    if refill not in REFILLS:
+        raise AssertionError(f"refill must be one of {', '.join(REFILLS)}, got {refill!r}.")

@@ -1,0 +1,199 @@
+"""`GradScaler`: stands in for `torch.amp.GradScaler`, with a scale that never breaks."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from mpcore._checks import LARGEST_SCALE, SIXTEEN_BIT, SMALLEST_SCALE
+from mpcore.optimizer import MixedPrecisionOptimizer
+from mpcore.scale_course import ScaleCourse
+from mpcore.scaler_checks import GradCheck
+from mpcore.scaler_step import ScalerStep
+
+
+class GradScaler(ScaleCourse):
+    """`torch.amp.GradScaler` with bounds, hysteresis and answers; syncs where that one does.
+
+    Constructor, methods, errors, pickling and checkpoints are torch's: loops, libraries and files
+    made for it work, in both directions. Different on purpose:
+
+    - The scale stays within [`min_scale`, `max_scale`]: it never reaches 0 or infinity.
+    - A gradient overflows if it or its unscaled value is not finite, and any number of overflows
+      on any number of devices skips an optimizer, fused ones too.
+    - The scale grows also if the tracker is beyond the interval, after the interval was lowered.
+    - A closure is refused as a positional argument too.
+    - 16-bit gradients are unscaled, in place, after a warning.
+    - A 16-bit loss is multiplied in float32.
+
+    Args:
+        device: As for torch.
+        init_scale: Any finite number within the bounds.
+        growth_factor: Any finite number above 1.
+        backoff_factor: Any number between 0 and 1.
+        growth_interval: Iterations without an overflow before the scale grows, at least 1.
+        enabled: As for torch.
+        min_scale: Floor, at least 2^-126.
+        max_scale: Ceiling, at most 2^126.
+        hysteresis: Overflows tolerated before the scale backs off: see `DynamicLossScale`.
+        refill: When they are tolerated anew: see there.
+
+    Raises:
+        AssertionError: A number is impossible, as in torch.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = torch.optim.SGD([weight], lr=0.5)
+        >>> scaler = GradScaler("cpu", init_scale=8.0, min_scale=4.0)
+        >>> for factor in (1.0, float("inf")):
+        ...     optimizer.zero_grad()
+        ...     scaler.scale((weight * factor).sum()).backward()
+        ...     scaler.step(optimizer)
+        ...     scaler.update()
+        >>> weight.tolist(), scaler.get_scale()
+        ([0.5, 0.5], 4.0)
+        >>> scaler.last_step.skipped, scaler.last_step.overflowed()
+        (True, ['group 0, parameter 0, [2]'])
+    """
+
+    def __init__(
+        self,
+        device: str = "cuda",
+        init_scale: float = 2.0**16,
+        growth_factor: float = 2.0,
+        backoff_factor: float = 0.5,
+        growth_interval: int = 2000,
+        enabled: bool = True,
+        *,
+        min_scale: float = SMALLEST_SCALE,
+        max_scale: float = LARGEST_SCALE,
+        hysteresis: int = 1,
+        refill: str = "growth",
+    ) -> None:
+        super().__init__(
+            device,
+            init_scale,
+            growth_factor,
+            backoff_factor,
+            growth_interval,
+            enabled,
+            min_scale=min_scale,
+            max_scale=max_scale,
+            hysteresis=hysteresis,
+            refill=refill,
+        )
+        self._forget_steps()
+
+    def _forget_steps(self) -> None:
+        """Makes what is no part of a checkpoint."""
+        self._checks: dict[int, GradCheck] = {}
+        self._last: WeakKeyDictionary[torch.optim.Optimizer, ScalerStep] = WeakKeyDictionary()
+        self._last_step: ScalerStep | None = None
+        self._warned = False
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divides an optimizer's gradients by the scale in place and checks them; no host sync.
+
+        Args:
+            optimizer: What owns them.
+
+        Raises:
+            AssertionError, RuntimeError: At the wrong moment, as in torch.
+            ValueError: It is a `MixedPrecisionOptimizer` over 16-bit parameters, whose gradients
+                must keep their scale.
+        """
+        if self._enabled and isinstance(optimizer, MixedPrecisionOptimizer):
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            if any(p.grad is not None and p.grad.dtype in SIXTEEN_BIT for p in params):
+                raise ValueError(
+                    "Attempting to unscale FP16 gradients. MixedPrecisionOptimizer unscales them "
+                    "in float32 itself: call its clip_grad_norm_() or grads() instead, or nothing."
+                )
+        super().unscale_(optimizer)
+
+    def _unscale_grads_(
+        self,
+        optimizer: torch.optim.Optimizer,
+        inv_scale: Tensor,
+        found_inf: Tensor,
+        allow_fp16: bool,
+    ) -> dict[torch.device, Tensor]:
+        """Unscales and checks; one flag for all devices: several would be added up."""
+        groups = optimizer.param_groups
+        grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+        if not self._warned and any(grad.dtype in SIXTEEN_BIT for grad in grads):
+            self._warned = True
+            warnings.warn(
+                "GradScaler unscales 16-bit gradients in place, where small ones become 0; "
+                "last_step.flushed counts them. mpcore.MixedPrecisionOptimizer loses none.",
+                stacklevel=3,
+            )
+        return self._note(optimizer, self._checker.unscale_(groups, inv_scale), found_inf.device)
+
+    def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Checks the gradients of an optimizer that unscales them itself; changes none."""
+        scale, _ = self._check_scale_growth_tracker("_check_inf_per_device")
+        coefficient = scale.double().reciprocal().float()
+        check = self._checker.look(optimizer.param_groups, coefficient)
+        found: Any = self._note(optimizer, check, scale.device)
+        self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = found
+        result: dict[str, Any] = found
+        return result
+
+    def _note(
+        self, optimizer: torch.optim.Optimizer, check: GradCheck, home: torch.device
+    ) -> dict[torch.device, Tensor]:
+        self._checks[id(optimizer)] = check
+        return {home: check.found_inf(home)} if check.params else {}
+
+    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
+        """Unscales unless that is done, and steps or skips; syncs unless the optimizer is fused.
+
+        Args:
+            optimizer: What steps.
+            args: For its `step`; no closure.
+            kwargs: Likewise.
+
+        Returns:
+            What its `step` returned; None if it was skipped: `last_step.skipped` tells.
+
+        Raises:
+            AssertionError, RuntimeError: At the wrong moment, or with a closure, as in torch.
+        """
+        if self._enabled and any(callable(arg) for arg in args):
+            raise RuntimeError("Closure use is not currently supported if GradScaler is enabled.")
+        result = super().step(optimizer, *args, **kwargs)
+        if self._enabled:
+            state = self._per_optimizer_states[id(optimizer)]
+            check = self._checks.pop(id(optimizer), GradCheck())
+            found = list(state["found_inf_per_device"].values())
+            step = ScalerStep(found, check, optimizer.param_groups, self._current().clone())
+            self._last_step = self._last[optimizer] = step
+        return result
+
+    def _current(self) -> Tensor:
+        return self._check_scale_growth_tracker("step")[0]
+
+    @property
+    def last_step(self) -> ScalerStep | None:
+        """What the last `step` did, until the next one; each answer syncs when it is read."""
+        return self._last_step
+
+    def last_step_of(self, optimizer: torch.optim.Optimizer) -> ScalerStep | None:
+        """Returns what the last `step` of one optimizer did; None before its first."""
+        return self._last.get(optimizer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what is pickled: no results, which hold the parameters of optimizers."""
+        state: dict[str, Any] = super().__getstate__()
+        for name in ("_checks", "_last", "_last_step", "_warned"):
+            del state[name]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget_steps()

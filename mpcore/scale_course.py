@@ -1,0 +1,261 @@
+"""The scale of a GradScaler: settings, course from iteration to iteration, checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import _refresh_per_optimizer_state
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+from mpcore._checks import LARGEST_SCALE, SMALLEST_SCALE
+from mpcore._scaler_arguments import (
+    COUNTERS,
+    EXTRAS,
+    check_bounds,
+    check_count,
+    check_factor,
+    check_in_bounds,
+    check_refill,
+    checked_state,
+    is_float32,
+    widened,
+)
+from mpcore.backends import Backend, ScaleMove, reference
+from mpcore.loss_scale import REFILLS, DynamicLossScale, LossScale, NoLossScale, StaticLossScale
+from mpcore.scaler_checks import GradChecker
+
+
+class ScaleCourse(torch.amp.GradScaler):
+    """What `mpcore.GradScaler` does that has nothing to do with optimizers; see there."""
+
+    def __init__(
+        self,
+        device: str = "cuda",
+        init_scale: float = 2.0**16,
+        growth_factor: float = 2.0,
+        backoff_factor: float = 0.5,
+        growth_interval: int = 2000,
+        enabled: bool = True,
+        *,
+        min_scale: float = SMALLEST_SCALE,
+        max_scale: float = LARGEST_SCALE,
+        hysteresis: int = 1,
+        refill: str = "growth",
+    ) -> None:
+        super().__init__(
+            device, init_scale, growth_factor, backoff_factor, growth_interval, enabled
+        )
+        self._moves = True
+        self._checker = GradChecker()
+        # overflows left, steps, skipped steps: made with the scale
+        self._counts: tuple[Tensor, Tensor, Tensor] | None = None
+        if not self._enabled:
+            return
+        self._min_scale, self._max_scale = float(min_scale), float(max_scale)
+        self._hysteresis, self._refill = hysteresis, refill
+        self._init_counters: tuple[int, ...] = (hysteresis, 0, 0)
+        check_bounds(self._min_scale, self._max_scale)
+        check_in_bounds("init_scale", init_scale, self._min_scale, self._max_scale)
+        check_factor("growth factor", growth_factor, 1.0, math.inf)
+        check_factor("backoff factor", backoff_factor, 0.0, 1.0)
+        check_count("growth interval", growth_interval)
+        check_count("hysteresis", hysteresis)
+        check_refill(refill)
+
+    @classmethod
+    def of(cls, loss_scale: LossScale, device: str = "cuda", enabled: bool = True) -> Self:
+        """Returns a scaler whose scale moves as a native loss scale does, or stays.
+
+        Args:
+            loss_scale: `DynamicLossScale(...)`, one of its presets, `StaticLossScale(scale)` or
+                `NoLossScale()`, whose gradients are still checked.
+            device: As for the constructor.
+            enabled: Likewise.
+
+        Example:
+            >>> from mpcore import DynamicLossScale, GradScaler
+            >>> GradScaler.of(DynamicLossScale.megatron(), "cpu").get_scale() == 2.0**32
+            True
+        """
+        if isinstance(loss_scale, DynamicLossScale):
+            return cls(
+                device,
+                loss_scale.init,
+                loss_scale.growth_factor,
+                loss_scale.backoff_factor,
+                loss_scale.growth_interval,
+                enabled,
+                min_scale=loss_scale.min_scale,
+                max_scale=loss_scale.max_scale,
+                hysteresis=loss_scale.hysteresis,
+                refill=loss_scale.refill,
+            )
+        if not isinstance(loss_scale, (StaticLossScale, NoLossScale)):
+            raise TypeError(f"loss_scale: expected a loss scale, got {type(loss_scale).__name__}.")
+        scale = loss_scale.scale if isinstance(loss_scale, StaticLossScale) else 1.0
+        scaler = cls(device, scale, enabled=enabled)
+        scaler._moves = False
+        return scaler
+
+    def _lazy_init_scale_growth_tracker(self, dev: torch.device) -> None:
+        super()._lazy_init_scale_growth_tracker(dev)
+        self._counts = self._new_counts(dev)
+
+    def _new_counts(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        dtypes = (torch.int32, torch.int64, torch.int64)
+        left, steps, skipped = (
+            torch.full((), count, dtype=dtype, device=device)
+            for count, dtype in zip(self._init_counters, dtypes, strict=True)
+        )
+        return left, steps, skipped
+
+    def scale(self, outputs: Any) -> Any:
+        """Multiplies outputs by the scale, 16-bit ones in float32; no host sync.
+
+        Args:
+            outputs: A tensor, or an iterable of such outputs.
+
+        Raises:
+            ValueError: It is something else, as in torch.
+        """
+        return super().scale(widened(outputs)) if self._enabled else outputs
+
+    def update(self, new_scale: float | Tensor | None = None) -> None:
+        """Moves the scale by one iteration, or sets it; no host sync.
+
+        Args:
+            new_scale: A number within the bounds, or a tensor of one element on the scaler's kind
+                of device, which is cut to the bounds. None: move.
+
+        Raises:
+            AssertionError: At the wrong moment, or the tensor is of another kind, as in torch.
+        """
+        if not self._enabled:
+            return
+        scale, tracker = self._check_scale_growth_tracker("update")
+        if new_scale is not None:
+            if not isinstance(new_scale, Tensor):
+                check_in_bounds("new_scale", new_scale, self._min_scale, self._max_scale)
+                new_scale = float(new_scale)
+            elif new_scale.numel() == 1:
+                new_scale = new_scale.reshape(())
+            super().update(new_scale)
+            scale.clamp_(self._min_scale, self._max_scale)
+            return
+        found = [
+            found_inf.to(scale.device, non_blocking=True) != 0
+            for state in self._per_optimizer_states.values()
+            for found_inf in state["found_inf_per_device"].values()
+        ]
+        if not found:
+            raise AssertionError("No inf checks were recorded prior to update.")
+        self._move(scale, tracker, torch.stack(found).any().int())
+        self._per_optimizer_states = defaultdict(_refresh_per_optimizer_state)
+
+    def _move(self, scale: Tensor, tracker: Tensor, found_inf: Tensor) -> None:
+        if self._counts is None:  # somebody made the scale without scale()
+            self._counts = self._new_counts(scale.device)
+        left, steps, skipped = self._counts
+        if not self._moves:
+            steps.add_(1)
+            skipped.add_(found_inf)
+            return
+        move = ScaleMove(
+            scale=scale,
+            growth_tracker=tracker,
+            overflows_left=left,
+            steps=steps,
+            skipped_steps=skipped,
+            growth_factor=self._growth_factor,
+            backoff_factor=self._backoff_factor,
+            growth_interval=self._growth_interval,
+            min_scale=self._min_scale,
+            max_scale=self._max_scale,
+            hysteresis=self._hysteresis,
+            refill=REFILLS[self._refill],
+        )
+        # kernels take float32 factors; torch's take 0.8 as it is
+        exact = all(is_float32(f) for f in (self._growth_factor, self._backoff_factor))
+        backend: Backend = self._checker.backend(scale.device) if exact else reference
+        backend.update_scale_(**move.arguments(), found_inf=found_inf)
+
+    @property
+    def steps(self) -> int:
+        """Iterations that `update` has counted; syncs."""
+        return self._counters()[1]
+
+    @property
+    def skipped_steps(self) -> int:
+        """Iterations in which an optimizer was skipped; syncs."""
+        return self._counters()[2]
+
+    def _counters(self) -> tuple[int, ...]:
+        if not self._enabled:
+            return (0, 0, 0)
+        if self._counts is None:
+            return self._init_counters
+        return tuple(map(int, self._counts))
+
+    def set_growth_factor(self, new_factor: float) -> None:
+        """Sets the growth factor, a finite number above 1."""
+        check_factor("growth factor", new_factor, 1.0, math.inf)
+        super().set_growth_factor(new_factor)
+
+    def set_backoff_factor(self, new_factor: float) -> None:
+        """Sets the backoff factor, a number between 0 and 1."""
+        check_factor("backoff factor", new_factor, 0.0, 1.0)
+        super().set_backoff_factor(new_factor)
+
+    def set_growth_interval(self, new_interval: int) -> None:
+        """Sets the growth interval, at least 1; a tracker beyond it makes the scale grow next."""
+        check_count("growth interval", new_interval)
+        super().set_growth_interval(new_interval)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns torch's five entries, and bounds, hysteresis and counters; syncs.
+
+        `torch.amp.GradScaler` loads it too and ignores what it does not know.
+        """
+        if not self._enabled:
+            return {}
+        extras = {name: getattr(self, f"_{name}") for name in EXTRAS}
+        counters = dict(zip(COUNTERS, self._counters(), strict=True))
+        return {**super().state_dict(), **extras, **counters}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state of this class or of `torch.amp.GradScaler`; nothing changes if it fails.
+
+        A scale outside of the bounds is brought back to them: torch's may be 0 or infinite.
+
+        Args:
+            state_dict: What `state_dict` returned.
+
+        Raises:
+            RuntimeError: It is empty, as in torch.
+            KeyError: One of torch's entries is missing.
+            AssertionError: A number is impossible.
+        """
+        if not self._enabled or not state_dict:
+            super().load_state_dict(state_dict)
+            return
+        fallback = {name: getattr(self, f"_{name}") for name in EXTRAS}
+        loaded = checked_state({**fallback, **state_dict})
+        super().load_state_dict(loaded)
+        for name in EXTRAS:
+            setattr(self, f"_{name}", loaded[name])
+        self._init_counters = tuple(loaded[name] for name in COUNTERS)
+        for tensor, count in zip(self._counts or (), self._init_counters, strict=False):
+            tensor.fill_(count)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what is pickled: tensors are made again with the next loss."""
+        state: dict[str, Any] = super().__getstate__()
+        if self._enabled:
+            state["_init_counters"] = self._counters()
+        return {**state, "_counts": None, "_checker": GradChecker()}
