@@ -8,6 +8,7 @@ from mpcore.errors import BackendError as BackendError
 from mpcore.errors import MpcoreError as MpcoreError
 from mpcore.errors import StageError as StageError
 from mpcore.grad_scaler import GradScaler as GradScaler
+from mpcore.headroom import HeadroomLossScale as HeadroomLossScale
 from mpcore.loss_scale import DynamicLossScale as DynamicLossScale
 from mpcore.loss_scale import LossScale as LossScale
 from mpcore.loss_scale import NoLossScale as NoLossScale

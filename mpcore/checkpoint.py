@@ -11,6 +11,7 @@ Plain tensors, numbers and strings only, so it loads with `weights_only=True`. t
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -53,6 +54,13 @@ def read_section(state_dict: State) -> tuple[LossScaleState, int]:
     check_scale('state_dict["mpcore"]["loss_scale"]["scale"]', numbers["scale"])
     counts = {**numbers, "saturated": found.get("saturated")}
     del counts["scale"]
+    for name in ("peak", "peak_before"):
+        peak = counts.pop(name)
+        if not isinstance(peak, float) or not 0 <= peak < math.inf:
+            raise ArgumentError(
+                f'state_dict["mpcore"]["loss_scale"][{name!r}]: expected a finite float of at '
+                f"least 0, got {peak!r}."
+            )
     for name, count in counts.items():
         # one below the largest int32: the tracker is counted up before it is compared
         limit = 2**31 - 1 if name in ("growth_tracker", "overflows_left") else 2**63

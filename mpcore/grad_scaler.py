@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -125,6 +126,8 @@ class GradScaler(ScaleCourse):
         """Unscales and checks; one flag for all devices: several would be added up."""
         groups = optimizer.param_groups
         grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+        if _any_is_distributed(grads):  # torch's operator asks the other ranks
+            return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
         if not self._warned and any(grad.dtype in SIXTEEN_BIT for grad in grads):
             self._warned = True
             warnings.warn(
@@ -137,6 +140,8 @@ class GradScaler(ScaleCourse):
     def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Checks the gradients of an optimizer that unscales them itself; changes none."""
         scale, _ = self._check_scale_growth_tracker("_check_inf_per_device")
+        if _any_is_distributed(p.grad for group in optimizer.param_groups for p in group["params"]):
+            return super()._check_inf_per_device(optimizer)
         coefficient = scale.double().reciprocal().float()
         check = self._checker.look(optimizer.param_groups, coefficient)
         found: Any = self._note(optimizer, check, scale.device)
@@ -197,3 +202,8 @@ class GradScaler(ScaleCourse):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._forget_steps()
+
+
+def _any_is_distributed(grads: Iterable[Tensor | None]) -> bool:
+    """Whether a gradient is a DTensor; asks without importing them."""
+    return any(hasattr(grad, "_local_tensor") for grad in grads)

@@ -46,6 +46,7 @@ class _Bucket:
     with_master: list[Tensor]
     without: list[Tensor]
     nonfinite: Tensor | None = None  # int32, non-zero flags overflow, in the order of `params`
+    largest: Tensor | None = None  # 0-d float32, of unscaled float16 gradients
 
     @property
     def params(self) -> list[Tensor]:
@@ -183,6 +184,10 @@ class StepGradients:
                 grads, coefficient, max_norm, plan=here.prepared_for(hyper), hyper=hyper
             )
         bucket.add_flags(found.kinds)
+        halves = bucket.with_master
+        only_float16 = bool(halves) and all(param.dtype == torch.float16 for param in halves)
+        if found.largest is not None and only_float16 and coefficient is self.unscaled_by:
+            bucket.largest = found.largest[: len(halves)].amax()
         return found
 
     def _square_sum(self, bucket: _Bucket) -> Tensor:
@@ -220,6 +225,22 @@ class StepGradients:
         if not found:
             return torch.zeros((), dtype=torch.int32, device=home)
         return torch.stack(found).amax() if len(found) > 1 else found[0]
+
+    def largest(self) -> Tensor:
+        """Returns the largest magnitude of float16 gradients, unscaled, 0-d float64; no host sync.
+
+        0 if there are none, anything if one is not finite. Their `.grad` is still scaled then.
+        """
+        home = self.unscaled_by.device
+        peaks = [torch.zeros((), dtype=torch.float64, device=home)]
+        for bucket in self._buckets:
+            grads = [_grad(p) for p in bucket.with_master if p.dtype == torch.float16]
+            if bucket.largest is not None:  # what the inspection has seen
+                peaks.append(bucket.largest.double().to(home, non_blocking=True))
+            elif grads:
+                norms = torch.stack(torch._foreach_norm(grads, torch.inf)).amax().double()
+                peaks.append(norms.to(home, non_blocking=True) * self.unscaled_by)
+        return torch.stack(peaks).amax()
 
     def final(self) -> list[Tensor]:
         """Returns the unscaled gradients, in the order of `params`, after `apply`."""

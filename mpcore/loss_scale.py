@@ -21,6 +21,7 @@ from torch import Tensor
 from mpcore._checks import check_count, check_scale
 from mpcore.backends._scale import ScaleMove, update_scale_
 from mpcore.errors import ArgumentError, ArgumentTypeError
+from mpcore.headroom import HeadroomLossScale, advance_headroom_, next_headroom
 from mpcore.presets import Presets
 
 #: What fills the hysteresis up again besides growth, as backends are told: 1 for a clean step, 2
@@ -144,7 +145,7 @@ class NoLossScale:
     """
 
 
-LossScale = DynamicLossScale | StaticLossScale | NoLossScale
+LossScale = DynamicLossScale | HeadroomLossScale | StaticLossScale | NoLossScale
 
 
 class LossScaleState(NamedTuple):
@@ -156,6 +157,8 @@ class LossScaleState(NamedTuple):
         overflows_left: Overflows that are still tolerated before the scale backs off.
         steps: Optimizer steps so far, skipped ones included.
         skipped_steps: Steps that were skipped.
+        peak: For `HeadroomLossScale`: the largest gradient of this half of its window.
+        peak_before: And of the half before.
     """
 
     scale: float
@@ -163,14 +166,17 @@ class LossScaleState(NamedTuple):
     overflows_left: int
     steps: int
     skipped_steps: int
+    peak: float = 0.0
+    peak_before: float = 0.0
 
 
 def check_loss_scale(loss_scale: object) -> LossScale:
-    """Returns `loss_scale`; raises `ArgumentTypeError` if it is not one of the three kinds."""
-    if not isinstance(loss_scale, (DynamicLossScale, StaticLossScale, NoLossScale)):
+    """Returns `loss_scale`; raises `ArgumentTypeError` if it is not one of the four kinds."""
+    if not isinstance(loss_scale, LossScale):
         raise ArgumentTypeError(
-            "loss_scale: expected DynamicLossScale(...), StaticLossScale(scale) or NoLossScale(), "
-            f"got {loss_scale!r}. For a fixed scale pass mpcore.StaticLossScale(1024.0)."
+            "loss_scale: expected DynamicLossScale(...), HeadroomLossScale(...), "
+            f"StaticLossScale(scale) or NoLossScale(), got {loss_scale!r}. For a fixed "
+            "scale pass mpcore.StaticLossScale(1024.0)."
         )
     return loss_scale
 
@@ -179,6 +185,8 @@ def initial_state(loss_scale: LossScale) -> LossScaleState:
     """Returns the state before the first step."""
     if isinstance(loss_scale, DynamicLossScale):
         return LossScaleState(float(loss_scale.init), 0, loss_scale.hysteresis, 0, 0)
+    if isinstance(loss_scale, HeadroomLossScale):
+        return LossScaleState(float(loss_scale.init), 0, 0, 0, 0)
     scale = loss_scale.scale if isinstance(loss_scale, StaticLossScale) else 1.0
     return LossScaleState(float(scale), 0, 0, 0, 0)
 
@@ -189,25 +197,31 @@ def resumed_state(loss_scale: LossScale, saved: LossScaleState) -> LossScaleStat
     The settings of a run may change between saving and loading, and they win.
     """
     own = initial_state(loss_scale)
-    if not isinstance(loss_scale, DynamicLossScale):
+    if isinstance(loss_scale, (StaticLossScale, NoLossScale)):
         return own._replace(steps=saved.steps, skipped_steps=saved.skipped_steps)
-    return saved._replace(
-        scale=min(max(saved.scale, loss_scale.min_scale), loss_scale.max_scale),
-        overflows_left=min(saved.overflows_left, loss_scale.hysteresis),
-    )
+    scale = min(max(saved.scale, loss_scale.min_scale), loss_scale.max_scale)
+    if isinstance(loss_scale, HeadroomLossScale):
+        return saved._replace(scale=scale, overflows_left=0)
+    left = min(saved.overflows_left, loss_scale.hysteresis)
+    return saved._replace(scale=scale, overflows_left=left, peak=0.0, peak_before=0.0)
 
 
-def next_state(loss_scale: LossScale, state: LossScaleState, *, found_inf: bool) -> LossScaleState:
+def next_state(
+    loss_scale: LossScale, state: LossScaleState, *, found_inf: bool, largest: float = 0.0
+) -> LossScaleState:
     """Returns the state after one step: the specification that every implementation follows.
 
     Args:
-        loss_scale: The description; only a `DynamicLossScale` ever moves its scale.
+        loss_scale: The description; static ones never move.
         state: The state before the step.
         found_inf: Whether a gradient of the step was not finite.
+        largest: Largest magnitude of unscaled float16 gradients, for a `HeadroomLossScale`.
     """
     counted = state._replace(
         steps=state.steps + 1, skipped_steps=state.skipped_steps + int(found_inf)
     )
+    if isinstance(loss_scale, HeadroomLossScale):
+        return next_headroom(loss_scale, counted, found_inf, largest)
     if not isinstance(loss_scale, DynamicLossScale):
         return counted
     if found_inf:
@@ -240,6 +254,8 @@ class LossScaleTensors:
         overflows_left: int32.
         steps: int64.
         skipped_steps: int64.
+        peak: float64.
+        peak_before: float64.
     """
 
     scale: Tensor
@@ -247,11 +263,14 @@ class LossScaleTensors:
     overflows_left: Tensor
     steps: Tensor
     skipped_steps: Tensor
+    peak: Tensor
+    peak_before: Tensor
 
     @classmethod
     def from_state(cls, state: LossScaleState, device: torch.device) -> LossScaleTensors:
         """Returns `state` in tensors on `device`, without a host sync."""
-        dtypes = (torch.float32, torch.int32, torch.int32, torch.int64, torch.int64)
+        numbers, counts = (torch.float32, torch.float64), (torch.int32, torch.int64)
+        dtypes = (numbers[0], *counts[:1] * 2, *counts[1:] * 2, *numbers[1:] * 2)
         # torch.full fills on the device; torch.tensor would copy from the host
         return cls(
             *(torch.full((), v, dtype=t, device=device) for v, t in zip(state, dtypes, strict=True))
@@ -272,6 +291,7 @@ class LossScaleTensors:
         loss_scale: LossScale,
         found_inf: Tensor,
         update: Callable[..., None] = update_scale_,
+        largest: Tensor | None = None,
     ) -> None:
         """Follows `next_state` in place on the device, without a host sync.
 
@@ -279,7 +299,11 @@ class LossScaleTensors:
             loss_scale: The description.
             found_inf: 0-d; non-zero means overflow. int32 for a backend other than the default.
             update: `update_scale_` of a backend.
+            largest: 0-d float64, the largest magnitude of unscaled float16 gradients; None: none.
         """
+        if isinstance(loss_scale, HeadroomLossScale):
+            none = torch.zeros_like(self.peak)
+            advance_headroom_(loss_scale, self, found_inf, none if largest is None else largest)
         move = self.move(loss_scale)
         if move is None:
             self.steps.add_(1)

@@ -24,6 +24,7 @@ from mpcore.loss_scale import (
     resumed_state,
 )
 from mpcore.paths import PATHS, GroupPath, Paths
+from mpcore.skip_alarm import SkipAlarm
 from mpcore.stage import Stage
 from mpcore.step_result import StepResult
 from mpcore.wrapper import OptimizerWrapper
@@ -100,6 +101,7 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
 
     def _start(self) -> None:
         """Makes what does not outlive a step, or follows from the rest."""
+        self._alarm = SkipAlarm()
         self.register_state_dict_post_hook(_add_section)
         backend = (self.backend, self._module)
         self._paths = Paths(self._path, self.inner, self._masters, backend, self._saturated)
@@ -264,6 +266,7 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
     def _finish(self, gradients: StepGradients, moved: bool) -> None:
         self._stage.finish(gradients, External.of(self), moved=moved)
         self._began = True
+        self._alarm.note(self._scale.skipped_steps)
 
     @property
     def last_step(self) -> StepResult | None:

@@ -29,6 +29,7 @@ from mpcore._scaler_arguments import (
 from mpcore.backends import Backend, ScaleMove, reference
 from mpcore.loss_scale import REFILLS, DynamicLossScale, LossScale, NoLossScale, StaticLossScale
 from mpcore.scaler_checks import GradChecker
+from mpcore.skip_alarm import SkipAlarm
 
 
 class ScaleCourse(torch.amp.GradScaler):
@@ -53,6 +54,7 @@ class ScaleCourse(torch.amp.GradScaler):
         )
         self._moves = True
         self._checker = GradChecker()
+        self._alarm = SkipAlarm()
         # overflows left, steps, skipped steps: made with the scale
         self._counts: tuple[Tensor, Tensor, Tensor] | None = None
         if not self._enabled:
@@ -97,7 +99,10 @@ class ScaleCourse(torch.amp.GradScaler):
                 refill=loss_scale.refill,
             )
         if not isinstance(loss_scale, (StaticLossScale, NoLossScale)):
-            raise TypeError(f"loss_scale: expected a loss scale, got {type(loss_scale).__name__}.")
+            raise TypeError(
+                "loss_scale: expected DynamicLossScale, StaticLossScale or NoLossScale, got "
+                f"{type(loss_scale).__name__}. A HeadroomLossScale is for MixedPrecisionOptimizer."
+            )
         scale = loss_scale.scale if isinstance(loss_scale, StaticLossScale) else 1.0
         scaler = cls(device, scale, enabled=enabled)
         scaler._moves = False
@@ -162,28 +167,32 @@ class ScaleCourse(torch.amp.GradScaler):
         if self._counts is None:  # somebody made the scale without scale()
             self._counts = self._new_counts(scale.device)
         left, steps, skipped = self._counts
-        if not self._moves:
+        if self._moves:
+            move = ScaleMove(
+                scale=scale,
+                growth_tracker=tracker,
+                overflows_left=left,
+                steps=steps,
+                skipped_steps=skipped,
+                growth_factor=self._growth_factor,
+                backoff_factor=self._backoff_factor,
+                growth_interval=self._growth_interval,
+                min_scale=self._min_scale,
+                max_scale=self._max_scale,
+                hysteresis=self._hysteresis,
+                refill=REFILLS[self._refill],
+            )
+            backend = self._backend_for(scale.device)
+            backend.update_scale_(**move.arguments(), found_inf=found_inf)
+        else:
             steps.add_(1)
             skipped.add_(found_inf)
-            return
-        move = ScaleMove(
-            scale=scale,
-            growth_tracker=tracker,
-            overflows_left=left,
-            steps=steps,
-            skipped_steps=skipped,
-            growth_factor=self._growth_factor,
-            backoff_factor=self._backoff_factor,
-            growth_interval=self._growth_interval,
-            min_scale=self._min_scale,
-            max_scale=self._max_scale,
-            hysteresis=self._hysteresis,
-            refill=REFILLS[self._refill],
-        )
+        self._alarm.note(skipped)
+
+    def _backend_for(self, device: torch.device) -> Backend:
         # kernels take float32 factors; torch's take 0.8 as it is
         exact = all(is_float32(f) for f in (self._growth_factor, self._backoff_factor))
-        backend: Backend = self._checker.backend(scale.device) if exact else reference
-        backend.update_scale_(**move.arguments(), found_inf=found_inf)
+        return self._checker.backend(device) if exact else reference
 
     @property
     def steps(self) -> int:
@@ -258,4 +267,4 @@ class ScaleCourse(torch.amp.GradScaler):
         state: dict[str, Any] = super().__getstate__()
         if self._enabled:
             state["_init_counters"] = self._counters()
-        return {**state, "_counts": None, "_checker": GradChecker()}
+        return {**state, "_counts": None, "_checker": GradChecker(), "_alarm": SkipAlarm()}

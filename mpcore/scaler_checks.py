@@ -35,13 +35,15 @@ class GradCheck:
         return torch.stack(found).any().float()
 
     def overflowed(self, groups: Groups) -> list[str]:
-        """Returns the names of the parameters whose gradient was not finite; syncs."""
-        return [
-            name_of(param, groups)
+        """Returns the names of the parameters whose gradient was not finite, in order; syncs."""
+        bad = {
+            id(param)
             for device, params in self.params.items()
-            for param, flag in zip(params, self.flags[device].tolist(), strict=True)
+            for param, flag in zip(params, self.flags[device].to("cpu").tolist(), strict=True)
             if flag
-        ]
+        }
+        everything = (param for group in groups for param in group["params"])
+        return [name_of(param, groups) for param in everything if id(param) in bad]
 
 
 class GradChecker:

@@ -12,6 +12,7 @@ from mpcore._scaling import External
 from mpcore.backends import Backend, ScaleMove
 from mpcore.errors import StageError
 from mpcore.gradients import StepGradients
+from mpcore.headroom import HeadroomLossScale
 from mpcore.loss_scale import LossScale, LossScaleTensors, NoLossScale
 from mpcore.masters import Groups, Masters
 from mpcore.step_plan import StepPlan
@@ -156,7 +157,8 @@ class Stage:
         )
         if not moved:
             scaling = self._loss_scaling if external is None else NoLossScale()
-            self._tensors.advance_(scaling, found_inf, self._backend.update_scale_)
+            largest = gradients.largest() if isinstance(scaling, HeadroomLossScale) else None
+            self._tensors.advance_(scaling, found_inf, self._backend.update_scale_, largest)
         self.forget()
         gradients.release()
         self.scaled = False

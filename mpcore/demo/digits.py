@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from mpcore.demo.measure import UpdateTally
 from mpcore.demo.regimes import AdamWSettings, Regime, prepare
 from mpcore.emulate import emulate_tensor_cores
-from mpcore.loss_scale import DynamicLossScale
+from mpcore.loss_scale import DynamicLossScale, LossScale
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class DigitsSettings:
     adamw: AdamWSettings = field(
         default_factory=lambda: AdamWSettings(3e-5, (0.9, 0.999), eps=1e-8, weight_decay=0.0)
     )
-    scale: DynamicLossScale = field(default_factory=DynamicLossScale)
+    scale: LossScale = field(default_factory=DynamicLossScale)
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def train_digits(
         for chosen in torch.split(orders, settings.batch, dim=1):
             with emulate_tensor_cores(), regime.arithmetic():
                 logits = model(images[chosen])
-                engine.backward(_summed_loss(logits, labels[chosen]))
+                engine.backward(summed_loss(logits, labels[chosen]))
             tally.step()
             engine.zero_grad()
         on_epoch(epoch + 1)
@@ -158,7 +158,7 @@ def train_digits(
     )
 
 
-def _summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Sum over seeds of the mean cross-entropy over the batch, in FP32."""
     seeds, batch, classes = logits.shape
     flat = F.cross_entropy(

@@ -148,7 +148,7 @@ class PlainAdamW(torch.optim.AdamW):
 
 
 def prepare(
-    model: nn.Module, regime: Regime, adamw: AdamWSettings, scale: DynamicLossScale
+    model: nn.Module, regime: Regime, adamw: AdamWSettings, scale: LossScale
 ) -> tuple[nn.Module, Engine]:
     """Casts a fresh FP32 model for a regime and builds its optimizer, without a host sync.
 
