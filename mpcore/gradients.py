@@ -46,7 +46,7 @@ class _Bucket:
     with_master: list[Tensor]
     without: list[Tensor]
     nonfinite: Tensor | None = None  # int32, non-zero flags overflow, in the order of `params`
-    largest: Tensor | None = None  # 0-d float32, of unscaled float16 gradients
+    largest: Tensor | None = None  # float32, magnitudes of unscaled gradients, if they were seen
 
     @property
     def params(self) -> list[Tensor]:
@@ -184,10 +184,8 @@ class StepGradients:
                 grads, coefficient, max_norm, plan=here.prepared_for(hyper), hyper=hyper
             )
         bucket.add_flags(found.kinds)
-        halves = bucket.with_master
-        only_float16 = bool(halves) and all(param.dtype == torch.float16 for param in halves)
-        if found.largest is not None and only_float16 and coefficient is self.unscaled_by:
-            bucket.largest = found.largest[: len(halves)].amax()
+        if coefficient is self.unscaled_by:
+            bucket.largest = found.largest
         return found
 
     def _square_sum(self, bucket: _Bucket) -> Tensor:
@@ -235,8 +233,9 @@ class StepGradients:
         peaks = [torch.zeros((), dtype=torch.float64, device=home)]
         for bucket in self._buckets:
             grads = [_grad(p) for p in bucket.with_master if p.dtype == torch.float16]
-            if bucket.largest is not None:  # what the inspection has seen
-                peaks.append(bucket.largest.double().to(home, non_blocking=True))
+            if grads and bucket.largest is not None and len(grads) == len(bucket.with_master):
+                peak = bucket.largest[: len(grads)].amax().double()
+                peaks.append(peak.to(home, non_blocking=True))
             elif grads:
                 norms = torch.stack(torch._foreach_norm(grads, torch.inf)).amax().double()
                 peaks.append(norms.to(home, non_blocking=True) * self.unscaled_by)
@@ -284,6 +283,7 @@ class StepGradients:
             bucket.without = [param for param in bucket.without if param in kept]
             flags = [flag_of[param] for param in bucket.params]
             bucket.nonfinite = torch.stack(flags) if flags else None
+            bucket.largest = None
         self._buckets = [bucket for bucket in self._buckets if bucket.params]
 
     def release(self) -> None:

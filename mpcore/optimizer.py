@@ -23,7 +23,7 @@ from mpcore.loss_scale import (
     initial_state,
     resumed_state,
 )
-from mpcore.paths import PATHS, GroupPath, Paths
+from mpcore.paths import GroupPath, Paths, check_path
 from mpcore.skip_alarm import SkipAlarm
 from mpcore.stage import Stage
 from mpcore.step_result import StepResult
@@ -38,14 +38,14 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
     It is a `torch.optim.Optimizer` and shares `param_groups` with the one it wraps, so LR
     schedulers on either drive it. `state[p]["master"]` is the float32 master of a 16-bit `p`.
 
-    One step: unscale and check the gradients in one pass; skip if any is not finite, otherwise step
-    the wrapped optimizer over the masters and round them into the weights; move the loss scale.
+    One step: unscale and check the gradients; skip if any is not finite, else step the wrapped
+    optimizer over the masters and round them into the weights; move the loss scale.
 
     Args:
         optimizer: Any `torch.optim.Optimizer` but SparseAdam; best made from
             `model.named_parameters()`, so that reports can name parameters. State that it
             already has is kept. Do not call its `step` yourself any more.
-        loss_scale: `DynamicLossScale(...)`, `StaticLossScale(scale)` or `NoLossScale()`.
+        loss_scale: `DynamicLossScale(...)`, or Headroom-, Static-, `NoLossScale`.
         backend: "auto", or one by name: see `mpcore.backends.resolve`.
         path: "fused" (the backend computes the whole step; AdamW, Adam, SGD, Adagrad and Lion of
             exactly these types), "general" (the optimizer's own step), or "auto": fused if it can.
@@ -88,8 +88,7 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
     ) -> None:
         check_inner(optimizer, MixedPrecisionOptimizer)
         check_loss_scale(loss_scale)
-        if path not in PATHS:
-            raise ArgumentError(f"path: expected one of {', '.join(PATHS)}, got {path!r}.")
+        check_path(path)
         super().__init__(optimizer, backend)
         self.loss_scaling = loss_scale
         self._path = path
@@ -241,12 +240,13 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
             self._paths.initialise_state(zeros)
             return None
         collected = self._collect("step()")
-        if not collected.params:
+        if collected.params:
+            self._finish(
+                collected, self._paths.step(collected, self._stage.move(External.of(self)))
+            )
+        else:
             self._stage.forget_step()
             self._paths.step_without_gradients()
-            return None
-        moved = self._paths.step(collected, self._stage.move(External.of(self)))
-        self._finish(collected, moved)
         return None
 
     def _step_with_closure(self, closure: Callable[[], Any]) -> Any:
@@ -265,8 +265,8 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
 
     def _finish(self, gradients: StepGradients, moved: bool) -> None:
         self._stage.finish(gradients, External.of(self), moved=moved)
-        self._began = True
         self._alarm.note(self._scale.skipped_steps)
+        self._began = True
 
     @property
     def last_step(self) -> StepResult | None:

@@ -20,6 +20,12 @@ from mpcore.updates import rule_of
 PATHS = ("auto", "fused", "general")
 
 
+def check_path(path: str) -> None:
+    """Raises unless `path` is one of `PATHS`."""
+    if path not in PATHS:
+        raise ArgumentError(f"path: expected one of {', '.join(PATHS)}, got {path!r}.")
+
+
 class GroupPath(NamedTuple):
     """The path of one param group.
 

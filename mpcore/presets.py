@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from typing import Any, TypeVar
 
 _LOWEST, _HIGHEST = 2.0**-126, 2.0**126  # where a scale and its reciprocal are normal numbers
 
@@ -48,50 +45,53 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+_T = TypeVar("_T", bound="Presets")
+
+
 class Presets:
     """Ways to make a `DynamicLossScale`, one named after each system."""
 
     @classmethod
-    def _of(cls, system: str, **changes: Any) -> Self:
+    def _of(cls: type[_T], system: str, **changes: Any) -> _T:
         return cls(**{**SETTINGS[system], **changes})
 
     @classmethod
-    def torch(cls) -> Self:
+    def torch(cls: type[_T]) -> _T:
         """As `torch.amp.GradScaler`: 2^16, doubled after 2,000 clean steps, halved at once."""
         return cls._of("torch")
 
     @classmethod
-    def keras2(cls) -> Self:
+    def keras2(cls: type[_T]) -> _T:
         """As `tf.keras.mixed_precision.LossScaleOptimizer`: 2^15, 2,000 steps, never below 1."""
         return cls._of("keras2")
 
     @classmethod
-    def keras3(cls) -> Self:
+    def keras3(cls: type[_T]) -> _T:
         """As `keras.optimizers.LossScaleOptimizer`: 2^15, 2,000 steps, no floor at 1."""
         return cls._of("keras3")
 
     @classmethod
-    def jmp(cls) -> Self:
+    def jmp(cls: type[_T]) -> _T:
         """As `jmp.DynamicLossScale`: 2^15 as its README has it, 2,000 steps, never below 1."""
         return cls._of("jmp")
 
     @classmethod
-    def flax(cls) -> Self:
+    def flax(cls: type[_T]) -> _T:
         """As `flax.training.dynamic_scale.DynamicScale`: 2^16, 2,000 steps."""
         return cls._of("flax")
 
     @classmethod
-    def apex(cls) -> Self:
+    def apex(cls: type[_T]) -> _T:
         """As `apex.amp`: 2^16, 2,000 steps, never above 2^24."""
         return cls._of("apex")
 
     @classmethod
-    def megatron(cls) -> Self:
+    def megatron(cls: type[_T]) -> _T:
         """As Megatron's `DynamicGradScaler`: 2^32, 1,000 steps, hysteresis 2, never below 1."""
         return cls._of("megatron")
 
     @classmethod
-    def deepspeed(cls, *, consecutive: bool = False) -> Self:
+    def deepspeed(cls: type[_T], *, consecutive: bool = False) -> _T:
         """As DeepSpeed's `DynamicLossScaler`: 2^16, 1,000 steps, hysteresis 2, never below 1.
 
         Args:
@@ -101,12 +101,12 @@ class Presets:
         return cls._of("deepspeed", refill="clean" if consecutive else "growth")
 
     @classmethod
-    def fairseq(cls) -> Self:
+    def fairseq(cls: type[_T]) -> _T:
         """As fairseq's `DynamicLossScaler` for one worker: 2^7, 2^14 steps, tolerance 0."""
         return cls._of("fairseq")
 
     @classmethod
-    def paddle(cls, *, decr_every_n: int = 1) -> Self:
+    def paddle(cls: type[_T], *, decr_every_n: int = 1) -> _T:
         """As `paddle.amp.GradScaler`: 2^16, 2,000 steps, halved after overflows in a row.
 
         Args:

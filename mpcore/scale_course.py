@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import _refresh_per_optimizer_state
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 from mpcore._checks import LARGEST_SCALE, SMALLEST_SCALE
 from mpcore._scaler_arguments import (
@@ -30,6 +27,8 @@ from mpcore.backends import Backend, ScaleMove, reference
 from mpcore.loss_scale import REFILLS, DynamicLossScale, LossScale, NoLossScale, StaticLossScale
 from mpcore.scaler_checks import GradChecker
 from mpcore.skip_alarm import SkipAlarm
+
+_T = TypeVar("_T", bound="ScaleCourse")
 
 
 class ScaleCourse(torch.amp.GradScaler):
@@ -71,7 +70,7 @@ class ScaleCourse(torch.amp.GradScaler):
         check_refill(refill)
 
     @classmethod
-    def of(cls, loss_scale: LossScale, device: str = "cuda", enabled: bool = True) -> Self:
+    def of(cls: type[_T], loss_scale: LossScale, device: str = "cuda", enabled: bool = True) -> _T:
         """Returns a scaler whose scale moves as a native loss scale does, or stays.
 
         Args:

@@ -202,7 +202,7 @@ def test_bad_values_reach_the_weights_as_they_are():
 def test_the_scale_moves_in_every_step(found_inf):
     tensors = [torch.tensor(8.0), *(torch.tensor(n, dtype=torch.int32) for n in (0, 1))]
     tensors += [torch.tensor(n, dtype=torch.int64) for n in (4, 2)]
-    move = ScaleMove(*tensors, 2.0, 0.5, 2000, 1.0, 2.0**24, 1)
+    move = ScaleMove(*tensors, 2.0, 0.5, 2000, 1.0, 2.0**24, 1, 0)
     ours, _, _ = twins("sgd", [(3,)], torch.float16)
     cpu.prepare_(ours.plan, ours.hyper)
     grads = [[torch.ones(3).half()]]

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import io
 import pickle
-import re
 from typing import Any
 
 import mpcore
@@ -246,111 +243,6 @@ def test_it_is_one_of_torchs_and_takes_its_arguments_in_their_order() -> None:
     assert isinstance(scaler, THEIRS)
     theirs = THEIRS("cpu", 8.0, 3.0, 0.25, 7, True).state_dict()
     assert theirs.items() <= scaler.state_dict().items()
-
-
-def stepped(kind: Any, history: list[bool], **options: Any) -> Any:
-    """A scaler after some steps of an optimizer of its own."""
-    params = [nn.Parameter(torch.ones(2))]
-    optimizer, scaler = torch.optim.SGD(params, lr=0.1), kind("cpu", **options)
-    for bad in history:
-        optimizer.zero_grad()
-        scaler.scale(params[0].sum() * (INF if bad else 1.0)).backward()
-        scaler.step(optimizer)
-        scaler.update()
-    return scaler
-
-
-@pytest.mark.parametrize(("source", "target"), [(OURS, THEIRS), (THEIRS, OURS), (OURS, OURS)])
-@pytest.mark.parametrize("started", [False, True])
-def test_checkpoints_go_both_ways_and_the_course_goes_on(
-    source: Any, target: Any, started: bool
-) -> None:
-    options = {"init_scale": 24.0, "growth_interval": 3}
-    saved = stepped(source, [True, False, False], **options)
-    file = io.BytesIO()
-    torch.save(saved.state_dict(), file)
-    file.seek(0)
-    loaded = stepped(target, [False] if started else [])
-    loaded.load_state_dict(torch.load(file, weights_only=True))
-    assert (loaded.get_scale(), loaded._get_growth_tracker()) == (12.0, 2)
-    params = [nn.Parameter(torch.ones(2))]
-    optimizer = torch.optim.SGD(params, lr=0.1)
-    loaded.scale(params[0].sum()).backward()
-    loaded.step(optimizer)
-    loaded.update()
-    assert (loaded.get_scale(), loaded._get_growth_tracker()) == (24.0, 0)
-
-
-def test_bounds_hysteresis_and_counters_are_saved() -> None:
-    saved = stepped(
-        OURS, [True, False], min_scale=2.0, max_scale=2.0**20, hysteresis=3, refill="growth"
-    )
-    loaded = OURS("cpu")
-    loaded.load_state_dict(saved.state_dict())
-    assert loaded.state_dict() == saved.state_dict()
-    assert (loaded.steps, loaded.skipped_steps) == (2, 1)
-    assert loaded.state_dict()["_overflows_left"] == 2
-
-
-@pytest.mark.parametrize(
-    ("changes", "error"),
-    [
-        ({"scale": float("nan")}, AssertionError),
-        ({"growth_factor": 1.0}, AssertionError),
-        ({"backoff_factor": 0.0}, AssertionError),
-        ({"growth_interval": 0}, AssertionError),
-        ({"_growth_tracker": -1}, AssertionError),
-        ({"min_scale": 4.0, "max_scale": 2.0}, AssertionError),
-        ({"refill": "x"}, AssertionError),
-        ({"hysteresis": 0}, AssertionError),
-    ],
-)
-def test_a_bad_state_changes_nothing(changes: dict[str, Any], error: type[Exception]) -> None:
-    scaler = stepped(OURS, [True, False])
-    before = scaler.state_dict()
-    with pytest.raises(error):
-        scaler.load_state_dict({**before, **changes})
-    for key in ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"):
-        with pytest.raises(KeyError, match=key):
-            scaler.load_state_dict({k: v for k, v in before.items() if k != key})
-    assert scaler.state_dict() == before
-
-
-@pytest.mark.parametrize(("scale", "expected"), [(0.0, 2.0**-126), (INF, 2.0**126), (3.0, 3.0)])
-def test_a_broken_scale_of_torchs_is_brought_back(scale: float, expected: float) -> None:
-    state = THEIRS("cpu").state_dict() | {"scale": scale}
-    for scaler in (OURS("cpu"), stepped(OURS, [False])):
-        scaler.load_state_dict(state)
-        assert scaler.get_scale() == expected
-
-
-@pytest.mark.parametrize("clone", [lambda s: pickle.loads(pickle.dumps(s)), copy.deepcopy])
-@pytest.mark.parametrize("history", [[], [True, False]])
-def test_copies_go_on_alike(clone: Any, history: list[bool]) -> None:
-    scaler = stepped(OURS, history, hysteresis=2, min_scale=4.0)
-    twin = clone(scaler)
-    assert twin.state_dict() == scaler.state_dict()
-    params = [nn.Parameter(torch.ones(2))]
-    optimizer = torch.optim.SGD(params, lr=0.1)
-    twin.scale(params[0].sum() * INF).backward()
-    twin.step(optimizer)
-    twin.update()
-    assert twin.last_step.skipped
-    assert twin.skipped_steps == scaler.skipped_steps + 1
-
-
-def test_update_sets_a_scale() -> None:
-    scaler = stepped(OURS, [False, False], min_scale=2.0, max_scale=64.0, init_scale=8.0)
-    for value, expected in ((16.0, 16.0), (4, 4.0), (torch.tensor([32.0]), 32.0)):
-        scaler.update(value)
-        assert scaler.get_scale() == expected
-    assert scaler._get_growth_tracker() == 2  # as in torch
-    for tensor, expected in ((0.0, 2.0), (INF, 64.0)):
-        scaler.update(torch.tensor(tensor))
-        assert scaler.get_scale() == expected
-    for bad in (1.0, 128.0, float("nan")):
-        with pytest.raises(AssertionError, match=re.escape("new_scale must be within [2, 64]")):
-            scaler.update(bad)
 
 
 def test_outputs_of_every_kind_are_scaled() -> None:

@@ -56,6 +56,7 @@ def test_flags_of_several_devices_are_not_added_up() -> None:
     assert scaler.get_scale() == 2.0**15
 
 
+@pytest.mark.filterwarnings("ignore:each of the last 100 steps")
 def test_the_scale_never_reaches_zero_and_no_clean_step_writes_nan() -> None:
     results = {}
     for kind in (THEIRS, OURS):
@@ -324,9 +325,11 @@ def test_distributed_gradients_are_left_to_torch(fused: bool, tmp_path: Any) -> 
     try:
         mesh = torch.distributed.init_device_mesh("cpu", (1,))
         param = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Replicate()]))
-        optimizer, scaler = torch.optim.SGD([param], lr=0.5, fused=fused), OURS("cpu")
+        # torch has no fused SGD for them
+        kind = torch.optim.Adam if fused else torch.optim.SGD
+        optimizer, scaler = kind([param], lr=0.5, fused=fused), OURS("cpu")
         train(scaler, optimizer, param, [1.0, INF])
-        assert param.to_local().tolist() == [0.5] * 4
+        assert torch.allclose(param.to_local(), torch.full((4,), 0.5))
         assert scaler.get_scale() == 2.0**15
         assert scaler.last_step.skipped
         assert scaler.last_step.overflowed() == []

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mpcore.cast_model import cast_model
 from mpcore.demo.rounded import RoundedAdamW
-from mpcore.loss_scale import DynamicLossScale, LossScale, NoLossScale
+from mpcore.loss_scale import LossScale, NoLossScale
 from mpcore.optimizer import MixedPrecisionOptimizer
 
 
@@ -162,6 +162,7 @@ def prepare(
         The model to call, and its optimizer.
 
     Example:
+        >>> from mpcore.loss_scale import DynamicLossScale
         >>> settings = AdamWSettings(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
         >>> model, engine = prepare(
         ...     nn.Linear(2, 2), BF16_ROUNDED, settings, DynamicLossScale()

@@ -208,6 +208,7 @@ def test_the_tensors_are_changed_in_place_and_keep_their_dtypes() -> None:
     after = [getattr(tensors, field.name) for field in dataclasses.fields(tensors)]
     assert all(a is b for a, b in zip(before, after, strict=True))
     kinds = (torch.float32, torch.int32, torch.int32, torch.int64, torch.int64)
+    kinds += (torch.float64, torch.float64)
     assert tuple(tensor.dtype for tensor in after) == kinds
     assert tensors.to_state() == LossScaleState(4.0, 3, 2, 1, 0)
 
