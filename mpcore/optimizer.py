@@ -24,7 +24,6 @@ from mpcore.loss_scale import (
     resumed_state,
 )
 from mpcore.paths import GroupPath, Paths, check_path
-from mpcore.skip_alarm import SkipAlarm
 from mpcore.stage import Stage
 from mpcore.step_result import StepResult
 from mpcore.wrapper import OptimizerWrapper
@@ -100,7 +99,6 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
 
     def _start(self) -> None:
         """Makes what does not outlive a step, or follows from the rest."""
-        self._alarm = SkipAlarm()
         self.register_state_dict_post_hook(_add_section)
         backend = (self.backend, self._module)
         self._paths = Paths(self._path, self.inner, self._masters, backend, self._saturated)
@@ -265,7 +263,6 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
 
     def _finish(self, gradients: StepGradients, moved: bool) -> None:
         self._stage.finish(gradients, External.of(self), moved=moved)
-        self._alarm.note(self._scale.skipped_steps)
         self._began = True
 
     @property

@@ -15,6 +15,7 @@ from mpcore.gradients import StepGradients
 from mpcore.headroom import HeadroomLossScale
 from mpcore.loss_scale import LossScale, LossScaleTensors, NoLossScale
 from mpcore.masters import Groups, Masters
+from mpcore.skip_alarm import SkipAlarm
 from mpcore.step_plan import StepPlan
 from mpcore.step_result import StepResult
 
@@ -53,6 +54,7 @@ class Stage:
         self._tensors = tensors
         self._plan = plan
         self._outside_scale: Tensor | None = None
+        self._alarm = SkipAlarm()
 
     @property
     def needs_scale(self) -> bool:
@@ -159,6 +161,7 @@ class Stage:
             scaling = self._loss_scaling if external is None else NoLossScale()
             largest = gradients.largest() if isinstance(scaling, HeadroomLossScale) else None
             self._tensors.advance_(scaling, found_inf, self._backend.update_scale_, largest)
+        self._alarm.note(self._tensors.skipped_steps)
         self.forget()
         gradients.release()
         self.scaled = False
