@@ -47,7 +47,8 @@ def _square_sums(flat: list[Tensor]) -> tuple[Tensor, Tensor]:
     chunks = cut_chunks([grad.numel() for grad in flat])
     tables, sums = [chunks[:0]], [torch.zeros(0, dtype=torch.float64)]
     for dtype, of_dtype, addresses in by_dtype(flat, chunks):
-        work = Work.over(of_dtype, addresses)
+        work = Work()
+        work.take_up(of_dtype, addresses)
         tables.append(of_dtype)
         sums.append(torch.empty(len(of_dtype), dtype=torch.float64))
         work.sums = sums[-1].data_ptr()

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mpcore._checks import SIXTEEN_BIT
 from mpcore.backends import _update
 from mpcore.backends._blocks import memory_order
 from mpcore.backends._c_compiler import load
 from mpcore.backends._c_source import update_source
 from mpcore.backends._c_work import Table, Work, by_dtype, run
 from mpcore.backends._scale import ScaleMove, update_scale_
+from mpcore.errors import ArgumentError
 from mpcore.updates import Batch
 
 # 16-bit weights of this many elements fill the last cache before the next forward pass reads them
@@ -63,40 +66,73 @@ def update_(
     """Updates in one pass over memory, compiled when it first runs; CPU tensors, see `reference`.
 
     Bitwise `mpcore.backends.reference.update_`, which documents the arguments.
+
+    Raises:
+        ArgumentError: A gradient is missing, or of another shape or dtype.
+        BackendError: The compiler refused.
+        StageError: The plan is not prepared.
     """
+    flat = [_checked(batch, here) for batch, here in zip(plan.batches, grads, strict=True)]
+    # compiled before anything is written: a compiler may refuse
+    passes = [_passes(plan, batch, here) for batch, here in zip(plan.batches, flat, strict=True)]
     scalars = _update.take_scalars(plan)
     if not bool(found_inf):
-        for index, (batch, batch_grads) in enumerate(zip(plan.batches, grads, strict=True)):
+        for index, here in enumerate(flat):
             if plan.counters[index]:
                 torch._foreach_add_(plan.counters[index], 1)
-            flat = [memory_order(grad) for grad in batch_grads]
-            _update_batch(plan, index, batch, flat, scalars[index], float(coefficient), saturated)
+            work = _shared_work(plan, index, len(here), scalars[index], coefficient, saturated)
+            for dtype, chunks, addresses in by_dtype(here, plan.tables[index].chunks):
+                work.take_up(chunks, addresses)
+                run(passes[index][dtype], work)
     if then is not None:
         update_scale_(**then.arguments(), found_inf=found_inf)
 
 
-def _update_batch(
+def _checked(batch: Batch, grads: Sequence[Tensor]) -> list[Tensor]:
+    """Returns gradients as they lie in memory; raises if C would read behind their ends."""
+    if len(grads) != len(batch.masters):
+        raise ArgumentError(
+            f"grads: expected one for each of {len(batch.masters)} masters, got {len(grads)}."
+        )
+    for index, (grad, master) in enumerate(zip(grads, batch.masters, strict=True)):
+        if grad.shape != master.shape or grad.dtype not in (*SIXTEEN_BIT, torch.float32):
+            raise ArgumentError(
+                f"grads[{index}]: expected {list(master.shape)} in float16, bfloat16 or float32, "
+                f"got {list(grad.shape)} in {grad.dtype}."
+            )
+    return [memory_order(grad) for grad in grads]
+
+
+def _passes(plan: Plan, batch: Batch, grads: Sequence[Tensor]) -> dict[torch.dtype, Any]:
+    """Returns what updates a batch, for each dtype of gradients."""
+    weight = batch.weights[0].dtype if batch.weights else None
+    rule, count = plan.rule.name, len(batch.moments)
+    dtypes = {grad.dtype for grad in grads}
+    return {dtype: load(update_source(rule, count, dtype, weight)).update for dtype in dtypes}
+
+
+def _shared_work(
     plan: Plan,
     index: int,
-    batch: Batch,
-    grads: list[Tensor],
+    tensors: int,
     scalars: Tensor,
-    coefficient: float,
+    coefficient: Tensor,
     saturated: Tensor,
-) -> None:
-    table, count = plan.tables[index], len(batch.moments)
-    weight = None if batch.weights is None else batch.weights[0].dtype
-    masters, *rest = table.addresses
+) -> Work:
+    """Returns what all dtypes of a batch share."""
+    count = len(plan.batches[index].moments)
+    masters, *rest = plan.tables[index].addresses
     moments = torch.cat(rest[len(rest) - count :]) if count else masters
     scalars = scalars.contiguous()
-    for dtype, chunks, addresses in by_dtype(grads, table.chunks):
-        work = Work.over(chunks, addresses)
-        work.masters = masters.data_ptr()
-        work.moments = moments.data_ptr()
-        work.weights = None if weight is None else rest[0].data_ptr()
-        work.scalars = scalars.data_ptr()
-        work.saturated = saturated.data_ptr()
-        work.tensors = len(grads)
-        work.coefficient = coefficient
-        work.streaming = plan.elements >= _STREAMING
-        run(load(update_source(plan.rule.name, count, dtype, weight)).update, work)
+    work = Work(
+        masters=masters.data_ptr(),
+        moments=moments.data_ptr(),
+        weights=rest[0].data_ptr() if plan.batches[index].weights else None,
+        scalars=scalars.data_ptr(),
+        saturated=saturated.data_ptr(),
+        tensors=tensors,
+        coefficient=float(coefficient),
+        streaming=plan.elements >= _STREAMING,
+    )
+    work.keep(masters, *rest, moments, scalars, saturated)
+    return work

@@ -84,17 +84,22 @@ class Work(ctypes.Structure):
         ("streaming", ctypes.c_int32),
     ]
 
-    @classmethod
-    def over(cls, chunks: Tensor, grads: Tensor) -> Work:
-        """Returns the work on some chunks.
+    def take_up(self, chunks: Tensor, grads: Tensor) -> None:
+        """Makes some chunks the work.
 
         Args:
-            chunks: int64 `[chunks, 3]`, contiguous; has to stay alive, as everything else.
-            grads: The gradients' addresses.
+            chunks: int64 `[chunks, 3]`.
+            grads: The gradients' addresses; what they point to has to stay alive.
         """
-        work = cls(count=len(chunks), chunks=chunks.data_ptr(), grads=grads.data_ptr())
-        work.elements = int((chunks[:, 2] - chunks[:, 1]).sum())
-        return work
+        chunks = chunks.contiguous()
+        self.next, self.count = 0, len(chunks)
+        self.chunks, self.grads = chunks.data_ptr(), grads.data_ptr()
+        self.elements = int((chunks[:, 2] - chunks[:, 1]).sum())
+        self._chunks_and_grads = (chunks, grads)
+
+    def keep(self, *tensors: Tensor) -> None:
+        """Keeps tensors alive as long as their addresses are in here."""
+        self._kept = tensors
 
 
 def run(function: Any, work: Work) -> None:
