@@ -236,7 +236,7 @@ class StepGradients:
             if grads and bucket.largest is not None and len(grads) == len(bucket.with_master):
                 peak = bucket.largest[: len(grads)].amax().double()
                 peaks.append(peak.to(home, non_blocking=True))
-            elif grads:
+            elif grads := [grad for grad in grads if grad.numel()]:
                 norms = torch.stack(torch._foreach_norm(grads, torch.inf)).amax().double()
                 peaks.append(norms.to(home, non_blocking=True) * self.unscaled_by)
         return torch.stack(peaks).amax()

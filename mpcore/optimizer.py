@@ -296,7 +296,7 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
 
     @property
     def saturated(self) -> int:
-        """How often a weight was clamped to the finite maximum; reading it syncs with the host."""
+        """How often a weight was clamped to the finite maximum; syncs."""
         return int(self._saturated)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -323,8 +323,7 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
         self._masters.replace_state(states)
         self._scale.assign_(resumed_state(self.loss_scaling, saved_scale))
         self._saturated.fill_(saturated)
-        self._stage.forget()
-        self._stage.scaled = False
+        self._stage.start_anew()
         self._began = True
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)

@@ -258,6 +258,7 @@ class ScaleCourse(torch.amp.GradScaler):
         for name in EXTRAS:
             setattr(self, f"_{name}", loaded[name])
         self._init_counters = tuple(loaded[name] for name in COUNTERS)
+        self._alarm = SkipAlarm()
         for tensor, count in zip(self._counts or (), self._init_counters, strict=False):
             tensor.fill_(count)
 

@@ -175,6 +175,12 @@ class Stage:
         self.forget()
         self.result, self.scaled = None, False
 
+    def start_anew(self) -> None:
+        """Drops what belongs to a state that was replaced."""
+        self.forget()
+        self.scaled = False
+        self._alarm = SkipAlarm()
+
     def forget(self) -> None:
         """Drops gradients that were collected and not stepped."""
         if self.gradients is not None:

@@ -149,6 +149,7 @@ def test_every_engine_follows_the_specification(
 ) -> None:
     dtypes = [torch.float16, torch.float16, *others]
     params = [nn.Parameter(torch.zeros(3, dtype=dtype)) for dtype in dtypes]
+    params.append(nn.Parameter(torch.zeros(0).half()))  # nothing has no largest value
     scale = HeadroomLossScale(2.0**8, spare_bits=3, window=4)
     optimizer = engine.wrap(torch.optim.SGD(params, lr=0.1), scale)
     history = [2.0**-3, 2.0**-9, None, 2.0**-12, 2.0**-12, 2.0**-12, 2.0**-12, 2.0**-12]
