@@ -239,7 +239,8 @@ class ScaleCourse(torch.amp.GradScaler):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state of this class or of `torch.amp.GradScaler`; nothing changes if it fails.
 
-        A scale outside of the bounds is brought back to them: torch's may be 0 or infinite.
+        A scale outside of the bounds is brought back to them: torch's may be 0 or infinite. One
+        that never moves stays what it is.
 
         Args:
             state_dict: What `state_dict` returned.
@@ -254,6 +255,8 @@ class ScaleCourse(torch.amp.GradScaler):
             return
         fallback = {name: getattr(self, f"_{name}") for name in EXTRAS}
         loaded = checked_state({**fallback, **state_dict})
+        if not self._moves:
+            loaded["scale"] = self.get_scale()
         super().load_state_dict(loaded)
         for name in EXTRAS:
             setattr(self, f"_{name}", loaded[name])

@@ -93,6 +93,15 @@ def test_a_broken_scale_of_torchs_is_brought_back(scale: float, expected: float)
         assert scaler.get_scale() == expected
 
 
+@pytest.mark.parametrize("started", [False, True])
+def test_a_scale_that_never_moves_stays(started: bool) -> None:
+    scaler = OURS.of(mpcore.StaticLossScale(64.0), "cpu")
+    if started:
+        scaler.scale(torch.ones(()))
+    scaler.load_state_dict(THEIRS("cpu").state_dict())
+    assert scaler.get_scale() == 64.0
+
+
 @pytest.mark.parametrize("clone", [lambda s: pickle.loads(pickle.dumps(s)), copy.deepcopy])
 @pytest.mark.parametrize("history", [[], [True, False]])
 def test_copies_go_on_alike(clone: Any, history: list[bool]) -> None:
