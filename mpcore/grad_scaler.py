@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from mpcore._checks import LARGEST_SCALE, SIXTEEN_BIT, SMALLEST_SCALE
+from mpcore._checks import SIXTEEN_BIT
 from mpcore.optimizer import MixedPrecisionOptimizer
 from mpcore.scale_course import ScaleCourse
 from mpcore.scaler_checks import GradCheck
@@ -60,34 +60,6 @@ class GradScaler(ScaleCourse):
         >>> scaler.last_step.skipped, scaler.last_step.overflowed()
         (True, ['group 0, parameter 0, [2]'])
     """
-
-    def __init__(
-        self,
-        device: str = "cuda",
-        init_scale: float = 2.0**16,
-        growth_factor: float = 2.0,
-        backoff_factor: float = 0.5,
-        growth_interval: int = 2000,
-        enabled: bool = True,
-        *,
-        min_scale: float = SMALLEST_SCALE,
-        max_scale: float = LARGEST_SCALE,
-        hysteresis: int = 1,
-        refill: str = "growth",
-    ) -> None:
-        super().__init__(
-            device,
-            init_scale,
-            growth_factor,
-            backoff_factor,
-            growth_interval,
-            enabled,
-            min_scale=min_scale,
-            max_scale=max_scale,
-            hysteresis=hysteresis,
-            refill=refill,
-        )
-        self._forget_steps()
 
     def _forget_steps(self) -> None:
         """Makes what is no part of a checkpoint."""

@@ -51,6 +51,7 @@ class ScaleCourse(torch.amp.GradScaler):
         super().__init__(
             device, init_scale, growth_factor, backoff_factor, growth_interval, enabled
         )
+        self._forget_steps()
         self._moves = True
         self._checker = GradChecker()
         self._alarm = SkipAlarm()
@@ -68,6 +69,9 @@ class ScaleCourse(torch.amp.GradScaler):
         check_count("growth interval", growth_interval)
         check_count("hysteresis", hysteresis)
         check_refill(refill)
+
+    def _forget_steps(self) -> None:
+        """Makes what is no part of a checkpoint: for the part that knows optimizers."""
 
     @classmethod
     def of(cls: type[_T], loss_scale: LossScale, device: str = "cuda", enabled: bool = True) -> _T:
