@@ -14,16 +14,16 @@ INTERVAL = 100
 class SkipAlarm:
     """Warns if each of many steps in a row was skipped: no loss scale can help then.
 
-    The number of skipped steps is counted on the device. After the first step and then every
-    `interval` steps a copy of it is sent to the host, and looked at when the next one is sent; a
-    CPU's is looked at at once. So a warning comes after `interval` to `2 * interval` skips.
+    The number of skipped steps is counted on the device. Every `interval` steps a copy of it is
+    sent to the host, and looked at when the next one is sent; a CPU's is looked at at once. So a
+    warning comes after one to two intervals of skips, on a GPU one interval later.
 
     Args:
         interval: Steps between two looks.
 
     Example:
         >>> alarm, skipped = SkipAlarm(interval=2), torch.tensor(0)
-        >>> for _ in range(3):
+        >>> for _ in range(4):
         ...     alarm.note(skipped.add_(1))  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         UserWarning: each of the last 2 steps was skipped...
@@ -32,7 +32,7 @@ class SkipAlarm:
     def __init__(self, interval: int = INTERVAL) -> None:
         self._interval = interval
         self._steps = 0
-        self._before: int | None = None  # what came before the first step is nobody's concern
+        self._before: int | None = None  # a checkpoint may have brought any number
         self._sent: tuple[Tensor, torch.cuda.Event] | None = None
 
     def note(self, skipped_steps: Tensor) -> None:
@@ -42,7 +42,7 @@ class SkipAlarm:
             skipped_steps: 0-d integer, how many steps were skipped so far.
         """
         self._steps += 1
-        if self._steps % self._interval != 1:
+        if self._steps % self._interval:
             return
         if skipped_steps.device.type == "cpu":
             self._look(int(skipped_steps))

@@ -27,7 +27,8 @@ def step(weight: Any, optimizer: Any, value: float) -> None:
 
 def test_a_hundred_skips_in_a_row_are_reported_once_in_a_hundred(engine: Engine) -> None:
     weight, optimizer = optimizer_of(engine, mpcore.DynamicLossScale())
-    step(weight, optimizer, 1.0)
+    for _ in range(INTERVAL):
+        step(weight, optimizer, math.nan)
     for _ in range(2):
         for _ in range(INTERVAL - 1):
             step(weight, optimizer, math.nan)
@@ -82,7 +83,7 @@ def test_a_grad_scaler_has_it_too() -> None:
     optimizer, scaler = torch.optim.SGD([weight], lr=0.1), mpcore.GradScaler("cpu")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for _ in range(INTERVAL + 1):
+        for _ in range(2 * INTERVAL):
             optimizer.zero_grad()
             scaler.scale((weight * math.inf).sum()).backward()
             scaler.step(optimizer)
