@@ -154,7 +154,7 @@ class ScaleCourse(torch.amp.GradScaler):
             elif new_scale.numel() == 1:
                 new_scale = new_scale.reshape(())
             super().update(new_scale)
-            scale.clamp_(self._min_scale, self._max_scale)
+            scale.nan_to_num_(nan=self._min_scale).clamp_(self._min_scale, self._max_scale)
             return
         found = [
             found_inf.to(scale.device, non_blocking=True) != 0

@@ -123,7 +123,7 @@ def test_update_sets_a_scale() -> None:
         scaler.update(value)
         assert scaler.get_scale() == expected
     assert scaler._get_growth_tracker() == 2  # as in torch
-    for tensor, expected in ((0.0, 2.0), (INF, 64.0)):
+    for tensor, expected in ((0.0, 2.0), (INF, 64.0), (float("nan"), 2.0)):
         scaler.update(torch.tensor(tensor))
         assert scaler.get_scale() == expected
     for bad in (1.0, 128.0, float("nan")):

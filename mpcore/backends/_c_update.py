@@ -121,7 +121,7 @@ def _shared_work(
 ) -> Work:
     """Returns what all dtypes of a batch share."""
     count = len(plan.batches[index].moments)
-    masters, *rest = plan.tables[index].addresses
+    masters, *rest = plan.tables[index].addresses()
     moments = torch.cat(rest[len(rest) - count :]) if count else masters
     scalars = scalars.contiguous()
     work = Work(

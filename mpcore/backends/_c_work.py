@@ -26,12 +26,10 @@ class Table:
 
     Attributes:
         flat: The tensors of each role as they lie in memory; kept alive.
-        addresses: Per role int64 `[tensors]`.
         chunks: int64 `[chunks, 3]`: tensor, first element, end.
     """
 
     flat: list[list[Tensor]]
-    addresses: list[Tensor]
     chunks: Tensor
 
     @staticmethod
@@ -39,7 +37,14 @@ class Table:
         """Returns the table of tensors; those of one index have one layout in all roles."""
         flat = [[memory_order(tensor) for tensor in role] for role in roles]
         chunks = cut_chunks([tensor.numel() for tensor in flat[0]])
-        return Table(flat, [addresses_of(role) for role in flat], chunks)
+        return Table(flat, chunks)
+
+    def addresses(self) -> list[Tensor]:
+        """Returns where each role lies now, int64 `[tensors]` each.
+
+        Asked anew for every pass: `share_memory_` moves a storage and frees where it was.
+        """
+        return [addresses_of(role) for role in self.flat]
 
 
 def addresses_of(tensors: Sequence[Tensor]) -> Tensor:
