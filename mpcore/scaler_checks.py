@@ -117,6 +117,10 @@ def _each_device(
 def _values(param: Tensor, grad: Tensor) -> Tensor:
     """Returns the values that a gradient stores, to be read or written."""
     if not grad.is_sparse:
+        shape = zip(grad.shape, grad.stride(), strict=True)
+        if any(stride == 0 and size > 1 for size, stride in shape):
+            # an expanded one: nothing can be written to it, and fused kernels read behind its end
+            grad = param.grad = grad.contiguous()
         return grad
     if grad.dtype in SIXTEEN_BIT and not grad.is_coalesced():
         # values of one index are added, in 16 bits: the sum may overflow where they do not

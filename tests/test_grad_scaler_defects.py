@@ -242,6 +242,16 @@ def test_looking_changes_no_gradient_of_an_optimizer_that_unscales_itself() -> N
     assert seen == [([8.0] * 3, 8.0, 0.0)]
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_expanded_gradient_is_given_memory_of_its_own(fused: bool) -> None:
+    param = weight(3)
+    optimizer, scaler = torch.optim.SGD([param], lr=0.5, fused=fused), OURS("cpu", init_scale=4.0)
+    scaler.scale(param.sum())
+    param.grad = torch.full((1,), 4.0).expand(3)
+    scaler.step(optimizer)
+    assert param.tolist() == [0.5] * 3
+
+
 def test_a_gradient_penalty_follows_torchs_recipe() -> None:
     results = []
     for kind in (THEIRS, OURS):
