@@ -124,7 +124,7 @@ class StepGradients:
                 halves = [_grad(p) for p in bucket.with_master]
                 grads = [laid_out_like(b, g) for b, g in zip(buffers, halves, strict=True)]
                 for param in bucket.without:
-                    _own_memory(param)
+                    own_memory(param, _grad(param))
                 self._backend.unscale_into(grads, buffers, coefficient, first)
                 for param, buffer in zip(bucket.with_master, buffers, strict=True):
                     self._masters.of(param).grad = buffer
@@ -313,12 +313,15 @@ def _is_contiguous(grad: Tensor | None) -> bool:
     return grad is not None and grad.is_contiguous()
 
 
-def _own_memory(param: Tensor) -> None:
-    """Replaces an expanded gradient, which nothing can be written to, by a copy of its own."""
-    grad = _grad(param)
+def own_memory(param: Tensor, grad: Tensor) -> Tensor:
+    """Returns `grad`; an expanded one is replaced by a copy in memory of its own.
+
+    Nothing can be written to an expanded gradient, and fused kernels read behind its end.
+    """
     shape = zip(grad.shape, grad.stride(), strict=True)
     if any(stride == 0 and size > 1 for size, stride in shape):
-        param.grad = grad.contiguous()
+        grad = param.grad = grad.contiguous()
+    return grad
 
 
 def _grad(tensor: Tensor) -> Tensor:

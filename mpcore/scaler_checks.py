@@ -11,6 +11,7 @@ from torch import Tensor
 from mpcore._checks import SIXTEEN_BIT
 from mpcore._parameters import name_of
 from mpcore.backends import Backend, resolve
+from mpcore.gradients import own_memory
 from mpcore.masters import Groups
 
 
@@ -117,11 +118,7 @@ def _each_device(
 def _values(param: Tensor, grad: Tensor) -> Tensor:
     """Returns the values that a gradient stores, to be read or written."""
     if not grad.is_sparse:
-        shape = zip(grad.shape, grad.stride(), strict=True)
-        if any(stride == 0 and size > 1 for size, stride in shape):
-            # an expanded one: nothing can be written to it, and fused kernels read behind its end
-            grad = param.grad = grad.contiguous()
-        return grad
+        return own_memory(param, grad)
     if grad.dtype in SIXTEEN_BIT and not grad.is_coalesced():
         # values of one index are added, in 16 bits: the sum may overflow where they do not
         grad = param.grad = grad.coalesce()
