@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
 import struct
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, SupportsIndex
 
 from torch import Tensor
 
@@ -15,6 +16,15 @@ from mpcore.loss_scale import REFILLS
 # what a state_dict holds besides torch's keys
 EXTRAS = ("min_scale", "max_scale", "hysteresis", "refill")
 COUNTERS = ("_overflows_left", "_steps", "_skipped_steps")
+# the lowest number that each integer may be
+_COUNTS = {
+    "growth_interval": 1,
+    "hysteresis": 1,
+    "_growth_tracker": 0,
+    **dict.fromkeys(COUNTERS, 0),
+}
+
+LARGEST_INT32 = 2**31 - 1
 
 
 def checked_state(state: dict[str, Any]) -> dict[str, Any]:
@@ -36,14 +46,15 @@ def checked_state(state: dict[str, Any]) -> dict[str, Any]:
         raise AssertionError("The scale must be a number, and this state has NaN.")
     check_factor("growth factor", state["growth_factor"], 1.0, math.inf)
     check_factor("backoff factor", state["backoff_factor"], 0.0, 1.0)
-    check_count("growth interval", state["growth_interval"])
-    check_count("growth tracker", state["_growth_tracker"], lowest=0)
-    check_count("hysteresis", state["hysteresis"])
     check_refill(state["refill"])
     fresh = dict(zip(COUNTERS, (state["hysteresis"], 0, 0), strict=True))
     whole = {**fresh, **state, "scale": min(max(state["scale"], low), high)}
-    whole["_overflows_left"] = min(whole["_overflows_left"], whole["hysteresis"])
-    return {**whole, "min_scale": low, "max_scale": high}
+    for key, lowest in _COUNTS.items():
+        whole[key] = check_count(key.strip("_").replace("_", " "), whole[key], lowest)
+    # the tracker is counted up before it is compared
+    whole["_growth_tracker"] = min(whole["_growth_tracker"], LARGEST_INT32 - 1)
+    left = min(whole["_overflows_left"], whole["hysteresis"], LARGEST_INT32)
+    return {**whole, "_overflows_left": left, "min_scale": low, "max_scale": high}
 
 
 def is_float32(value: float) -> bool:
@@ -83,9 +94,12 @@ def check_factor(name: str, value: float, low: float, high: float) -> None:
         raise AssertionError(f"The {name} must be > {low} and < {high}, got {value!r}.")
 
 
-def check_count(name: str, value: int, lowest: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value < 2**31:
+def check_count(name: str, value: SupportsIndex, lowest: int = 1) -> int:
+    """Returns an integer, NumPy's too, that counters on a device can hold."""
+    number = operator.index(value) if hasattr(value, "__index__") else -1
+    if isinstance(value, bool) or not lowest <= number < 2**63:
         raise AssertionError(f"The {name} must be an integer >= {lowest}, got {value!r}.")
+    return number
 
 
 def check_refill(refill: str) -> None:

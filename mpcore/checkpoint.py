@@ -41,6 +41,8 @@ def read_section(state_dict: State) -> tuple[LossScaleState, int]:
             "Was it saved by MixedPrecisionOptimizer.state_dict()?"
         )
     numbers = found.get("loss_scale")
+    if isinstance(numbers, dict):  # files from before there was a HeadroomLossScale have no peaks
+        numbers = {**LossScaleState._field_defaults, **numbers}
     if not isinstance(numbers, dict) or set(numbers) != set(LossScaleState._fields):
         raise ArgumentError(
             f'state_dict["mpcore"]["loss_scale"]: expected the keys {LossScaleState._fields}, '

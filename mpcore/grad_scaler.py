@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -64,7 +64,8 @@ class GradScaler(ScaleCourse):
     def _forget_steps(self) -> None:
         """Makes what is no part of a checkpoint."""
         self._checks: dict[int, GradCheck] = {}
-        self._last: WeakKeyDictionary[torch.optim.Optimizer, ScalerStep] = WeakKeyDictionary()
+        # by identity: an optimizer may compare by value, and then has no hash
+        self._last: dict[int, tuple[Callable[[], Any], ScalerStep]] = {}
         self._last_step: ScalerStep | None = None
         self._warned = False
 
@@ -148,9 +149,14 @@ class GradScaler(ScaleCourse):
             state = self._per_optimizer_states[id(optimizer)]
             check = self._checks.pop(id(optimizer), GradCheck())
             found = list(state["found_inf_per_device"].values())
-            step = ScalerStep(found, check, optimizer.param_groups, self._current().clone())
-            self._last_step = self._last[optimizer] = step
+            groups = getattr(optimizer, "param_groups", [])
+            self._last_step = ScalerStep(found, check, groups, self._current().clone())
+            self._last[id(optimizer)] = (_alive(optimizer), self._last_step)
         return result
+
+    def _checks_done(self) -> None:
+        self._checks.clear()
+        self._last = {key: kept for key, kept in self._last.items() if kept[0]() is not None}
 
     def _current(self) -> Tensor:
         return self._check_scale_growth_tracker("step")[0]
@@ -162,7 +168,8 @@ class GradScaler(ScaleCourse):
 
     def last_step_of(self, optimizer: torch.optim.Optimizer) -> ScalerStep | None:
         """Returns what the last `step` of one optimizer did; None before its first."""
-        return self._last.get(optimizer)
+        alive, step = self._last.get(id(optimizer), (None, None))
+        return step if alive is not None and alive() is optimizer else None
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns what is pickled: no results, which hold the parameters of optimizers."""
@@ -174,6 +181,14 @@ class GradScaler(ScaleCourse):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._forget_steps()
+
+
+def _alive(optimizer: Any) -> Callable[[], Any]:
+    """Returns what returns `optimizer` as long as it exists."""
+    try:
+        return weakref.ref(optimizer)
+    except TypeError:  # of a class with slots
+        return lambda: optimizer
 
 
 def _any_is_distributed(grads: Iterable[Tensor | None]) -> bool:

@@ -77,6 +77,7 @@ class StepGradients:
         coefficient: 0-d float32, on the device that decides (that of the loss scale).
         external_found_inf: What an outside scaler already found: 0-d, non-zero means overflow.
         plan: The fused update that will use them, to be prepared on the way; None: another path.
+        finds_largest: Whether looking at them also finds `largest`.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class StepGradients:
         coefficient: Tensor,
         external_found_inf: Tensor | None = None,
         plan: StepPlan | None = None,
+        finds_largest: bool = False,
     ) -> None:
         self.params = list(params)
         self.applied = False
@@ -95,6 +97,9 @@ class StepGradients:
         self.plan_is_stale = False  # whether parameters were left out since
         #: 1 / loss_scale as it was at first: 0-d float32
         self.unscaled_by = coefficient
+        #: 0-d float64, the largest magnitude of float16 gradients, unscaled; None: nobody looked
+        self.largest: Tensor | None = None
+        self._finds_largest = finds_largest
         self._inspected = False
         self._coefficient = coefficient
         self._pending = True
@@ -132,6 +137,7 @@ class StepGradients:
                 self._backend.unscale_(self._grads(bucket.with_master), coefficient, first)
             self._backend.unscale_(self._grads(bucket.without), coefficient, rest)
             bucket.add_flags(flags)
+        self._note_largest()
         self.applied = True
         self._pending = False
         self._found = None
@@ -155,11 +161,13 @@ class StepGradients:
         self._inspected, self._found = True, None
         if len(self._buckets) == 1 and not _any_float64(self._buckets[0].params):
             found = self._inspection(self._buckets[0], max_norm)
+            self._note_largest()
             self._coefficient, self._pending = found.coefficient, True
             if self._found_before is None and not self.applied:
                 self._found = found.found_inf
             return found.grad_norm
         sums = [self._square_sum(bucket) for bucket in self._buckets]
+        self._note_largest()
         total = torch.stack(sums).sum().sqrt() if sums else torch.zeros_like(self._coefficient)
         if max_norm is not None and sums:
             # torch.nn.utils.clip_grad_norm_ adds the same 1e-6; a norm that is not finite must not
@@ -224,11 +232,13 @@ class StepGradients:
             return torch.zeros((), dtype=torch.int32, device=home)
         return torch.stack(found).amax() if len(found) > 1 else found[0]
 
-    def largest(self) -> Tensor:
-        """Returns the largest magnitude of float16 gradients, unscaled, 0-d float64; no host sync.
+    def _note_largest(self) -> None:
+        """Finds `largest`, once and before anybody may change or drop a gradient; no host sync.
 
-        0 if there are none, anything if one is not finite. Their `.grad` is still scaled then.
+        0 if there are no float16 gradients, anything if one is not finite.
         """
+        if not self._finds_largest or self.largest is not None:
+            return
         home = self.unscaled_by.device
         peaks = [torch.zeros((), dtype=torch.float64, device=home)]
         for bucket in self._buckets:
@@ -239,7 +249,7 @@ class StepGradients:
             elif grads := [grad for grad in grads if grad.numel()]:
                 norms = torch.stack(torch._foreach_norm(grads, torch.inf)).amax().double()
                 peaks.append(norms.to(home, non_blocking=True) * self.unscaled_by)
-        return torch.stack(peaks).amax()
+        self.largest = torch.stack(peaks).amax()
 
     def final(self) -> list[Tensor]:
         """Returns the unscaled gradients, in the order of `params`, after `apply`."""

@@ -14,6 +14,7 @@ from mpcore._checks import LARGEST_SCALE, SMALLEST_SCALE
 from mpcore._scaler_arguments import (
     COUNTERS,
     EXTRAS,
+    LARGEST_INT32,
     check_bounds,
     check_count,
     check_factor,
@@ -60,14 +61,14 @@ class ScaleCourse(torch.amp.GradScaler):
         if not self._enabled:
             return
         self._min_scale, self._max_scale = float(min_scale), float(max_scale)
-        self._hysteresis, self._refill = hysteresis, refill
-        self._init_counters: tuple[int, ...] = (hysteresis, 0, 0)
+        self._refill = refill
         check_bounds(self._min_scale, self._max_scale)
         check_in_bounds("init_scale", init_scale, self._min_scale, self._max_scale)
         check_factor("growth factor", growth_factor, 1.0, math.inf)
         check_factor("backoff factor", backoff_factor, 0.0, 1.0)
-        check_count("growth interval", growth_interval)
-        check_count("hysteresis", hysteresis)
+        self._growth_interval = check_count("growth interval", growth_interval)
+        self._hysteresis = check_count("hysteresis", hysteresis)
+        self._init_counters: tuple[int, ...] = (self._hysteresis, 0, 0)
         check_refill(refill)
 
     def _forget_steps(self) -> None:
@@ -154,6 +155,7 @@ class ScaleCourse(torch.amp.GradScaler):
             elif new_scale.numel() == 1:
                 new_scale = new_scale.reshape(())
             super().update(new_scale)
+            self._checks_done()
             scale.nan_to_num_(nan=self._min_scale).clamp_(self._min_scale, self._max_scale)
             return
         found = [
@@ -165,6 +167,10 @@ class ScaleCourse(torch.amp.GradScaler):
             raise AssertionError("No inf checks were recorded prior to update.")
         self._move(scale, tracker, torch.stack(found).any().int())
         self._per_optimizer_states = defaultdict(_refresh_per_optimizer_state)
+        self._checks_done()
+
+    def _checks_done(self) -> None:
+        """Ends an iteration: for the part that knows optimizers."""
 
     def _move(self, scale: Tensor, tracker: Tensor, found_inf: Tensor) -> None:
         if self._counts is None:  # somebody made the scale without scale()
@@ -179,10 +185,10 @@ class ScaleCourse(torch.amp.GradScaler):
                 skipped_steps=skipped,
                 growth_factor=self._growth_factor,
                 backoff_factor=self._backoff_factor,
-                growth_interval=self._growth_interval,
+                growth_interval=min(self._growth_interval, LARGEST_INT32),
                 min_scale=self._min_scale,
                 max_scale=self._max_scale,
-                hysteresis=self._hysteresis,
+                hysteresis=min(self._hysteresis, LARGEST_INT32),
                 refill=REFILLS[self._refill],
             )
             backend = self._backend_for(scale.device)
@@ -190,7 +196,7 @@ class ScaleCourse(torch.amp.GradScaler):
         else:
             steps.add_(1)
             skipped.add_(found_inf)
-        self._alarm.note(skipped)
+        self._alarm.note(skipped, steps)
 
     def _backend_for(self, device: torch.device) -> Backend:
         # kernels take float32 factors; torch's take 0.8 as it is
@@ -216,17 +222,20 @@ class ScaleCourse(torch.amp.GradScaler):
 
     def set_growth_factor(self, new_factor: float) -> None:
         """Sets the growth factor, a finite number above 1."""
-        check_factor("growth factor", new_factor, 1.0, math.inf)
+        if self._enabled:
+            check_factor("growth factor", new_factor, 1.0, math.inf)
         super().set_growth_factor(new_factor)
 
     def set_backoff_factor(self, new_factor: float) -> None:
         """Sets the backoff factor, a number between 0 and 1."""
-        check_factor("backoff factor", new_factor, 0.0, 1.0)
+        if self._enabled:
+            check_factor("backoff factor", new_factor, 0.0, 1.0)
         super().set_backoff_factor(new_factor)
 
     def set_growth_interval(self, new_interval: int) -> None:
         """Sets the growth interval, at least 1; a tracker beyond it makes the scale grow next."""
-        check_count("growth interval", new_interval)
+        if self._enabled:
+            new_interval = check_count("growth interval", new_interval)
         super().set_growth_interval(new_interval)
 
     def state_dict(self) -> dict[str, Any]:

@@ -123,7 +123,10 @@ class Stage:
         # a new tensor: what unscales is what scaled, wherever the scale goes at the end of the step
         coefficient = exact.reciprocal().float()
         plan = self._plan(params) if params else None
-        return StepGradients(params, self._masters, self._backend, coefficient, found_inf, plan)
+        headroom = external is None and isinstance(self._loss_scaling, HeadroomLossScale)
+        return StepGradients(
+            params, self._masters, self._backend, coefficient, found_inf, plan, headroom
+        )
 
     def _check_no_newcomer(
         self, caller: str, params: list[Tensor], gradients: StepGradients
@@ -159,9 +162,9 @@ class Stage:
         )
         if not moved:
             scaling = self._loss_scaling if external is None else NoLossScale()
-            largest = gradients.largest() if isinstance(scaling, HeadroomLossScale) else None
-            self._tensors.advance_(scaling, found_inf, self._backend.update_scale_, largest)
-        self._alarm.note(self._tensors.skipped_steps)
+            update = self._backend.update_scale_
+            self._tensors.advance_(scaling, found_inf, update, gradients.largest)
+        self._alarm.note(self._tensors.skipped_steps, self._tensors.steps)
         self.forget()
         gradients.release()
         self.scaled = False

@@ -62,10 +62,23 @@ class DevicePlan:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """The batches of all devices, for one set of parameters that have a gradient."""
+    """The batches of all devices, for one set of parameters that have a gradient.
+
+    Attributes:
+        devices: A plan for each.
+        written: The parameters.
+        held: Masters and moments, which lay at `addresses` when the plan was made.
+    """
 
     devices: tuple[DevicePlan, ...]
     written: tuple[Tensor, ...]
+    held: tuple[Tensor, ...]
+    addresses: list[int]
+
+    @property
+    def in_place(self) -> bool:
+        """Whether masters and moments still lie there: `tensor.data = other` moves them."""
+        return list(map(Tensor.data_ptr, self.held)) == self.addresses
 
     def on(self, device: torch.device) -> DevicePlan:
         """Returns the part of one device."""
@@ -98,6 +111,7 @@ def make_plan(
         key = (names_of[group_of[param]], half)
         sorted_params.setdefault(param.device, {}).setdefault(key, []).append(param)
     devices = []
+    everything: list[Tensor] = []
     for device, by_key in sorted_params.items():
         batches = []
         for (names, half), members in by_key.items():
@@ -115,10 +129,13 @@ def make_plan(
                     groups=[group_of[param] for param in members],
                 )
             )
+        for batch in batches:
+            everything += [*batch.masters, *(m for moment in batch.moments for m in moment)]
         plan = backend.plan_update(rule.name, batches)
         devices.append(DevicePlan(device, list(by_key.values()), plan, rule, groups))
     masters.link_state(params)
-    return StepPlan(tuple(devices), tuple(params))
+    addresses = list(map(Tensor.data_ptr, everything))
+    return StepPlan(tuple(devices), tuple(params), tuple(everything), addresses)
 
 
 def _complete(

@@ -116,3 +116,9 @@ def test_the_loops_are_vectorized(dtype):
     for expected in ("step_loop(", f"widen_{name}(", f"narrow_{name}("):
         expected = expected.replace("narrow_float16", "narrow_any_float16")
         assert any(expected in loop for loop in loops), (expected, loops)
+
+
+def test_a_folder_that_cannot_be_written_or_run_from_is_an_error_of_the_backend(monkeypatch):
+    monkeypatch.setattr(_c_compiler.tempfile, "tempdir", "/no/such/folder")
+    with pytest.raises(BackendError, match=r'folder.*TMPDIR.*backend="cpu"'):
+        _c_compiler.load("int two(void) { return 2; }")

@@ -125,3 +125,23 @@ def test_a_fused_step_never_asks_the_device(kind: Any, tensor_lr: bool, way: str
         assert watch.reads == 0
         with pytest.raises((HostSyncError, RuntimeError)):
             bool(optimizer.last_step.skipped)
+
+
+@engines
+@pytest.mark.parametrize("name", ["master", "exp_avg", "exp_avg_sq"])
+def test_a_tensor_of_the_state_that_is_given_other_memory_is_followed(
+    engine: Engine, name: str
+) -> None:
+    results = []
+    for moves in (False, True):
+        params = weights()[:1]
+        optimizer = engine.wrap(torch.optim.AdamW(params, lr=0.01), SCALE)
+        train(optimizer, params, range(2))
+        tensor = optimizer.state[params[0]][name]
+        if moves:
+            tensor.data = tensor.data * 2
+        else:
+            tensor.mul_(2)
+        train(optimizer, params, range(2, 4))
+        results.append([params[0].detach(), dict(optimizer.state[params[0]])])
+    assert same_bits(results[0], results[1])

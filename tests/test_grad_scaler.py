@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from typing import Any
 
@@ -257,3 +258,49 @@ def test_outputs_of_every_kind_are_scaled() -> None:
     # where torch's result is infinite
     halves = scaler.scale(torch.ones(1).half())
     assert (halves.dtype, halves.item()) == (torch.float32, 2.0**17)
+
+
+class OfUnusualMake:
+    """An optimizer without a hash, that cannot be referred to weakly."""
+
+    __slots__ = ("param_groups", "stepped")
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, params: list[Any]) -> None:
+        self.param_groups, self.stepped = [{"params": params}], 0
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    def step(self) -> None:
+        self.stepped += 1
+
+
+def test_an_optimizer_of_unusual_make_is_stepped_and_has_its_result() -> None:
+    params = [nn.Parameter(torch.ones(2)) for _ in "ab"]
+    optimizers = [OfUnusualMake([param]) for param in params]
+    scaler = mpcore.GradScaler("cpu")
+    scaler.scale(params[0].sum() + params[1].sum() * math.inf).backward()
+    for optimizer in optimizers:
+        scaler.step(optimizer)
+    scaler.update()
+    assert [optimizer.stepped for optimizer in optimizers] == [1, 0]
+    results = [scaler.last_step_of(optimizer) for optimizer in optimizers]
+    assert [result.skipped for result in results] == [False, True]
+
+
+def test_a_check_that_no_step_used_is_forgotten_with_the_iteration() -> None:
+    param = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([param], lr=0.1)
+    for new_scale in (None, 8.0):
+        scaler = mpcore.GradScaler("cpu")
+        scaler.scale(param.sum()).backward()
+        scaler.unscale_(optimizer)
+        scaler.update(new_scale)
+        assert not scaler._checks
+    scaler.scale(param.sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    del optimizer
+    scaler.update(4.0)
+    assert not scaler._last

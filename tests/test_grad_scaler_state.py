@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 import mpcore
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -129,3 +130,29 @@ def test_update_sets_a_scale() -> None:
     for bad in (1.0, 128.0, float("nan")):
         with pytest.raises(AssertionError, match=re.escape("new_scale must be within [2, 64]")):
             scaler.update(bad)
+
+
+@pytest.mark.parametrize("key", ["_overflows_left", "_steps", "_skipped_steps"])
+@pytest.mark.parametrize("value", [-1, 2**63, 1.5, "x", None, True])
+def test_a_bad_counter_changes_nothing(key: str, value: Any) -> None:
+    scaler = stepped(OURS, [True, False])
+    before = scaler.state_dict()
+    with pytest.raises(AssertionError, match=f"The {key.strip('_').replace('_', ' ')} must be"):
+        scaler.load_state_dict({**before, key: value})
+    assert scaler.state_dict() == before
+
+
+def test_integers_of_numpy_and_intervals_that_never_end_are_accepted() -> None:
+    scaler = stepped(OURS, [False] * 3, growth_interval=np.int64(2), init_scale=4.0)
+    assert scaler.get_scale() == 8.0
+    for interval in (2**31, 2**62):
+        scaler.set_growth_interval(interval)
+        assert scaler.get_growth_interval() == interval
+        again = OURS("cpu")
+        again.load_state_dict(scaler.state_dict())
+        assert again.get_growth_interval() == interval
+    assert stepped(OURS, [False] * 3, growth_interval=2**40).get_scale() == 2.0**16
+    off = OURS("cpu", enabled=False)
+    off.set_growth_interval(0)  # torch asks nothing of a scaler that does nothing
+    off.set_growth_factor(0.0)
+    off.set_backoff_factor(2.0)

@@ -44,7 +44,7 @@ def test_ninety_nine_are_not_wherever_they_begin_and_two_hundred_are(clean: int)
             warnings.simplefilter("always")
             for number in range(clean + skips + 300):
                 skipped += int(clean <= number < clean + skips)
-                alarm.note(skipped)
+                alarm.note(skipped, torch.tensor(number))
         assert len(caught) >= expected
         assert expected or not caught
 

@@ -222,3 +222,12 @@ def test_the_number_of_saturated_weights_is_saved_and_loaded(engine: Engine) -> 
     assert optimizer.saturated == 5
     resumed.load_state_dict(through_a_file(optimizer.state_dict()))
     assert resumed.saturated == 5
+
+
+def test_a_file_from_before_there_were_peaks_is_loaded(engine: Engine) -> None:
+    weight = torch.nn.Parameter(torch.ones(2).half())
+    optimizer = engine.wrap(torch.optim.SGD([weight], lr=0.5))
+    saved = optimizer.state_dict()
+    old = {k: v for k, v in saved["mpcore"]["loss_scale"].items() if not k.startswith("peak")}
+    optimizer.load_state_dict({**saved, "mpcore": {**saved["mpcore"], "loss_scale": old}})
+    assert optimizer.state_dict()["mpcore"] == saved["mpcore"]

@@ -47,24 +47,37 @@ def load(source: str, definitions: tuple[str, ...] = ()) -> ctypes.CDLL:
         definitions: Names of macros to define.
 
     Raises:
-        BackendError: There is no compiler, or it refused.
+        BackendError: There is no compiler, it refused, or there is no folder to work in.
 
     Example:
         >>> load("int twice(int x) { return 2 * x; }").twice(21)
         42
     """
     compiler = find_compiler()
-    with tempfile.TemporaryDirectory(prefix="mpcore-") as folder:
-        code, library = Path(folder) / "passes.c", Path(folder) / "passes.so"
-        code.write_text(source, encoding="utf-8")
-        macros = [f"-D{name}" for name in definitions]
-        refusals = []
-        for processor in _PROCESSOR:
-            command = [compiler, *_FLAGS, *processor, *macros, str(code), "-o", str(library), "-lm"]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode == 0:
-                return ctypes.CDLL(str(library))
-            refusals.append(done.stderr.strip())
+    try:
+        with tempfile.TemporaryDirectory(prefix="mpcore-") as folder:
+            return _compiled(compiler, source, definitions, Path(folder))
+    except OSError as error:
+        raise BackendError(
+            "backend: expected a temporary folder that code can be written to and run from for the "
+            f"compiled backend, got: {error}. Name another folder in TMPDIR, or pass "
+            'backend="cpu".'
+        ) from error
+
+
+def _compiled(
+    compiler: str, source: str, definitions: tuple[str, ...], folder: Path
+) -> ctypes.CDLL:
+    code, library = folder / "passes.c", folder / "passes.so"
+    code.write_text(source, encoding="utf-8")
+    macros = [f"-D{name}" for name in definitions]
+    refusals = []
+    for processor in _PROCESSOR:
+        command = [compiler, *_FLAGS, *processor, *macros, str(code), "-o", str(library), "-lm"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            return ctypes.CDLL(str(library))
+        refusals.append(done.stderr.strip())
     raise BackendError(
         f"backend: expected {compiler} to compile the passes of the compiled backend, got:\n"
         f'{refusals[-2]}\nInstall another compiler, or pass backend="cpu".'

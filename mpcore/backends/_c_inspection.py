@@ -31,7 +31,7 @@ def inspect(
     The promises of the cpu backend's `inspect`, and other bits of the norm.
     `reference.inspect` documents the arguments.
     """
-    limit = float(torch.tensor(_inspection.check_max_norm(max_norm)))  # rounded to float32
+    limit = _inspection.rounded_max_norm(max_norm)
     _inspection.check_dtypes(grads)
     if plan is not None and hyper is not None:
         _update.prepare_(plan, hyper)

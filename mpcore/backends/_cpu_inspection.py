@@ -58,7 +58,7 @@ def inspect(
     Raises:
         ArgumentError: See there.
     """
-    limit = float(torch.tensor(_inspection.check_max_norm(max_norm)))  # rounded to float32
+    limit = _inspection.rounded_max_norm(max_norm)
     _inspection.check_dtypes(grads)
     if plan is not None and hyper is not None:
         prepare_(plan, hyper)

@@ -148,6 +148,11 @@ def check_max_norm(max_norm: float | None) -> float:
     return limit
 
 
+def rounded_max_norm(max_norm: float | None) -> float:
+    """Returns the limit of the norm as a float32 number, whatever torch's default dtype is."""
+    return float(torch.tensor(check_max_norm(max_norm), dtype=torch.float32))
+
+
 def check_dtypes(grads: Sequence[Tensor]) -> None:
     """Raises unless every gradient has a dtype that can be inspected."""
     for index, grad in enumerate(grads):

@@ -218,3 +218,20 @@ def test_fewer_gradients_are_lost_than_by_the_classic_schedule_and_hardly_a_step
     headroom, skipped = lost(HeadroomLossScale(), spikes)
     assert classic > 10 * headroom
     assert skipped <= (4 if spikes else 0)
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=str)
+def test_a_hook_that_drops_the_gradients_takes_nothing_from_the_scale(engine: Engine) -> None:
+    scale, expected = HeadroomLossScale(2.0**8), []
+    for drops in (False, True):
+        param = nn.Parameter(torch.zeros(3).half())
+        inner = torch.optim.SGD([param], lr=0.1)
+        optimizer = engine.wrap(inner, scale)
+        if drops and not engine.fused:
+            inner.register_step_post_hook(lambda *_, mixed=optimizer: mixed.zero_grad())
+        if drops:
+            optimizer.register_step_post_hook(lambda *_, mixed=optimizer: mixed.zero_grad())
+        step(optimizer, [param], 2.0**-5, "step")
+        expected.append((param.tolist(), optimizer.loss_scale))
+    assert expected[0] == expected[1]
+    assert expected[1][1] == 2.0 ** (16 - 2 + 4)
