@@ -19,7 +19,7 @@ PARALLEL := -n auto --maxprocesses=4
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test test-exhaustive doctest lint docs build audit mutants import-time clean
+.PHONY: help demo bench test test-exhaustive doctest lint docs build audit mutants c-steps import-time clean
 
 help: ## Show this list.
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 18
@@ -58,11 +58,15 @@ audit: $(VENV)/.test ## Compile every kernel for four GPUs and judge the machine
 mutants: $(VENV)/.test ## Put errors into the kernels and see the tests find them; write docs/mutants.md.
 	$(BIN)/python tests/mutation/run.py --write
 
+c-steps: $(VENV)/.test ## Write the update rules out as C, after one has changed; build the library.
+	$(BIN)/python -c "from mpcore.backends._c_source import write_header; write_header()"
+	$(BIN)/python -c "from mpcore.backends._c_command import build_levels; build_levels()"
+
 import-time: $(VENV)/.test ## Measure what `import mpcore` adds to `import torch`.
 	$(BIN)/python .ci/import_time.py
 
 clean: ## Remove the environment and everything that was built.
-	rm -rf $(VENV) dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) dist build site mpcore/backends/_built .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # Torch first: a CUDA build brings the Triton it was made with, and the pin for Triton must then stand
 # aside. A CPU build brings none and takes the pinned one.
@@ -74,18 +78,21 @@ $(VENV)/.torch: constraints.txt
 	$(BIN)/python -m pip show -qq triton 2>/dev/null || cp constraints.txt $(VENV)/constraints.txt
 	@touch $@
 
-$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+# What the package is built from: the C library of the CPU backend is compiled when it is installed.
+BUILT_FROM := pyproject.toml hatch_build.py $(addprefix mpcore/backends/,_c_command.py _passes.c _steps.h)
+
+$(VENV)/.demo: $(VENV)/.torch $(BUILT_FROM)
 	$(INSTALL_SELF) -e ".[demo]"
 	@touch $@
 
-$(VENV)/.bench: $(VENV)/.torch pyproject.toml
+$(VENV)/.bench: $(VENV)/.torch $(BUILT_FROM)
 	$(INSTALL_SELF) -e ".[bench]"
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.torch pyproject.toml
+$(VENV)/.test: $(VENV)/.torch $(BUILT_FROM)
 	$(INSTALL_SELF) -e ".[demo,test,triton]"
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.test pyproject.toml
+$(VENV)/.dev: $(VENV)/.test $(BUILT_FROM)
 	$(INSTALL_SELF) -e ".[demo,test,triton,lint,docs]" build
 	@touch $@

@@ -66,6 +66,7 @@ def check_training() -> None:
         optimizer.zero_grad()
         losses.append(loss.item())
     weight = model.weight
+    expect("the library in C, built with the wheel", optimizer.backend == "compiled")
     expect("float16 weights", weight.dtype is torch.float16)
     expect("a falling loss", losses[-1] < losses[0])
     master = optimizer.state[weight]["master"]

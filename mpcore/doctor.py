@@ -158,12 +158,18 @@ def choose_backend(device: torch.device, why_not: str | None) -> Advice:
         why_not: Why Triton cannot run there, None if it can.
 
     Example:
-        >>> choose_backend(torch.device("cpu"), "there is no GPU").choice
-        'cpu'
+        >>> choose_backend(torch.device("cpu"), "there is no GPU").choice in ("compiled", "cpu")
+        True
     """
     name, _ = resolve("auto", [device])
     if name == "triton":
         return Advice(name, "fused kernels run on this GPU.")
+    if name == "compiled":
+        return Advice(name, "its C library came with the package; one pass over memory.")
     if device.type == "cpu":
-        return Advice(name, "PyTorch's own fused kernels, on blocks that stay in the cache.")
+        return Advice(
+            name,
+            "no C library came with the package: PyTorch's own fused kernels, on blocks that stay "
+            "in the cache.",
+        )
     return Advice(name, f"{why_not}; plain PyTorch operations stand in.")

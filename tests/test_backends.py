@@ -14,7 +14,7 @@ import mpcore
 import numpy as np
 import pytest
 import torch
-from mpcore.backends import NAMES, cpu, reference, resolve
+from mpcore.backends import NAMES, _c_command, compiled, cpu, reference, resolve
 from mpcore.errors import ArgumentError, BackendError
 
 HALF = [torch.float16, torch.bfloat16]
@@ -183,11 +183,17 @@ def test_resolve_rejects_an_unknown_name_and_lists_the_known_ones(name: Any) -> 
     assert all(known in str(raised.value) for known in NAMES)
 
 
-def test_auto_is_the_cpu_backend_where_all_is_on_a_cpu_and_plain_pytorch_elsewhere() -> None:
+@pytest.mark.parametrize("built", [True, False])
+def test_auto_on_a_cpu_is_the_library_of_the_package_or_what_needs_none_and_elsewhere_pytorch(
+    built: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    if not built:
+        monkeypatch.setattr(_c_command, "BUILT", tmp_path)
+    best = ("compiled", compiled) if built else ("cpu", cpu)
     for dtypes in ([], [torch.float16, torch.float64]):
-        assert resolve("auto", [torch.device("cpu")], dtypes) == ("cpu", cpu)
+        assert resolve("auto", [torch.device("cpu")], dtypes) == best
         assert resolve("reference", [torch.device("cpu")], dtypes) == ("reference", reference)
-    assert resolve("auto", []) == ("cpu", cpu)
+    assert resolve("auto", []) == best
     mixed = [torch.device("cpu"), torch.device("cuda")]
     assert resolve("auto", iter(mixed)) == ("reference", reference)
 
@@ -198,7 +204,7 @@ def test_triton_asked_for_by_name_refuses_float64_before_anything_changes() -> N
     inner = torch.optim.SGD([param], lr=1.0)
     with pytest.raises(BackendError, match=r'"triton": .*float64.*Pass backend="auto"'):
         mpcore.MixedPrecisionOptimizer(inner, backend="triton")
-    assert mpcore.MixedPrecisionOptimizer(inner).backend == "cpu"
+    assert mpcore.MixedPrecisionOptimizer(inner).backend == "compiled"
 
 
 PROBE = """
@@ -234,7 +240,7 @@ def probe(**environment: str) -> Any:
 @needs_triton
 def test_triton_on_a_cpu_without_the_interpreter_raises_with_the_remedy() -> None:
     found = probe()
-    assert found["auto"] == ["cpu", "mpcore.backends.cpu"]
+    assert found["auto"] == ["compiled", "mpcore.backends.compiled"]
     assert not found["imported"]
     message = found["triton"]
     assert message.startswith('backend: expected one that can run here, got "triton"')
@@ -247,4 +253,4 @@ def test_triton_on_a_cpu_without_the_interpreter_raises_with_the_remedy() -> Non
 def test_triton_on_a_cpu_with_the_interpreter_is_the_kernels() -> None:
     found = probe(TRITON_INTERPRET="1")
     assert found["triton"] == ["triton", "mpcore_kernels"]
-    assert found["auto"] == ["cpu", "mpcore.backends.cpu"]
+    assert found["auto"] == ["compiled", "mpcore.backends.compiled"]

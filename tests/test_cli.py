@@ -84,7 +84,7 @@ def test_doctor_json_is_json_and_says_the_same():
     found = json.loads(result.output)
     assert found["versions"]["mpcore"] == mpcore.__version__
     assert set(found["number_format"]) == {"choice", "reason"}
-    assert found["backend"]["choice"] in {"reference", "cpu", "triton"}
+    assert found["backend"]["choice"] in {"reference", "cpu", "compiled", "triton"}
 
 
 def test_version_is_that_of_the_package():

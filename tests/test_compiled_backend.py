@@ -1,11 +1,13 @@
 """The compiled backend: bitwise NumPy's elementary operations, on any number of threads."""
 
+import ctypes
+
 import mpcore
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from mpcore.backends import _c_update, _c_work, compiled, cpu
+from mpcore.backends import _c_command, _c_compiler, _c_update, _c_work, compiled, cpu
 from mpcore.backends._c_work import CHUNK
 from mpcore.errors import ArgumentError, BackendError, StageError
 
@@ -261,8 +263,29 @@ def test_a_compiler_that_refuses_leaves_everything_as_it_was(monkeypatch):
     compiled.prepare_(both.plan, Hyper.of(ADAMW))
     grads = make_grads(batch, HALF, 3)
     with monkeypatch.context() as patch:
-        patch.setattr(_c_update, "update_source", lambda *_: "nonsense, again")
+        patch.setattr(_c_update, "passes", lambda: _c_compiler.load("nonsense, again"))
         with pytest.raises(BackendError, match="to compile"):
             both.update([grads], 0.37)
     both.update([grads], 0.37)
     both.follow([grads], Hyper.of(ADAMW), 0.37)
+
+
+LEVELS = list(_c_command.levels(_c_command.platform.machine()).values())
+
+
+@pytest.mark.parametrize("name", [name for name, _ in LEVELS])
+@pytest.mark.parametrize("options", OPTIONS, ids=named)
+def test_libraries_for_every_level_of_processors_give_the_same_bits(name, options, monkeypatch):
+    best = _c_compiler.find_built()
+    names = [known for known, _ in LEVELS]
+    if best is None or names.index(name) < [known in best.name for known in names].index(True):
+        pytest.skip("this processor does not have these instructions")
+    path = best.with_name(f"passes-{name}-{_c_command.identity()}.so")
+    library = ctypes.CDLL(str(path))
+    monkeypatch.setattr(_c_update, "passes", lambda: library)
+    rule, moments, numbers = options
+    for grad, weight in COMBINATIONS:
+        batch = make_batch(moments, weight, SIZES, steps=0.0)
+        both = twin(rule, batch)
+        for step in range(2):
+            both.step([make_grads(batch, grad, 50 * step)], Hyper.of(numbers))

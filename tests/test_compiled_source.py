@@ -1,11 +1,13 @@
 """The C of the compiled backend: conversions, what rules become, and the compiler."""
 
+import ctypes
 import subprocess
+from pathlib import Path
 
 import mpcore
 import pytest
 import torch
-from mpcore.backends import _c_compiler, _c_source, _c_work
+from mpcore.backends import _c_command, _c_compiler, _c_source
 from mpcore.errors import BackendError
 from mpcore.updates import RULES
 
@@ -43,7 +45,8 @@ def test_masters_at_every_edge_are_rounded_and_counted(dtype, portable):
 
 def converted(name, dtype, portable):
     """A conversion of `_passes.c`, with the processor's instructions for it or without."""
-    source = _c_source.square_sums_source(dtype)
+    source = "#define PORTABLE\n" if portable else ""
+    source += f'#include "{_c_command.SOURCE}"\n'
     function = f"{name}_{str(dtype).removeprefix('torch.')}"
     types = ("uint16_t", "float") if name == "widen" else ("float", "uint16_t")
     result = "return " if name == "narrow" else ""
@@ -51,14 +54,15 @@ def converted(name, dtype, portable):
         f"{'int64_t' if result else 'void'} exported(const {types[0]} *from, {types[1]} *to, "
         f"int64_t n) {{ {result}{function}(from, to, n); }}\n"
     )
-    exported = _c_compiler.load(source, ("PORTABLE",) if portable else ()).exported
-    exported.argtypes = [_c_work.ctypes.c_void_p] * 2 + [_c_work.ctypes.c_int64]
-    exported.restype = _c_work.ctypes.c_int64 if result else None
+    exported = _c_compiler.load(source).exported
+    exported.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64]
+    exported.restype = ctypes.c_int64 if result else None
     return exported
 
 
-def test_a_missing_compiler_is_named_when_the_optimizer_is_made(monkeypatch):
-    monkeypatch.setattr(_c_compiler, "COMPILERS", ("no-such-compiler",))
+def test_a_missing_compiler_is_named_when_the_optimizer_is_made(monkeypatch, tmp_path):
+    monkeypatch.setattr(_c_command, "COMPILERS", ("no-such-compiler",))
+    monkeypatch.setattr(_c_command, "BUILT", tmp_path)
     inner = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(3).half())])
     with pytest.raises(BackendError, match=r"no-such-compiler.*Install one, or pass backend="):
         mpcore.MixedPrecisionOptimizer(inner, backend="compiled")
@@ -94,28 +98,85 @@ def test_numbers_in_a_rule_are_float32_exactly():
     assert "(float)0x1.8000000000000p+1 / p" in source
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-def test_the_loops_are_vectorized(dtype):
-    compiler = _c_compiler.find_compiler()
+def test_the_loops_are_vectorized():
+    compiler = _c_command.find_compiler()
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
     if "Free Software Foundation" not in version.stdout:
         pytest.skip("only GCC says which loops it vectorized")
-    source = _c_source.update_source("adam", 2, dtype, dtype)
-    flags = [*_c_compiler._FLAGS, "-DPORTABLE", "-march=native", "-fopt-info-vec", "-x", "c", "-"]
-    done = subprocess.run(
-        [compiler, *flags, "-o", "/dev/null"],
-        input=source,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    lines = {int(line.split(":")[1]) for line in done.stderr.splitlines() if "vectorized" in line}
-    texts = source.splitlines()
-    loops = {next(t for t in reversed(texts[:n]) if t.startswith("LOOP")) for n in lines}
-    name = str(dtype).removeprefix("torch.")
-    for expected in ("step_loop(", f"widen_{name}(", f"narrow_{name}("):
-        expected = expected.replace("narrow_float16", "narrow_any_float16")
-        assert any(expected in loop for loop in loops), (expected, loops)
+    flags = [*_c_command.FLAGS, "-DPORTABLE", *_c_command.NATIVE[1], "-fopt-info-vec"]
+    command = [compiler, *flags, str(_c_command.SOURCE), "-o", "/dev/null"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    loops = set()
+    for line in done.stderr.splitlines():
+        if "vectorized" in line:
+            path, number = line.split(":")[:2]
+            above = Path(path).read_text().splitlines()[: int(number)]
+            loops.add(next(text for text in reversed(above) if text.startswith("LOOP")))
+    names = ("widen_bfloat16", "widen_float16", "narrow_bfloat16", "narrow_any_float16")
+    for expected in (*names, *(f"{rule}_{count}_loop" for rule, count in _c_source.STEPS)):
+        assert any(f" {expected}(" in loop for loop in loops), (expected, loops)
+
+
+def test_the_steps_in_c_are_those_of_the_rules():
+    # if they are not: make c-steps
+    assert _c_command.HEADER.read_text() == _c_source.steps_header()
+
+
+def test_every_number_of_moments_that_options_ask_for_has_a_step():
+    kinds = {kind for rule in RULES.values() for kind in rule.optimizers}
+    assert len(kinds) == 5
+    for kind in kinds:
+        for options in ({}, {"momentum": 0.9}, {"amsgrad": True}):
+            try:
+                group = kind([torch.zeros(1)], lr=0.1, **options).param_groups[0]
+            except TypeError:  # an option of another optimizer
+                continue
+            rule = next(rule for rule in RULES.values() if kind in rule.optimizers)
+            assert len(rule.moments(group)) in rule.moment_counts
+
+
+def test_a_library_is_for_one_source_and_for_this_processor_or_lesser_ones(monkeypatch, tmp_path):
+    monkeypatch.setattr(_c_command, "BUILT", tmp_path)
+    monkeypatch.setattr(_c_command.platform, "machine", lambda: "x86_64")
+    assert _c_command.find_built("AVX512") is None
+    name = "passes-{}-" + _c_command.identity() + ".so"
+    (tmp_path / "passes-x86-64-v4-0123456789ab.so").touch()  # of an older source
+    (tmp_path / name.format("x86-64")).touch()
+    for capability in ("AVX512", "AVX2", "DEFAULT", "something new"):
+        assert _c_command.find_built(capability) == tmp_path / name.format("x86-64")
+    (tmp_path / name.format("x86-64-v4")).touch()
+    assert _c_command.find_built("AVX512") == tmp_path / name.format("x86-64-v4")
+    for capability in ("AVX2", "DEFAULT", "something new"):
+        assert _c_command.find_built(capability) == tmp_path / name.format("x86-64")
+    monkeypatch.setattr(_c_command.platform, "machine", lambda: "aarch64")
+    assert _c_command.find_built("NEON") is None
+
+
+def test_building_again_replaces_what_was_built(monkeypatch, tmp_path):
+    monkeypatch.setattr(_c_command, "BUILT", tmp_path / "built")
+    first = _c_command.build_levels()
+    assert first
+    (tmp_path / "built" / "passes-x86-64-0123456789ab.so").touch()
+    assert sorted(_c_command.build_levels()) == sorted(first)
+    assert sorted((tmp_path / "built").iterdir()) == sorted(first)
+    monkeypatch.setattr(_c_command, "COMPILERS", ())
+    assert _c_command.build_levels() == list((tmp_path / "built").iterdir()) == []
+
+
+def test_a_library_that_cannot_be_loaded_is_an_error_of_the_backend(monkeypatch, tmp_path):
+    broken = tmp_path / "broken.so"
+    broken.write_text("this is no library")
+    monkeypatch.setattr(_c_compiler, "find_built", lambda: broken)
+    with pytest.raises(BackendError, match=r'broken\.so.*backend="cpu"'):
+        _c_compiler.passes.__wrapped__()
+
+
+def test_an_installation_brings_the_library_and_takes_it(monkeypatch):
+    assert _c_compiler.find_built() is not None, "install it again: pip install -e ."
+    monkeypatch.setattr(_c_compiler, "load", None)  # compiles nothing
+    library = _c_compiler.passes.__wrapped__()
+    assert library.update
+    assert library.square_sums
 
 
 def test_a_folder_that_cannot_be_written_or_run_from_is_an_error_of_the_backend(monkeypatch):

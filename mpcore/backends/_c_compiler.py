@@ -1,50 +1,65 @@
-"""Compiling C while Python runs: a source in, its functions out. Seconds, once per process."""
+"""The functions of the compiled backend: from a library in the package, or compiled right now."""
 
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
 
+import torch
+
+from mpcore.backends import _c_command
 from mpcore.errors import BackendError
 
-COMPILERS = ("cc", "gcc", "clang")
-# IEEE arithmetic as it is written: no contraction to fused multiply-adds. Traps and errno are what
-# keeps loops from being vectorized; neither is looked at.
-_FLAGS = (
-    *("-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
-    *("-shared", "-fPIC", "-w"),
-)
-# for the processor that runs it, with all its vector instructions; older compilers for ARM know the
-# second spelling only
-_PROCESSOR = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",))
 
-
-def find_compiler() -> str:
-    """Returns the path of a C compiler.
+@cache
+def passes() -> ctypes.CDLL:
+    """Returns `_passes.c` as a library: the one in the package, else compiled now, in two seconds.
 
     Raises:
-        BackendError: There is none.
+        BackendError: It is not in the package, and cannot be compiled.
     """
-    found = next((path for path in map(shutil.which, COMPILERS) if path is not None), None)
+    built = find_built()
+    if built is None:
+        return load(f'#include "{_c_command.SOURCE}"')
+    try:
+        return ctypes.CDLL(str(built))
+    except OSError as error:
+        raise BackendError(
+            f"backend: expected a library that this system can load in {built}, got: {error}. Pass "
+            'backend="cpu".'
+        ) from error
+
+
+def find_built() -> Path | None:
+    """Returns the library that came with the package and suits this processor, or None."""
+    return _c_command.find_built(torch.backends.cpu.get_cpu_capability())
+
+
+def check_can_run() -> None:
+    """Raises `BackendError` unless the library is there or there is a C compiler."""
+    if find_built() is None:
+        _find_compiler()
+
+
+def _find_compiler() -> str:
+    found = _c_command.find_compiler()
     if found is None:
         raise BackendError(
-            f"backend: expected a C compiler for the compiled backend, found none of "
-            f'{", ".join(COMPILERS)} on the path. Install one, or pass backend="cpu".'
+            "backend: expected a C compiler, since this installation was built without the "
+            f"compiled backend, found none of {', '.join(_c_command.COMPILERS)} on the path. "
+            'Install one, or pass backend="cpu".'
         )
     return found
 
 
 @cache
-def load(source: str, definitions: tuple[str, ...] = ()) -> ctypes.CDLL:
+def load(source: str) -> ctypes.CDLL:
     """Compiles a C source for this processor and loads it, once per process.
 
     Args:
         source: A complete file.
-        definitions: Names of macros to define.
 
     Raises:
         BackendError: There is no compiler, it refused, or there is no folder to work in.
@@ -53,10 +68,10 @@ def load(source: str, definitions: tuple[str, ...] = ()) -> ctypes.CDLL:
         >>> load("int twice(int x) { return 2 * x; }").twice(21)
         42
     """
-    compiler = find_compiler()
+    compiler = _find_compiler()
     try:
         with tempfile.TemporaryDirectory(prefix="mpcore-") as folder:
-            return _compiled(compiler, source, definitions, Path(folder))
+            return _compiled(compiler, source, Path(folder))
     except OSError as error:
         raise BackendError(
             "backend: expected a temporary folder that code can be written to and run from for the "
@@ -65,19 +80,15 @@ def load(source: str, definitions: tuple[str, ...] = ()) -> ctypes.CDLL:
         ) from error
 
 
-def _compiled(
-    compiler: str, source: str, definitions: tuple[str, ...], folder: Path
-) -> ctypes.CDLL:
+def _compiled(compiler: str, source: str, folder: Path) -> ctypes.CDLL:
     code, library = folder / "passes.c", folder / "passes.so"
     code.write_text(source, encoding="utf-8")
-    macros = [f"-D{name}" for name in definitions]
     refusals = []
-    for processor in _PROCESSOR:
-        command = [compiler, *_FLAGS, *processor, *macros, str(code), "-o", str(library), "-lm"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode == 0:
+    for processor in _c_command.NATIVE:
+        refusal = _c_command.build(compiler, code, library, processor)
+        if refusal is None:
             return ctypes.CDLL(str(library))
-        refusals.append(done.stderr.strip())
+        refusals.append(refusal)
     raise BackendError(
         f"backend: expected {compiler} to compile the passes of the compiled backend, got:\n"
         f'{refusals[-2]}\nInstall another compiler, or pass backend="cpu".'

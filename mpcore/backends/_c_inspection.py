@@ -9,8 +9,7 @@ from torch import Tensor
 
 from mpcore.backends import _cpu_inspection, _inspection, _update
 from mpcore.backends._blocks import memory_order
-from mpcore.backends._c_compiler import load
-from mpcore.backends._c_source import square_sums_source
+from mpcore.backends._c_compiler import passes
 from mpcore.backends._c_work import Work, by_dtype, cut_chunks, run
 from mpcore.backends._inspection import Inspection
 from mpcore.updates import Hyper
@@ -26,7 +25,7 @@ def inspect(
     plan: _update.Plan | None = None,
     hyper: Hyper | None = None,
 ) -> Inspection:
-    """Finds overflow, norms and the clip, compiled when it first runs; CPU tensors.
+    """Finds overflow, norms and the clip; CPU tensors.
 
     The promises of the cpu backend's `inspect`, and other bits of the norm.
     `reference.inspect` documents the arguments.
@@ -48,9 +47,9 @@ def _square_sums(flat: list[Tensor]) -> tuple[Tensor, Tensor]:
     tables, sums = [chunks[:0]], [torch.zeros(0, dtype=torch.float64)]
     for dtype, of_dtype, addresses in by_dtype(flat, chunks):
         work = Work()
-        work.take_up(of_dtype, addresses)
+        work.take_up(dtype, of_dtype, addresses)
         tables.append(of_dtype)
         sums.append(torch.empty(len(of_dtype), dtype=torch.float64))
         work.sums = sums[-1].data_ptr()
-        run(load(square_sums_source(dtype)).square_sums, work)
+        run(passes().square_sums, work)
     return torch.cat(tables), torch.cat(sums)

@@ -1,4 +1,4 @@
-"""C source for the compiled backend: rules written out as loops, in front of `_passes.c`.
+"""Rules written out as loops in C: `make c-steps` writes them to `_steps.h`.
 
 A rule's `apply` is called once, with symbols in place of tensors. Each operation on a symbol writes
 one line of C, so the code has the operations of the rule, one by one, in the rule's order:
@@ -10,21 +10,19 @@ one line of C, so the code has the operations of the rule, one by one, in the ru
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from mpcore.backends._c_command import HEADER
 from mpcore.updates import RULES, UpdateRule
 
-_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
-
-_HEAD = "#include <stdint.h>\n#include <string.h>\ntypedef uint16_t weight_t;\n"
+#: The steps of the compiled backend in the order of its table: name of a rule, number of moments.
+STEPS = tuple((name, count) for name, rule in RULES.items() for count in rule.moment_counts)
 
 _STEP = """\
-LOOP void step_loop(const float *restrict grad, float *restrict master, {moment_args}
-                    int64_t n, const float *s, float coefficient) {{
+LOOP void {name}_loop(const float *restrict grad, float *restrict master, {moment_args}int64_t n,
+                      const float *s, float coefficient) {{
     const float {scalars};
     for (int64_t i = 0; i < n; i++) {{
         const float p = master[i]{old};
@@ -34,9 +32,9 @@ LOOP void step_loop(const float *restrict grad, float *restrict master, {moment_
 {new}    }}
 }}
 
-static inline void step(const float *grad, float *master, float *const *moments, int64_t n,
-                        const float *s, float coefficient) {{
-    step_loop(grad, master, {passed} n, s, coefficient);
+static void {name}(const float *grad, float *master, float *const *moments, int64_t n,
+                   const float *s, float coefficient) {{
+    {name}_loop(grad, master, {passed}n, s, coefficient);
 }}
 """
 
@@ -115,7 +113,7 @@ def _in_c(value: Any) -> str:
 
 
 def step_source(rule: UpdateRule, moments: int) -> str:
-    """Returns the function `step` of a rule: it updates `n` elements of a master and its moments.
+    """Returns a function of C that updates `n` elements of a master and its moments.
 
     Args:
         rule: Whose `apply` is written out.
@@ -146,6 +144,7 @@ def step_source(rule: UpdateRule, moments: int) -> str:
     grad, param = (Symbol(name, write) for name in "gp")
     new_param, updated = rule.apply(grad, param, old, scalars, root)  # type: ignore[arg-type]
     return _STEP.format(
+        name=f"{rule.name}_{moments}",
         moment_args="".join(f"float *restrict moment{i}, " for i in range(moments)),
         scalars=", ".join(f"s{i} = s[{i}]" for i in range(len(rule.columns))),
         old="".join(f", m{i} = moment{i}[i]" for i in range(moments)),
@@ -156,38 +155,26 @@ def step_source(rule: UpdateRule, moments: int) -> str:
     )
 
 
-@cache
-def update_source(rule: str, moments: int, grad: torch.dtype, weight: torch.dtype | None) -> str:
-    """Returns a C file that exports `update` for one combination.
-
-    Args:
-        rule: A name in `RULES`.
-        moments: How many moments it has here.
-        grad: float16, bfloat16 or float32.
-        weight: float16, bfloat16, or None for masters that are the weights themselves.
-    """
-    known = RULES[rule]
-    head = f"#define MOMENTS {moments}\n#define COLUMNS {len(known.columns)}\n" + _grad_type(grad)
-    narrow = "narrow(from, to, n) 0" if weight is None else f"narrow narrow_{_NAMES[weight]}"
-    head += f"#define {narrow}\n"
-    conversions, update = _passes().split("#ifdef MOMENTS")
-    return f"{head}{conversions}{step_source(known, moments)}\n#ifdef MOMENTS{update}"
-
-
-@cache
-def square_sums_source(grad: torch.dtype) -> str:
-    """Returns a C file that exports `square_sums` for gradients of one dtype."""
-    return f"#define SQUARE_SUMS\n{_grad_type(grad)}{_passes()}"
+def steps_header() -> str:
+    """Returns the text of `_steps.h`: the function of every step, and tables of them."""
+    functions = [step_source(RULES[name], count) for name, count in STEPS]
+    columns = [len(RULES[name].columns) for name, _ in STEPS]
+    tables = (
+        ("step_t *const STEPS", [f"{name}_{count}" for name, count in STEPS]),
+        ("const int MOMENTS", [count for _, count in STEPS]),
+        ("const int COLUMNS", columns),
+    )
+    return "\n".join(
+        [
+            "/* Generated from mpcore/updates by `make c-steps`. */\n",
+            *functions,
+            f"#define MOST_MOMENTS {max(count for _, count in STEPS)}",
+            *(f"static {kind}[] = {{{', '.join(map(str, values))}}};" for kind, values in tables),
+            "",
+        ]
+    )
 
 
-def _grad_type(grad: torch.dtype) -> str:
-    if grad == torch.float32:
-        return (
-            f"{_HEAD}typedef float grad_t;\n"
-            "#define widen(from, to, n) memcpy(to, from, (size_t)(n) * sizeof(float))\n"
-        )
-    return f"{_HEAD}typedef uint16_t grad_t;\n#define widen widen_{_NAMES[grad]}\n"
-
-
-def _passes() -> str:
-    return Path(__file__).with_name("_passes.c").read_text(encoding="utf-8")
+def write_header() -> None:
+    """Writes `_steps.h`."""
+    HEADER.write_text(steps_header(), encoding="utf-8")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +11,9 @@ from torch import Tensor
 from mpcore._checks import SIXTEEN_BIT
 from mpcore.backends import _update
 from mpcore.backends._blocks import memory_order
-from mpcore.backends._c_compiler import load
-from mpcore.backends._c_source import update_source
-from mpcore.backends._c_work import Table, Work, by_dtype, run
+from mpcore.backends._c_compiler import passes
+from mpcore.backends._c_source import STEPS
+from mpcore.backends._c_work import DTYPES, Table, Work, by_dtype, run
 from mpcore.backends._scale import ScaleMove, update_scale_
 from mpcore.errors import ArgumentError
 from mpcore.updates import Batch
@@ -63,7 +62,7 @@ def update_(
     saturated: Tensor,
     then: ScaleMove | None = None,
 ) -> None:
-    """Updates in one pass over memory, compiled when it first runs; CPU tensors, see `reference`.
+    """Updates in one pass over memory; CPU tensors, see `reference`.
 
     Bitwise `mpcore.backends.reference.update_`, which documents the arguments.
 
@@ -73,8 +72,7 @@ def update_(
         StageError: The plan is not prepared.
     """
     flat = [_checked(batch, here) for batch, here in zip(plan.batches, grads, strict=True)]
-    # compiled before anything is written: a compiler may refuse
-    passes = [_passes(plan, batch, here) for batch, here in zip(plan.batches, flat, strict=True)]
+    pass_over = passes().update  # before anything is written: a compiler may refuse
     scalars = _update.take_scalars(plan)
     if not bool(found_inf):
         for index, here in enumerate(flat):
@@ -82,8 +80,8 @@ def update_(
                 torch._foreach_add_(plan.counters[index], 1)
             work = _shared_work(plan, index, len(here), scalars[index], coefficient, saturated)
             for dtype, chunks, addresses in by_dtype(here, plan.tables[index].chunks):
-                work.take_up(chunks, addresses)
-                run(passes[index][dtype], work)
+                work.take_up(dtype, chunks, addresses)
+                run(pass_over, work)
     if then is not None:
         update_scale_(**then.arguments(), found_inf=found_inf)
 
@@ -103,14 +101,6 @@ def _checked(batch: Batch, grads: Sequence[Tensor]) -> list[Tensor]:
     return [memory_order(grad) for grad in grads]
 
 
-def _passes(plan: Plan, batch: Batch, grads: Sequence[Tensor]) -> dict[torch.dtype, Any]:
-    """Returns what updates a batch, for each dtype of gradients."""
-    weight = batch.weights[0].dtype if batch.weights else None
-    rule, count = plan.rule.name, len(batch.moments)
-    dtypes = {grad.dtype for grad in grads}
-    return {dtype: load(update_source(rule, count, dtype, weight)).update for dtype in dtypes}
-
-
 def _shared_work(
     plan: Plan,
     index: int,
@@ -120,14 +110,16 @@ def _shared_work(
     saturated: Tensor,
 ) -> Work:
     """Returns what all dtypes of a batch share."""
-    count = len(plan.batches[index].moments)
+    weights, count = plan.batches[index].weights, len(plan.batches[index].moments)
     masters, *rest = plan.tables[index].addresses()
     moments = torch.cat(rest[len(rest) - count :]) if count else masters
     scalars = scalars.contiguous()
     work = Work(
         masters=masters.data_ptr(),
         moments=moments.data_ptr(),
-        weights=rest[0].data_ptr() if plan.batches[index].weights else None,
+        weights=rest[0].data_ptr() if weights else None,
+        weight_dtype=DTYPES[weights[0].dtype] if weights else 0,
+        step=STEPS.index((plan.rule.name, count)),
         scalars=scalars.data_ptr(),
         saturated=saturated.data_ptr(),
         tensors=tensors,

@@ -16,6 +16,8 @@ from mpcore.backends._blocks import memory_order
 
 #: Elements that a thread takes at a time.
 CHUNK = 2**16
+#: What C calls dtypes.
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # below this, waking other threads takes longer than the work
 _WORTH_A_THREAD = 2**17
 
@@ -85,17 +87,20 @@ class Work(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("chunks", "grads", "sums", "masters", "moments")),
         *((name, ctypes.c_void_p) for name in ("weights", "scalars", "saturated")),
         ("tensors", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("step", "grad_dtype", "weight_dtype")),
         ("coefficient", ctypes.c_float),
         ("streaming", ctypes.c_int32),
     ]
 
-    def take_up(self, chunks: Tensor, grads: Tensor) -> None:
+    def take_up(self, dtype: torch.dtype, chunks: Tensor, grads: Tensor) -> None:
         """Makes some chunks the work.
 
         Args:
+            dtype: Of their gradients.
             chunks: int64 `[chunks, 3]`.
             grads: The gradients' addresses; what they point to has to stay alive.
         """
+        self.grad_dtype = DTYPES[dtype]
         chunks = chunks.contiguous()
         self.next, self.count = 0, len(chunks)
         self.chunks, self.grads = chunks.data_ptr(), grads.data_ptr()

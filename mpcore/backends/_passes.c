@@ -1,14 +1,15 @@
-/* Passes of the compiled backend: what `_c_source.py` puts its definitions in front of.
+/* Passes of the compiled backend. `_c_command.py` compiles this file; `_steps.h` is generated.
  *
- * Defined there: grad_t, weight_t, widen (from grad_t to float) and SQUARE_SUMS, or for an update narrow
- * (from float to weight_t), MOMENTS and COLUMNS; `step` is put in front of `update`. Tensors come as
- * arrays of addresses, work as a table of chunks that threads take from a shared counter: which
- * thread gets which chunk shows in no bit.
+ * Tensors come as arrays of addresses, work as a table of chunks that threads take from a shared
+ * counter: which thread gets which chunk shows in no bit.
  *
  * Everything is done in blocks that stay in the first-level cache: memory is read once and written
- * once. Built without contraction and without -ffast-math.
+ * once. Built without contraction and without -ffast-math: the bits are those of IEEE arithmetic,
+ * whatever processor it was built for.
  */
 #include <math.h>
+#include <stdint.h>
+#include <string.h>
 
 #ifdef __SSE2__
 #include <immintrin.h>
@@ -26,20 +27,25 @@ typedef struct {
     int64_t tensor, start, stop; /* elements */
 } chunk_t;
 
+/* `_c_work.py` has the same numbers. */
+enum { FLOAT32, FLOAT16, BFLOAT16 };
+
 /* What the threads of a pass share; `_c_work.py` has the same fields. */
 typedef struct {
-    int64_t next, count;     /* chunks */
+    int64_t next, count; /* chunks */
     const chunk_t *chunks;
-    const grad_t *const *grads;
-    double *sums;            /* of `square_sums`: [count] */
-    float *const *masters;   /* from here on of `update` */
-    float *const *moments;   /* [MOMENTS][tensors] */
-    weight_t *const *weights; /* NULL: the masters are the weights */
-    const float *scalars;    /* [tensors][COLUMNS] */
+    const void *const *grads; /* of `grad_dtype` */
+    double *sums;             /* of `square_sums`: [count] */
+    float *const *masters;    /* from here on of `update` */
+    float *const *moments;    /* [moments][tensors] */
+    uint16_t *const *weights; /* of `weight_dtype`; NULL: the masters are the weights */
+    const float *scalars;     /* [tensors][columns] */
     int64_t *saturated;
     int64_t tensors;
+    int32_t step; /* its place in STEPS */
+    int32_t grad_dtype, weight_dtype;
     float coefficient;
-    int32_t streaming;       /* whether weights go around the caches */
+    int32_t streaming; /* whether weights go around the caches */
 } work_t;
 
 /* Returns the number of a chunk that nobody has taken, or at least `count`. */
@@ -145,7 +151,17 @@ static int64_t narrow_float16(const float *from, uint16_t *to, int64_t n) {
     return narrow_any_float16(from + done, to + done, n - done);
 }
 
-#ifdef SQUARE_SUMS
+/* Returns elements `at` to `at + n` of a gradient in float32: where they are, or in `room`. */
+static const float *widened(const work_t *work, int64_t tensor, int64_t at, int64_t n, float *room) {
+    if (work->grad_dtype == FLOAT32) return (const float *)work->grads[tensor] + at;
+    const uint16_t *from = (const uint16_t *)work->grads[tensor] + at;
+    if (work->grad_dtype == FLOAT16)
+        widen_float16(from, room, n);
+    else
+        widen_bfloat16(from, room, n);
+    return room;
+}
+
 /* Writes the sum of squares of each chunk: 64 float sums of 8 squares each, blocks in float64. */
 void square_sums(work_t *work) {
     for (int64_t k; (k = take(work)) < work->count;) {
@@ -155,7 +171,8 @@ void square_sums(work_t *work) {
             int64_t n = chunk.stop - at < BLOCK ? chunk.stop - at : BLOCK;
             lanes_t x[BLOCK / 16], part[4] = {{0}};
             memset(x + n / 16, 0, sizeof x - n / 16 * sizeof *x); /* what is behind the end */
-            widen(work->grads[chunk.tensor] + at, (float *)x, n);
+            const float *grad = widened(work, chunk.tensor, at, n, (float *)x);
+            if (grad != (float *)x) memcpy(x, grad, (size_t)n * sizeof *grad);
             for (int i = 0; i < BLOCK / 16; i += 4)
                 for (int j = 0; j < 4; j++) part[j] += x[i + j] * x[i + j];
             lanes_t lanes = (part[0] + part[1]) + (part[2] + part[3]);
@@ -166,9 +183,14 @@ void square_sums(work_t *work) {
         work->sums[k] = sum;
     }
 }
-#endif
 
-#ifdef MOMENTS
+/* Updates `n` elements of a master and its moments. */
+typedef void step_t(const float *grad, float *master, float *const *moments, int64_t n,
+                    const float *scalars, float coefficient);
+
+/* STEPS, and the MOMENTS and COLUMNS of each: every rule of `mpcore.updates`. */
+#include "_steps.h"
+
 /* Writes weights around the caches: they are read again in the next forward pass, and a line that is
  * not read before it is written saves a seventh of what the pass reads. */
 static void stream(const uint16_t *from, uint16_t *to, int64_t n) {
@@ -181,24 +203,31 @@ static void stream(const uint16_t *from, uint16_t *to, int64_t n) {
     memcpy(to + i, from + i, (size_t)(n - i) * sizeof *to);
 }
 
+/* Rounds masters into weights; returns how many were clamped. */
+static int64_t write_weights(const work_t *work, const float *master, uint16_t *weight, int64_t n) {
+    uint16_t room[BLOCK], *to = work->streaming ? room : weight;
+    int64_t clamped =
+        work->weight_dtype == FLOAT16 ? narrow_float16(master, to, n) : narrow_bfloat16(master, to, n);
+    if (work->streaming) stream(room, weight, n);
+    return clamped;
+}
+
 /* Updates chunks of masters, moments and weights; counts the weights that were clamped. */
 void update(work_t *work) {
+    step_t *const step = STEPS[work->step];
+    const int moments = MOMENTS[work->step], columns = COLUMNS[work->step];
     int64_t clamped = 0;
     for (int64_t k; (k = take(work)) < work->count;) {
         const chunk_t chunk = work->chunks[k];
         const int64_t tensor = chunk.tensor;
+        const float *scalars = work->scalars + columns * tensor;
         for (int64_t at = chunk.start; at < chunk.stop; at += BLOCK) {
             int64_t n = chunk.stop - at < BLOCK ? chunk.stop - at : BLOCK;
-            float grad[BLOCK], *master = work->masters[tensor] + at, *here[MOMENTS + 1];
-            uint16_t rounded[BLOCK];
-            for (int i = 0; i < MOMENTS; i++) here[i] = work->moments[i * work->tensors + tensor] + at;
-            widen(work->grads[tensor] + at, grad, n);
-            step(grad, master, here, n, work->scalars + COLUMNS * tensor, work->coefficient);
-            if (work->weights) {
-                weight_t *weight = work->weights[tensor] + at;
-                clamped += narrow(master, work->streaming ? rounded : weight, n);
-                if (work->streaming) stream(rounded, weight, n);
-            }
+            float room[BLOCK], *master = work->masters[tensor] + at, *here[MOST_MOMENTS];
+            for (int i = 0; i < moments; i++) here[i] = work->moments[i * work->tensors + tensor] + at;
+            const float *grad = widened(work, tensor, at, n, room);
+            step(grad, master, here, n, scalars, work->coefficient);
+            if (work->weights) clamped += write_weights(work, master, work->weights[tensor] + at, n);
         }
     }
 #ifdef __SSE2__
@@ -206,4 +235,3 @@ void update(work_t *work) {
 #endif
     __atomic_fetch_add(work->saturated, clamped, __ATOMIC_RELAXED);
 }
-#endif

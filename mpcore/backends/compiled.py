@@ -1,4 +1,4 @@
-"""The compiled CPU backend: C that is written from the rules and compiled when it is first needed.
+"""The compiled CPU backend: C that is written from the rules; what "auto" takes on a CPU.
 
     unscale, cast, widen    the cpu backend's
     inspect                 its flags; norms within 1e-6            `_c_inspection.py`
@@ -9,8 +9,9 @@ registers and written, in one call for all tensors, on as many threads as torch 
 is the rule's `apply`, operation by operation (`_c_source.py`), without contraction, so the
 reference backend is the bitwise oracle of `update_`.
 
-The first step compiles, which takes about a second per combination of rule and dtypes, once per
-process, and a C compiler must be there. So it is chosen by name, `backend="compiled"`.
+The library comes with the package, compiled when that is built or installed (`hatch_build.py`). A
+package that was built without a compiler has none: "auto" is then the cpu backend, and asking for
+this one by name compiles it in the first step, in about a second, once per process.
 """
 
 from __future__ import annotations

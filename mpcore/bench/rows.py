@@ -92,7 +92,7 @@ def own_rows(dtype: torch.dtype, backend: str, device: torch.device) -> tuple[Ro
 
     Example:
         >>> [row.key for row in own_rows(torch.float16, "auto", torch.device("cpu"))]
-        ['fused', 'compiled', 'general', 'amp-fused', 'amp-foreach', 'masters-loop']
+        ['fused', 'cpu', 'general', 'amp-fused', 'amp-foreach', 'masters-loop']
     """
     half = "FP16" if dtype == torch.float16 else "BF16"
     masters = f"{half} weights and gradients, FP32 masters and moments"
@@ -105,18 +105,18 @@ def own_rows(dtype: torch.dtype, backend: str, device: torch.device) -> tuple[Ro
         bound=TORCH_NORM_BOUND,
         expected_bytes=20,
     )
-    compiled = Row(
-        key="compiled",
-        label="mpcore, compiled",
+    blocks = Row(
+        key="cpu",
+        label="mpcore, cpu backend",
         regime=masters,
-        make=lambda problem: Mpcore(problem, dtype, "fused", "compiled"),
+        make=lambda problem: Mpcore(problem, dtype, "fused", "cpu"),
         traffic=MPCORE_FUSED,
         bound=FP32_BOUND,
         expected_bytes=16,
         missing=None if device.type == "cpu" else "runs on a CPU only",
     )
     fused, general = _mpcore_rows(dtype, backend, masters)
-    return (fused, compiled, general, *_amp_rows(), by_hand)
+    return (fused, blocks, general, *_amp_rows(), by_hand)
 
 
 def _mpcore_rows(dtype: torch.dtype, backend: str, regime: str) -> tuple[Row, Row]:

@@ -22,6 +22,7 @@ class AdagradRule(UpdateRule):
     name = "adagrad"
     optimizers = (torch.optim.Adagrad,)
     columns = ("sign", "l2", "rate", "eps")
+    moment_counts = (1,)
     has_torch_kernel = True
 
     def moments(self, group: Mapping[str, Any]) -> tuple[str, ...]:

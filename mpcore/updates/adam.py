@@ -27,6 +27,7 @@ class AdamRule(UpdateRule):
         *("sign", "decay", "l2", "beta1", "1-beta1", "beta2", "1-beta2"),
         *("step_size", "root", "eps"),
     )
+    moment_counts = (2, 3)
     has_torch_kernel = True
 
     def why_not(self, group: Mapping[str, Any]) -> str | None:

@@ -22,6 +22,7 @@ class LionRule(UpdateRule):
     name = "lion"
     optimizers = (Lion,)
     columns = ("sign", "decay", "beta1", "1-beta1", "beta2", "1-beta2", "lr")
+    moment_counts = (1,)
 
     def moments(self, group: Mapping[str, Any]) -> tuple[str, ...]:
         """The mean of gradients."""

@@ -30,12 +30,14 @@ class UpdateRule(ABC):
         name: What backends know the rule by.
         optimizers: Classes whose steps it computes; recognised by exact type.
         columns: Names of the scalars, in order.
+        moment_counts: How many moments there may be, as options want it.
         has_torch_kernel: Whether torch has a fused CPU kernel for it.
     """
 
     name: ClassVar[str]
     optimizers: ClassVar[tuple[type, ...]]
     columns: ClassVar[tuple[str, ...]]
+    moment_counts: ClassVar[tuple[int, ...]]
     has_torch_kernel: ClassVar[bool] = False
 
     @abstractmethod

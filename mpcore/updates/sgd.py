@@ -27,6 +27,7 @@ class SGDRule(UpdateRule):
     name = "sgd"
     optimizers = (torch.optim.SGD,)
     columns = ("sign", "l2", "momentum", "1-dampening", "first", "nesterov", "lr")
+    moment_counts = (0, 1)
     has_torch_kernel = True
 
     def moments(self, group: Mapping[str, Any]) -> tuple[str, ...]:

@@ -86,6 +86,7 @@ ENGINES = [
     Engine("reference", "fused"),
     Engine("cpu", "general"),
     Engine("cpu", "fused"),
+    Engine("compiled", "general"),
     Engine("compiled", "fused"),
 ]
 FUSED = [engine for engine in ENGINES if engine.fused]
