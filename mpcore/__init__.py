@@ -5,6 +5,7 @@ from mpcore.emulate import emulate_tensor_cores as emulate_tensor_cores
 from mpcore.errors import ArgumentError as ArgumentError
 from mpcore.errors import ArgumentTypeError as ArgumentTypeError
 from mpcore.errors import BackendError as BackendError
+from mpcore.errors import LossScaleError as LossScaleError
 from mpcore.errors import MpcoreError as MpcoreError
 from mpcore.errors import StageError as StageError
 from mpcore.grad_scaler import GradScaler as GradScaler

@@ -10,12 +10,13 @@ from typing import Any, SupportsIndex
 
 from torch import Tensor
 
+from mpcore import loss_scale
 from mpcore._checks import LARGEST_SCALE, SIXTEEN_BIT, SMALLEST_SCALE
-from mpcore.loss_scale import REFILLS
+from mpcore.loss_scale import AT_MIN, REFILLS
 
 # what a state_dict holds besides torch's keys
-EXTRAS = ("min_scale", "max_scale", "hysteresis", "refill")
-COUNTERS = ("_overflows_left", "_steps", "_skipped_steps")
+EXTRAS = ("min_scale", "max_scale", "hysteresis", "refill", "tolerance", "at_min")
+COUNTERS = ("_overflows_left", *(f"_{name}" for name in loss_scale.COUNTERS))
 # the lowest number that each integer may be
 _COUNTS = {
     "growth_interval": 1,
@@ -46,15 +47,22 @@ def checked_state(state: dict[str, Any]) -> dict[str, Any]:
         raise AssertionError("The scale must be a number, and this state has NaN.")
     check_factor("growth factor", state["growth_factor"], 1.0, math.inf)
     check_factor("backoff factor", state["backoff_factor"], 0.0, 1.0)
-    check_refill(state["refill"])
-    fresh = dict(zip(COUNTERS, (state["hysteresis"], 0, 0), strict=True))
+    check_choices(state["refill"], state["tolerance"], state["at_min"])
+    fresh = dict(zip(COUNTERS, new_counters(state["hysteresis"]), strict=True))
     whole = {**fresh, **state, "scale": min(max(state["scale"], low), high)}
     for key, lowest in _COUNTS.items():
         whole[key] = check_count(key.strip("_").replace("_", " "), whole[key], lowest)
     # the tracker is counted up before it is compared
     whole["_growth_tracker"] = min(whole["_growth_tracker"], LARGEST_INT32 - 1)
+    for key in ("_steps_since_move", "_overflows_since_move"):
+        whole[key] = min(whole[key], 2**42)  # they are multiplied by up to 10^6
     left = min(whole["_overflows_left"], whole["hysteresis"], LARGEST_INT32)
     return {**whole, "_overflows_left": left, "min_scale": low, "max_scale": high}
+
+
+def new_counters(hysteresis: int) -> tuple[int, ...]:
+    """Returns the values of `COUNTERS` before the first step."""
+    return (hysteresis, *(0 for _ in COUNTERS[1:]))
 
 
 def is_float32(value: float) -> bool:
@@ -102,6 +110,10 @@ def check_count(name: str, value: SupportsIndex, lowest: int = 1) -> int:
     return number
 
 
-def check_refill(refill: str) -> None:
+def check_choices(refill: str, tolerance: float, at_min: str) -> None:
     if refill not in REFILLS:
         raise AssertionError(f"refill must be one of {', '.join(REFILLS)}, got {refill!r}.")
+    if not 0 <= tolerance < 1:
+        raise AssertionError(f"tolerance must be >= 0 and < 1, got {tolerance!r}.")
+    if at_min not in AT_MIN:
+        raise AssertionError(f"at_min must be one of {', '.join(AT_MIN)}, got {at_min!r}.")

@@ -2,7 +2,8 @@
 
     {"state": {0: {"master": ..., "exp_avg": ...}, ...},      # as torch.optim, plus the masters
      "param_groups": [...],                                   # as torch.optim
-     "mpcore": {"version": 1, "loss_scale": {...}, "saturated": 0}}
+     "mpcore": {"version": 1, "loss_scale": {...}, "saturated": 0,
+                "losses": {"gan": {...}}, "totals": [...]}}         # if add_loss was called
 
 Plain tensors, numbers and strings only, so it loads with `weights_only=True`. torch's own
 `load_state_dict` would round float32 masters and moments to the parameter's 16 bits
@@ -12,26 +13,54 @@ Plain tensors, numbers and strings only, so it loads with `weights_only=True`. t
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mpcore._checks import SIXTEEN_BIT, check_scale
 from mpcore.errors import ArgumentError
-from mpcore.loss_scale import LossScaleState
+from mpcore.loss_scale import COUNTERS, LossScaleState
+from mpcore.losses import Losses
 
 VERSION = 1
+
+# where counters end that are int32, or are multiplied; one less, since the tracker is counted up
+# before it is compared
+_LIMITS = {
+    **dict.fromkeys(("growth_tracker", "overflows_left"), 2**31 - 1),
+    **dict.fromkeys(("steps_since_move", "overflows_since_move"), 2**42),
+}
 
 State = dict[str, Any]
 
 
-def section(loss_scale: LossScaleState, saturated: int) -> State:
-    """Returns the `"mpcore"` section of a state_dict."""
-    return {"version": VERSION, "loss_scale": loss_scale._asdict(), "saturated": saturated}
+class Section(NamedTuple):
+    """What the `"mpcore"` section of a state_dict holds, read and checked.
+
+    Attributes:
+        loss_scale: The state of the optimizer's own scale.
+        saturated: How many weights were clamped.
+        losses: The states of `add_loss`'s, by name.
+        totals: Counters of all steps, if there are any of these.
+    """
+
+    loss_scale: LossScaleState
+    saturated: int
+    losses: dict[str, LossScaleState]
+    totals: tuple[int, ...]
 
 
-def read_section(state_dict: State) -> tuple[LossScaleState, int]:
+def section(loss_scale: LossScaleState, saturated: int, losses: Losses) -> State:
+    """Returns the `"mpcore"` section of a state_dict; syncs with the host."""
+    saved = {"version": VERSION, "loss_scale": loss_scale._asdict(), "saturated": saturated}
+    if losses.totals is not None:
+        each = {name: state._asdict() for name, state in losses.to_states().items()}
+        saved |= {"losses": each, "totals": losses.totals.tolist()}
+    return saved
+
+
+def read_section(state_dict: State, losses: Losses) -> Section:
     """Returns what `section` was made from; raises `ArgumentError` if it is not all there."""
     found = state_dict.get("mpcore")
     if not isinstance(found, dict) or found.get("version") != VERSION:
@@ -40,38 +69,54 @@ def read_section(state_dict: State) -> tuple[LossScaleState, int]:
             f'state_dict: expected a section "mpcore" of version {VERSION}, got {got}. '
             "Was it saved by MixedPrecisionOptimizer.state_dict()?"
         )
-    numbers = found.get("loss_scale")
-    if isinstance(numbers, dict):  # files from before there was a HeadroomLossScale have no peaks
+    where = 'state_dict["mpcore"]'
+    own = _read_scale(f'{where}["loss_scale"]', found.get("loss_scale"))
+    saturated = _read_count(where, "saturated", found.get("saturated"))
+    saved = found.get("losses", {})
+    if not isinstance(saved, dict) or set(saved) != set(losses.each):
+        raise ArgumentError(
+            f'{where}["losses"]: expected {list(losses.each)}, the losses of add_loss(), got '
+            f"{list(saved) if isinstance(saved, dict) else saved!r}. Add the same ones first."
+        )
+    states = {name: _read_scale(f'{where}["losses"][{name!r}]', s) for name, s in saved.items()}
+    totals = found.get("totals", []) if losses.totals is not None else []
+    if not isinstance(totals, list) or len(totals) != (len(COUNTERS) if states else 0):
+        raise ArgumentError(
+            f'{where}["totals"]: expected a list of {len(COUNTERS)} counters, got {totals!r}.'
+        )
+    checked = [_read_count(where, "totals", count) for count in totals]
+    return Section(own, saturated, states, tuple(checked))
+
+
+def _read_scale(where: str, numbers: Any) -> LossScaleState:
+    """Returns the state of a loss scale; raises, naming `where` it is, if it is none."""
+    if isinstance(numbers, dict):  # older files lack what later versions count
         numbers = {**LossScaleState._field_defaults, **numbers}
     if not isinstance(numbers, dict) or set(numbers) != set(LossScaleState._fields):
         raise ArgumentError(
-            f'state_dict["mpcore"]["loss_scale"]: expected the keys {LossScaleState._fields}, '
-            f"got {numbers!r}."
+            f"{where}: expected the keys {LossScaleState._fields}, got {numbers!r}."
         )
     if not isinstance(numbers["scale"], float):
-        raise ArgumentError(
-            'state_dict["mpcore"]["loss_scale"]["scale"]: expected a float, '
-            f"got {numbers['scale']!r}."
-        )
-    check_scale('state_dict["mpcore"]["loss_scale"]["scale"]', numbers["scale"])
-    counts = {**numbers, "saturated": found.get("saturated")}
-    del counts["scale"]
+        raise ArgumentError(f'{where}["scale"]: expected a float, got {numbers["scale"]!r}.')
+    check_scale(f'{where}["scale"]', numbers["scale"])
     for name in ("peak", "peak_before"):
-        peak = counts.pop(name)
-        if not isinstance(peak, float) or not 0 <= peak < math.inf:
+        if not isinstance(numbers[name], float) or not 0 <= numbers[name] < math.inf:
             raise ArgumentError(
-                f'state_dict["mpcore"]["loss_scale"][{name!r}]: expected a finite float of at '
-                f"least 0, got {peak!r}."
+                f"{where}[{name!r}]: expected a finite float of at least 0, got {numbers[name]!r}."
             )
-    for name, count in counts.items():
-        # one below the largest int32: the tracker is counted up before it is compared
-        limit = 2**31 - 1 if name in ("growth_tracker", "overflows_left") else 2**63
-        if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count < limit:
-            raise ArgumentError(
-                f'state_dict["mpcore"]: expected {name!r} to be an integer from 0 to {limit - 1}, '
-                f"got {count!r}."
-            )
-    return LossScaleState(**numbers), found["saturated"]
+    for name in LossScaleState._fields[1:9]:
+        _read_count(where, name, numbers[name])
+    return LossScaleState(**numbers)
+
+
+def _read_count(where: str, name: str, count: Any) -> int:
+    """Returns a counter; raises, naming it, unless a device can hold it."""
+    limit = _LIMITS.get(name, 2**63)
+    if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count < limit:
+        raise ArgumentError(
+            f"{where}: expected {name!r} to be an integer from 0 to {limit - 1}, got {count!r}."
+        )
+    return count
 
 
 def read_states(state_dict: State, groups: list[State]) -> dict[Tensor, State]:

@@ -15,6 +15,10 @@ class ArgumentTypeError(MpcoreError, TypeError):
     """An argument has the wrong type."""
 
 
+class LossScaleError(MpcoreError, FloatingPointError):
+    """A step overflowed at the minimum of a loss scale that was told to raise then."""
+
+
 class StageError(MpcoreError, RuntimeError):
     """A method was called at the wrong moment of the step."""
 

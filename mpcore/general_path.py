@@ -88,6 +88,7 @@ class GeneralPath:
     def step(self, gradients: StepGradients) -> None:
         """Unscales, then steps or skips; syncs with the host only if `inner` needs it."""
         gradients.apply()
+        gradients.inspect()
         found_inf = gradients.found_inf()
         if self._takes_found_inf(gradients.params):
             self._step_on_device(found_inf)
@@ -182,6 +183,7 @@ class GeneralPath:
             loss = closure()
             gradients = collect()
         gradients.apply()
+        gradients.inspect()
         return loss, gradients
 
     def write_weights(self, found_inf: Tensor, saturated: Tensor) -> None:

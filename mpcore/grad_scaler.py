@@ -42,6 +42,8 @@ class GradScaler(ScaleCourse):
         max_scale: Ceiling, at most 2^126.
         hysteresis: Overflows tolerated before the scale backs off: see `DynamicLossScale`.
         refill: When they are tolerated anew: see there.
+        tolerance: Share of iterations that may overflow: see there.
+        at_min: What happens at `min_scale`: see there; "raise" raises from `update`.
 
     Raises:
         AssertionError: A number is impossible, as in torch.

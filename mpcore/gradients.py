@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mpcore._checks import SIXTEEN_BIT
+from mpcore._layouts import laid_out_like, own_memory
 from mpcore.backends import Backend, Inspection
 from mpcore.masters import Masters
 from mpcore.step_plan import StepPlan
+
+if TYPE_CHECKING:
+    from mpcore.accumulation import Accumulation
 
 
 @torch.no_grad()
@@ -91,7 +96,8 @@ class StepGradients:
         finds_largest: bool = False,
     ) -> None:
         self.params = list(params)
-        self.applied = False
+        self.applied = False  # whether the unscaled ones are the gradients of masters
+        self.exposed = False  # whether users may edit them
         self.norm: Tensor | None = None
         self.plan = plan
         self.plan_is_stale = False  # whether parameters were left out since
@@ -100,6 +106,8 @@ class StepGradients:
         #: 0-d float64, the largest magnitude of float16 gradients, unscaled; None: nobody looked
         self.largest: Tensor | None = None
         self._finds_largest = finds_largest
+        #: what was added up to make these, if several backward passes were
+        self.accumulated: Accumulation | None = None
         self._inspected = False
         self._coefficient = coefficient
         self._pending = True
@@ -115,6 +123,15 @@ class StepGradients:
         here = self.params if only else [p for p in self.params if p.device == device]
         halves = [p for p in here if p.dtype in SIXTEEN_BIT]
         return _Bucket(device, halves, [p for p in here if p.dtype not in SIXTEEN_BIT])
+
+    def take_sums(self, accumulated: Accumulation) -> None:
+        """Makes these the sums that masters hold now: unscaled, and seen to be finite or not."""
+        self.accumulated = accumulated
+        self._finds_largest = False  # each of them was looked at by itself
+        self.applied, self._pending = True, False
+        flag_of = accumulated.flags()
+        for bucket in self._buckets:
+            bucket.add_flags(torch.stack([flag_of[param] for param in bucket.params]))
 
     def apply(self) -> None:
         """Multiplies what is pending: 16-bit gradients into masters' `.grad`, others in place."""
@@ -152,8 +169,8 @@ class StepGradients:
         return self.norm
 
     def inspect(self) -> None:
-        """Looks for overflow, unless `clip` or `apply` already did."""
-        if not self._inspected and not self.applied:
+        """Looks for overflow, unless `clip` or `apply` already did; a sum may overflow itself."""
+        if not self._inspected and (not self.applied or self.accumulated is not None):
             self._look(None)
 
     def _look(self, max_norm: float | None) -> Tensor:
@@ -312,26 +329,8 @@ def _any_float64(params: Sequence[Tensor]) -> bool:
     return any(param.dtype == torch.float64 for param in params)
 
 
-def laid_out_like(buffer: Tensor, grad: Tensor) -> Tensor:
-    """Returns `grad`, or a copy of it with the strides of `buffer`: backends want equal layouts."""
-    if grad.stride() == buffer.stride():
-        return grad
-    return torch.empty_like(buffer, dtype=grad.dtype).copy_(grad)
-
-
 def _is_contiguous(grad: Tensor | None) -> bool:
     return grad is not None and grad.is_contiguous()
-
-
-def own_memory(param: Tensor, grad: Tensor) -> Tensor:
-    """Returns `grad`; an expanded one is replaced by a copy in memory of its own.
-
-    Nothing can be written to an expanded gradient, and fused kernels read behind its end.
-    """
-    shape = zip(grad.shape, grad.stride(), strict=True)
-    if any(stride == 0 and size > 1 for size, stride in shape):
-        grad = param.grad = grad.contiguous()
-    return grad
 
 
 def _grad(tensor: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from mpcore._checks import check_count, check_scale
 from mpcore.errors import ArgumentError
 
 if TYPE_CHECKING:
-    from mpcore.loss_scale import LossScaleState, LossScaleTensors
+    from mpcore.loss_scale import LossScaleState
+    from mpcore.scale_tensors import LossScaleTensors
 
 # float16 holds magnitudes below 2^16 (65504)
 _BITS = 16

@@ -1,7 +1,7 @@
 """Loss scales as values, and the one rule by which a scale moves.
 
 A loss scale is a frozen description; what changes during training is a `LossScaleState`.
-`next_state` is the specification, in plain Python. `LossScaleTensors` holds the same state in
+`next_state` is the specification, in plain Python. `mpcore.scale_tensors` holds the same state in
 device tensors and follows the same rule without a host sync.
 
 Scaling multiplies the loss so that small gradients survive in 16 bits (Micikevicius et al.,
@@ -11,22 +11,21 @@ al., "Mixed-Precision Training for NLP and Speech Recognition with OpenSeq2Seq",
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from fractions import Fraction
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
-from mpcore._checks import check_count, check_scale
-from mpcore.backends._scale import ScaleMove, update_scale_
+from mpcore._checks import check_count, check_number, check_scale
 from mpcore.errors import ArgumentError, ArgumentTypeError
-from mpcore.headroom import HeadroomLossScale, advance_headroom_, next_headroom
+from mpcore.headroom import HeadroomLossScale, next_headroom
 from mpcore.presets import Presets
 
 #: What fills the hysteresis up again besides growth, as backends are told: 1 for a clean step, 2
 #: for backing off.
 REFILLS = {"growth": 0, "clean": 1, "clean_or_backoff": 3}
+
+#: What happens when a step overflows at `min_scale`.
+AT_MIN = ("clamp", "warn", "raise")
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class DynamicLossScale(Presets):
 
     ```
     on overflow:  the step is skipped;  tracker = 0;  budget -= 1
-        if budget <= 0:
+        if budget <= 0 and overflows >= tolerance * steps  (both since the scale last moved):
             scale = max(scale * backoff_factor, min_scale)
             if refill == "clean_or_backoff":  budget = hysteresis
     on a clean step:  tracker += 1
@@ -59,6 +58,10 @@ class DynamicLossScale(Presets):
         refill: When overflows are tolerated anew: "growth"; "clean", after any clean step too, so
             that only overflows in a row count and ones that alternate with clean steps never lower
             the scale; "clean_or_backoff", after backing off as well.
+        tolerance: Share of steps that may overflow, from 0 to below 1: the scale backs off once
+            that many of the steps since it last moved did. A fraction of at most a millionth.
+        at_min: When a step overflows at `min_scale`: "clamp" stays there, "warn" warns too, "raise"
+            raises `LossScaleError` from `step()`. On a GPU some steps later: nothing syncs.
 
     Raises:
         ArgumentError: A factor or bound is not a power of two, or the bounds are out of order.
@@ -84,6 +87,8 @@ class DynamicLossScale(Presets):
     max_scale: float = 2.0**24
     hysteresis: int = 1
     refill: str = "growth"
+    tolerance: float = 0.0
+    at_min: str = "clamp"
 
     def __post_init__(self) -> None:
         check_scale("min_scale", self.min_scale)
@@ -106,9 +111,15 @@ class DynamicLossScale(Presets):
             )
         check_count("growth_interval", self.growth_interval)
         check_count("hysteresis", self.hysteresis)
-        if self.refill not in REFILLS:
+        for name, known in (("refill", tuple(REFILLS)), ("at_min", AT_MIN)):
+            if getattr(self, name) not in known:
+                raise ArgumentError(
+                    f"{name}: expected one of {', '.join(map(repr, known))}, got "
+                    f"{getattr(self, name)!r}."
+                )
+        if not 0 <= check_number("tolerance", self.tolerance) < 1:
             raise ArgumentError(
-                f"refill: expected one of {', '.join(map(repr, REFILLS))}, got {self.refill!r}."
+                f"tolerance: expected a share from 0 to below 1, got {self.tolerance!r}."
             )
 
 
@@ -157,6 +168,10 @@ class LossScaleState(NamedTuple):
         overflows_left: Overflows that are still tolerated before the scale backs off.
         steps: Optimizer steps so far, skipped ones included.
         skipped_steps: Steps that were skipped.
+        skips_in_a_row: The last ones of them, without a clean step between.
+        overflows_at_min: How often the scale should have backed off at its minimum.
+        steps_since_move: Steps since the scale grew or backed off.
+        overflows_since_move: And how many of them were skipped.
         peak: For `HeadroomLossScale`: the largest gradient of this half of its window.
         peak_before: And of the half before.
     """
@@ -166,8 +181,16 @@ class LossScaleState(NamedTuple):
     overflows_left: int
     steps: int
     skipped_steps: int
+    skips_in_a_row: int = 0
+    overflows_at_min: int = 0
+    steps_since_move: int = 0
+    overflows_since_move: int = 0
     peak: float = 0.0
     peak_before: float = 0.0
+
+
+#: The fields of a state that count steps, in the order in which tensors hold them.
+COUNTERS = LossScaleState._fields[3:9]
 
 
 def check_loss_scale(loss_scale: object) -> LossScale:
@@ -198,7 +221,7 @@ def resumed_state(loss_scale: LossScale, saved: LossScaleState) -> LossScaleStat
     """
     own = initial_state(loss_scale)
     if isinstance(loss_scale, (StaticLossScale, NoLossScale)):
-        return own._replace(steps=saved.steps, skipped_steps=saved.skipped_steps)
+        return own._replace(**{name: getattr(saved, name) for name in COUNTERS[:3]})
     scale = min(max(saved.scale, loss_scale.min_scale), loss_scale.max_scale)
     if isinstance(loss_scale, HeadroomLossScale):
         return saved._replace(scale=scale, overflows_left=0)
@@ -218,22 +241,20 @@ def next_state(
         largest: Largest magnitude of unscaled float16 gradients, for a `HeadroomLossScale`.
     """
     counted = state._replace(
-        steps=state.steps + 1, skipped_steps=state.skipped_steps + int(found_inf)
+        steps=state.steps + 1,
+        skipped_steps=state.skipped_steps + int(found_inf),
+        skips_in_a_row=state.skips_in_a_row + 1 if found_inf else 0,
     )
     if isinstance(loss_scale, HeadroomLossScale):
         return next_headroom(loss_scale, counted, found_inf, largest)
     if not isinstance(loss_scale, DynamicLossScale):
         return counted
+    counted = counted._replace(
+        steps_since_move=state.steps_since_move + 1,
+        overflows_since_move=state.overflows_since_move + int(found_inf),
+    )
     if found_inf:
-        left = max(state.overflows_left - 1, 0)
-        if left > 0:
-            return counted._replace(growth_tracker=0, overflows_left=left)
-        refilled = loss_scale.refill == "clean_or_backoff"
-        return counted._replace(
-            scale=max(state.scale * loss_scale.backoff_factor, loss_scale.min_scale),
-            growth_tracker=0,
-            overflows_left=loss_scale.hysteresis if refilled else 0,
-        )
+        return _after_overflow(loss_scale, counted)
     if state.growth_tracker + 1 < loss_scale.growth_interval:
         kept = state.overflows_left if loss_scale.refill == "growth" else loss_scale.hysteresis
         return counted._replace(growth_tracker=state.growth_tracker + 1, overflows_left=kept)
@@ -241,91 +262,33 @@ def next_state(
         scale=min(state.scale * loss_scale.growth_factor, loss_scale.max_scale),
         growth_tracker=0,
         overflows_left=loss_scale.hysteresis,
+        steps_since_move=0,
+        overflows_since_move=0,
     )
 
 
-@dataclass
-class LossScaleTensors:
-    """A `LossScaleState` in 0-d tensors on one device.
+def _after_overflow(loss_scale: DynamicLossScale, state: LossScaleState) -> LossScaleState:
+    """Returns what follows a step that overflowed and has been counted."""
+    left = max(state.overflows_left - 1, 0)
+    few, of_steps = tolerated(loss_scale.tolerance)
+    if left > 0 or state.overflows_since_move * of_steps < few * state.steps_since_move:
+        return state._replace(growth_tracker=0, overflows_left=left)
+    refilled = loss_scale.refill == "clean_or_backoff"
+    return state._replace(
+        scale=max(state.scale * loss_scale.backoff_factor, loss_scale.min_scale),
+        growth_tracker=0,
+        overflows_left=loss_scale.hysteresis if refilled else 0,
+        overflows_at_min=state.overflows_at_min + int(state.scale <= loss_scale.min_scale),
+        steps_since_move=0,
+        overflows_since_move=0,
+    )
 
-    Attributes:
-        scale: float32.
-        growth_tracker: int32.
-        overflows_left: int32.
-        steps: int64.
-        skipped_steps: int64.
-        peak: float64.
-        peak_before: float64.
+
+def tolerated(tolerance: float) -> tuple[int, int]:
+    """Returns a tolerance in whole numbers, which every device multiplies without rounding.
+
+    Example:
+        >>> tolerated(0.05)  # one of twenty
+        (1, 20)
     """
-
-    scale: Tensor
-    growth_tracker: Tensor
-    overflows_left: Tensor
-    steps: Tensor
-    skipped_steps: Tensor
-    peak: Tensor
-    peak_before: Tensor
-
-    @classmethod
-    def from_state(cls, state: LossScaleState, device: torch.device) -> LossScaleTensors:
-        """Returns `state` in tensors on `device`, without a host sync."""
-        numbers, counts = (torch.float32, torch.float64), (torch.int32, torch.int64)
-        dtypes = (numbers[0], *counts[:1] * 2, *counts[1:] * 2, *numbers[1:] * 2)
-        # torch.full fills on the device; torch.tensor would copy from the host
-        return cls(
-            *(torch.full((), v, dtype=t, device=device) for v, t in zip(state, dtypes, strict=True))
-        )
-
-    def to_state(self) -> LossScaleState:
-        """Returns the state as Python numbers; syncs with the host."""
-        return LossScaleState(*(getattr(self, field.name).item() for field in fields(self)))
-
-    def assign_(self, state: LossScaleState) -> None:
-        """Overwrites every tensor in place with `state`, without a host sync."""
-        for field, value in zip(fields(self), state, strict=True):
-            getattr(self, field.name).fill_(value)
-
-    @torch.no_grad()
-    def advance_(
-        self,
-        loss_scale: LossScale,
-        found_inf: Tensor,
-        update: Callable[..., None] = update_scale_,
-        largest: Tensor | None = None,
-    ) -> None:
-        """Follows `next_state` in place on the device, without a host sync.
-
-        Args:
-            loss_scale: The description.
-            found_inf: 0-d; non-zero means overflow. int32 for a backend other than the default.
-            update: `update_scale_` of a backend.
-            largest: 0-d float64, the largest magnitude of unscaled float16 gradients; None: none.
-        """
-        if isinstance(loss_scale, HeadroomLossScale):
-            none = torch.zeros_like(self.peak)
-            advance_headroom_(loss_scale, self, found_inf, none if largest is None else largest)
-        move = self.move(loss_scale)
-        if move is None:
-            self.steps.add_(1)
-            self.skipped_steps.add_(found_inf != 0)
-        else:
-            update(**move.arguments(), found_inf=found_inf)
-
-    def move(self, loss_scale: LossScale) -> ScaleMove | None:
-        """Returns how the scale moves at the end of a step; None if it never does."""
-        if not isinstance(loss_scale, DynamicLossScale):
-            return None
-        return ScaleMove(
-            scale=self.scale,
-            growth_tracker=self.growth_tracker,
-            overflows_left=self.overflows_left,
-            steps=self.steps,
-            skipped_steps=self.skipped_steps,
-            growth_factor=loss_scale.growth_factor,
-            backoff_factor=loss_scale.backoff_factor,
-            growth_interval=loss_scale.growth_interval,
-            min_scale=loss_scale.min_scale,
-            max_scale=loss_scale.max_scale,
-            hysteresis=loss_scale.hysteresis,
-            refill=REFILLS[loss_scale.refill],
-        )
+    return Fraction(tolerance).limit_denominator(1_000_000).as_integer_ratio()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,26 +12,27 @@ from torch import Tensor
 from mpcore import checkpoint
 from mpcore._checks import check_number
 from mpcore._parameters import check_inner
-from mpcore._scaling import External, scale_outputs
+from mpcore._scaling import External
+from mpcore.backward_passes import BackwardPasses
 from mpcore.errors import ArgumentError, StageError
 from mpcore.gradients import StepGradients
 from mpcore.loss_scale import (
     DynamicLossScale,
     LossScale,
-    LossScaleTensors,
     check_loss_scale,
     initial_state,
     resumed_state,
 )
+from mpcore.losses import Losses
 from mpcore.paths import GroupPath, Paths, check_path
+from mpcore.readings import Readings
+from mpcore.scale_tensors import LossScaleTensors
 from mpcore.stage import Stage
 from mpcore.step_result import StepResult
 from mpcore.wrapper import OptimizerWrapper
 
-Outputs = TypeVar("Outputs")
 
-
-class MixedPrecisionOptimizer(OptimizerWrapper):
+class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
     """Wraps an optimizer: FP32 masters for 16-bit parameters, loss scaling, skipped overflows.
 
     It is a `torch.optim.Optimizer` and shares `param_groups` with the one it wraps, so LR
@@ -72,7 +73,10 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
         torch.float32
     """
 
-    _kept = (*OptimizerWrapper._kept, "loss_scaling", "_scale", "_saturated", "_began", "_path")
+    _kept = (
+        *OptimizerWrapper._kept,
+        *("loss_scaling", "_scale", "_losses", "_saturated", "_began", "_path"),
+    )
 
     #: torch.amp.GradScaler then hands over `grad_scale` and `found_inf` and always calls `step`
     _step_supports_amp_scaling = True
@@ -93,6 +97,7 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
         self._path = path
         home = next((param.device for param in self._params()), torch.device("cpu"))
         self._scale = LossScaleTensors.from_state(initial_state(loss_scale), home)
+        self._losses = Losses()
         self._saturated = torch.zeros((), dtype=torch.int64, device=home)
         self._began = False  # whether a step has counted
         self._start()
@@ -109,6 +114,7 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
             self._module,
             self.loss_scaling,
             self._scale,
+            self._losses,
             self._paths.plan,
         )
 
@@ -116,49 +122,6 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
     def path(self) -> tuple[GroupPath, ...]:
         """The path of each param group, and why: "fused" or "general"."""
         return self._paths.current()
-
-    def scale(self, outputs: Outputs) -> Outputs:
-        """Returns `outputs` multiplied by the loss scale in float32, without a host sync.
-
-        Args:
-            outputs: A tensor, or a list or tuple of outputs. float16 and bfloat16 become
-                float32 (a scale of 2^16 is infinite in float16); float64 stays. With
-                `NoLossScale` tensors are returned as they are.
-
-        Raises:
-            ArgumentTypeError: Something else.
-            StageError: Gradients of this step are already unscaled; more would get lost.
-        """
-        if self._stage.gradients is not None:
-            raise StageError(
-                "scale(): expected to be called before unscale_() or clip_grad_norm_() of the same "
-                "step, got a call after. Run all backward passes first, or call zero_grad()."
-            )
-        if not self._stage.needs_scale:
-            return outputs
-        scaled: Outputs = scale_outputs(outputs, self._scale.scale)
-        self._stage.scaled = True
-        return scaled
-
-    def backward(
-        self,
-        loss: Tensor,
-        *,
-        retain_graph: bool | None = None,
-        create_graph: bool = False,
-        inputs: Sequence[Tensor] | None = None,
-    ) -> None:
-        """Runs `scale(loss).backward(...)`, without a host sync.
-
-        Args:
-            loss: 0-d, any floating dtype.
-            retain_graph: As in `Tensor.backward`, like the two others.
-            create_graph: See there.
-            inputs: See there.
-        """
-        self.scale(loss).backward(  # type: ignore[no-untyped-call]
-            retain_graph=retain_graph, create_graph=create_graph, inputs=inputs
-        )
 
     def unscale_(self) -> None:
         """Unscales now instead of in `step`, and fixes whether it skips; no host sync.
@@ -170,11 +133,13 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
         Raises:
             StageError: Called twice in a step, or the gradients were never scaled.
         """
-        if self._stage.applied:
+        if self._stage.unscaled:
             raise StageError(
                 "unscale_(): expected one call per step, got a second one. Call step() first."
             )
-        self._collect("unscale_()").apply()
+        gradients = self._collect("unscale_()")
+        gradients.apply()
+        gradients.exposed = True
 
     def grads(self) -> list[Tensor]:
         """Returns the unscaled gradients in the order of the parameters; no host sync.
@@ -187,7 +152,7 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
         Raises:
             StageError: `unscale_()` was not called in this step.
         """
-        if not self._stage.applied:
+        if not self._stage.unscaled:
             raise StageError("grads(): expected unscale_() to be called first in this step.")
         gradients = self._collect("grads()")
         gradients.apply()  # a clip may be pending
@@ -230,6 +195,7 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
             StageError: The gradients were never scaled. (Checkpoint tools step once over all-zero
                 gradients before training to create state: that is accepted.)
             ArgumentError: A gradient is sparse, or a parameter changed its device or dtype.
+            LossScaleError: The loss scale is one with `at_min="raise"`. The step has ended.
         """
         if closure is not None:
             return self._step_with_closure(closure)
@@ -262,8 +228,8 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
         return result
 
     def _finish(self, gradients: StepGradients, moved: bool) -> None:
-        self._stage.finish(gradients, External.of(self), moved=moved)
         self._began = True
+        self._stage.finish(gradients, External.of(self), moved=moved)
 
     @property
     def last_step(self) -> StepResult | None:
@@ -278,26 +244,6 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
         """
         super().zero_grad(set_to_none)
         self._stage.forget()
-
-    @property
-    def loss_scale(self) -> float:
-        """The scale of the next loss; reading it syncs with the host."""
-        return float(self._scale.scale)
-
-    @property
-    def steps(self) -> int:
-        """Steps so far, skipped ones included; reading it syncs with the host."""
-        return int(self._scale.steps)
-
-    @property
-    def skipped_steps(self) -> int:
-        """Steps that were skipped; reading it syncs with the host."""
-        return int(self._scale.skipped_steps)
-
-    @property
-    def saturated(self) -> int:
-        """How often a weight was clamped to the finite maximum; syncs."""
-        return int(self._saturated)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` returned, in its dtypes; no host sync.
@@ -316,14 +262,16 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        saved_scale, saturated = checkpoint.read_section(state_dict)
+        saved = checkpoint.read_section(state_dict, self._losses)
         states = checkpoint.read_states(state_dict, self.param_groups)
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            group.update(copy.deepcopy({k: v for k, v in saved.items() if k != "params"}))
+        for group, options in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update(copy.deepcopy({k: v for k, v in options.items() if k != "params"}))
         self._masters.replace_state(states)
-        self._scale.assign_(resumed_state(self.loss_scaling, saved_scale))
-        self._saturated.fill_(saturated)
-        self._stage.start_anew()
+        resumed = resumed_state(self.loss_scaling, saved.loss_scale)
+        self._scale.assign_(resumed)
+        self._saturated.fill_(saved.saturated)
+        self._stage.start_anew(resumed.overflows_at_min)
+        self._losses.resume(saved.losses, saved.totals)
         self._began = True
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
@@ -331,6 +279,7 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._start()
+        self._stage.start_anew(int(self._scale.count("overflows_at_min")))
 
     def __repr__(self) -> str:
         paths = ", ".join(f"{i}: {path}" for i, path in enumerate(self.path))
@@ -346,4 +295,6 @@ class MixedPrecisionOptimizer(OptimizerWrapper):
 
 def _add_section(optimizer: Any, saved: dict[str, Any]) -> None:
     """A hook of `state_dict`: adds what torch's does not know of; syncs with the host."""
-    saved["mpcore"] = checkpoint.section(optimizer._scale.to_state(), optimizer.saturated)
+    saved["mpcore"] = checkpoint.section(
+        optimizer._scale.to_state(), optimizer.saturated, optimizer._losses
+    )

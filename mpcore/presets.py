@@ -35,6 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "growth_interval": 2**14,
         "min_scale": 2.0**-13,  # the power of two above its 1e-4
         "max_scale": _HIGHEST,
+        "at_min": "raise",
     },
     "paddle": {
         "init": 2.0**16,
@@ -101,9 +102,13 @@ class Presets:
         return cls._of("deepspeed", refill="clean" if consecutive else "growth")
 
     @classmethod
-    def fairseq(cls: type[_T]) -> _T:
-        """As fairseq's `DynamicLossScaler` for one worker: 2^7, 2^14 steps, tolerance 0."""
-        return cls._of("fairseq")
+    def fairseq(cls: type[_T], *, tolerance: float = 0.0) -> _T:
+        """As fairseq's `DynamicLossScaler` for one worker: 2^7, 2^14 steps; raises at 2^-13.
+
+        Args:
+            tolerance: Its `fp16_scale_tolerance`: the share of steps that may overflow.
+        """
+        return cls._of("fairseq", tolerance=tolerance)
 
     @classmethod
     def paddle(cls: type[_T], *, decr_every_n: int = 1) -> _T:

@@ -16,16 +16,25 @@ from mpcore._scaler_arguments import (
     EXTRAS,
     LARGEST_INT32,
     check_bounds,
+    check_choices,
     check_count,
     check_factor,
     check_in_bounds,
-    check_refill,
     checked_state,
     is_float32,
+    new_counters,
     widened,
 )
 from mpcore.backends import Backend, ScaleMove, reference
-from mpcore.loss_scale import REFILLS, DynamicLossScale, LossScale, NoLossScale, StaticLossScale
+from mpcore.backends._scale import count_step_
+from mpcore.loss_scale import (
+    REFILLS,
+    DynamicLossScale,
+    LossScale,
+    NoLossScale,
+    StaticLossScale,
+    tolerated,
+)
 from mpcore.scaler_checks import GradChecker
 from mpcore.skip_alarm import SkipAlarm
 
@@ -48,6 +57,8 @@ class ScaleCourse(torch.amp.GradScaler):
         max_scale: float = LARGEST_SCALE,
         hysteresis: int = 1,
         refill: str = "growth",
+        tolerance: float = 0.0,
+        at_min: str = "clamp",
     ) -> None:
         super().__init__(
             device, init_scale, growth_factor, backoff_factor, growth_interval, enabled
@@ -55,21 +66,21 @@ class ScaleCourse(torch.amp.GradScaler):
         self._forget_steps()
         self._moves = True
         self._checker = GradChecker()
-        self._alarm = SkipAlarm()
-        # overflows left, steps, skipped steps: made with the scale
-        self._counts: tuple[Tensor, Tensor, Tensor] | None = None
+        self._alarm = SkipAlarm(at_min)
+        # overflows left, and the counters of a loss scale: made with the scale
+        self._counts: tuple[Tensor, Tensor] | None = None
         if not self._enabled:
             return
         self._min_scale, self._max_scale = float(min_scale), float(max_scale)
-        self._refill = refill
+        self._refill, self._tolerance, self._at_min = refill, tolerance, at_min
         check_bounds(self._min_scale, self._max_scale)
         check_in_bounds("init_scale", init_scale, self._min_scale, self._max_scale)
         check_factor("growth factor", growth_factor, 1.0, math.inf)
         check_factor("backoff factor", backoff_factor, 0.0, 1.0)
         self._growth_interval = check_count("growth interval", growth_interval)
         self._hysteresis = check_count("hysteresis", hysteresis)
-        self._init_counters: tuple[int, ...] = (self._hysteresis, 0, 0)
-        check_refill(refill)
+        self._init_counters = new_counters(self._hysteresis)
+        check_choices(refill, tolerance, at_min)
 
     def _forget_steps(self) -> None:
         """Makes what is no part of a checkpoint: for the part that knows optimizers."""
@@ -101,6 +112,8 @@ class ScaleCourse(torch.amp.GradScaler):
                 max_scale=loss_scale.max_scale,
                 hysteresis=loss_scale.hysteresis,
                 refill=loss_scale.refill,
+                tolerance=loss_scale.tolerance,
+                at_min=loss_scale.at_min,
             )
         if not isinstance(loss_scale, (StaticLossScale, NoLossScale)):
             raise TypeError(
@@ -116,13 +129,11 @@ class ScaleCourse(torch.amp.GradScaler):
         super()._lazy_init_scale_growth_tracker(dev)
         self._counts = self._new_counts(dev)
 
-    def _new_counts(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        dtypes = (torch.int32, torch.int64, torch.int64)
-        left, steps, skipped = (
-            torch.full((), count, dtype=dtype, device=device)
-            for count, dtype in zip(self._init_counters, dtypes, strict=True)
-        )
-        return left, steps, skipped
+    def _new_counts(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        left = torch.empty((), dtype=torch.int32, device=device)
+        counters = torch.empty(len(COUNTERS) - 1, dtype=torch.int64, device=device)
+        _fill(left, counters, self._init_counters)
+        return left, counters
 
     def scale(self, outputs: Any) -> Any:
         """Multiplies outputs by the scale, 16-bit ones in float32; no host sync.
@@ -168,6 +179,8 @@ class ScaleCourse(torch.amp.GradScaler):
         self._move(scale, tracker, torch.stack(found).any().int())
         self._per_optimizer_states = defaultdict(_refresh_per_optimizer_state)
         self._checks_done()
+        if self._counts is not None:
+            self._alarm.note(self._counts[1])  # last: it may raise
 
     def _checks_done(self) -> None:
         """Ends an iteration: for the part that knows optimizers."""
@@ -175,14 +188,13 @@ class ScaleCourse(torch.amp.GradScaler):
     def _move(self, scale: Tensor, tracker: Tensor, found_inf: Tensor) -> None:
         if self._counts is None:  # somebody made the scale without scale()
             self._counts = self._new_counts(scale.device)
-        left, steps, skipped = self._counts
+        left, counters = self._counts
         if self._moves:
             move = ScaleMove(
                 scale=scale,
                 growth_tracker=tracker,
                 overflows_left=left,
-                steps=steps,
-                skipped_steps=skipped,
+                counters=counters,
                 growth_factor=self._growth_factor,
                 backoff_factor=self._backoff_factor,
                 growth_interval=min(self._growth_interval, LARGEST_INT32),
@@ -190,13 +202,12 @@ class ScaleCourse(torch.amp.GradScaler):
                 max_scale=self._max_scale,
                 hysteresis=min(self._hysteresis, LARGEST_INT32),
                 refill=REFILLS[self._refill],
+                tolerance=tolerated(self._tolerance),
             )
             backend = self._backend_for(scale.device)
             backend.update_scale_(**move.arguments(), found_inf=found_inf)
         else:
-            steps.add_(1)
-            skipped.add_(found_inf)
-        self._alarm.note(skipped, steps)
+            count_step_(counters, found_inf)
 
     def _backend_for(self, device: torch.device) -> Backend:
         # kernels take float32 factors; torch's take 0.8 as it is
@@ -213,12 +224,17 @@ class ScaleCourse(torch.amp.GradScaler):
         """Iterations in which an optimizer was skipped; syncs."""
         return self._counters()[2]
 
+    @property
+    def skips_in_a_row(self) -> int:
+        """The last of them, without a clean one between; syncs."""
+        return self._counters()[3]
+
     def _counters(self) -> tuple[int, ...]:
         if not self._enabled:
-            return (0, 0, 0)
+            return new_counters(0)
         if self._counts is None:
             return self._init_counters
-        return tuple(map(int, self._counts))
+        return (int(self._counts[0]), *self._counts[1].tolist())
 
     def set_growth_factor(self, new_factor: float) -> None:
         """Sets the growth factor, a finite number above 1."""
@@ -274,13 +290,24 @@ class ScaleCourse(torch.amp.GradScaler):
         for name in EXTRAS:
             setattr(self, f"_{name}", loaded[name])
         self._init_counters = tuple(loaded[name] for name in COUNTERS)
-        self._alarm = SkipAlarm()
-        for tensor, count in zip(self._counts or (), self._init_counters, strict=False):
-            tensor.fill_(count)
+        self._alarm = _new_alarm(self._at_min, self._init_counters)
+        if self._counts is not None:
+            _fill(*self._counts, self._init_counters)
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns what is pickled: tensors are made again with the next loss."""
         state: dict[str, Any] = super().__getstate__()
         if self._enabled:
-            state["_init_counters"] = self._counters()
-        return {**state, "_counts": None, "_checker": GradChecker(), "_alarm": SkipAlarm()}
+            state["_init_counters"] = counters = self._counters()
+            state["_alarm"] = _new_alarm(self._at_min, counters)
+        return {**state, "_counts": None, "_checker": GradChecker()}
+
+
+def _new_alarm(at_min: str, counters: tuple[int, ...]) -> SkipAlarm:
+    return SkipAlarm(at_min, overflows_at_min=counters[COUNTERS.index("_overflows_at_min")])
+
+
+def _fill(left: Tensor, counters: Tensor, values: tuple[int, ...]) -> None:
+    """Overwrites the counters of a scaler, without a host sync."""
+    for tensor, value in zip((left, *counters.unbind()), values, strict=True):
+        tensor.fill_(value)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from mpcore._checks import SIXTEEN_BIT
+from mpcore._layouts import own_memory
 from mpcore._parameters import name_of
 from mpcore.backends import Backend, resolve
-from mpcore.gradients import own_memory
 from mpcore.masters import Groups
 
 

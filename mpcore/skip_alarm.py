@@ -1,4 +1,4 @@
-"""A warning when nothing but skipped steps happens, which costs no sync."""
+"""Warnings about a loss scale that cannot help, and errors where they were asked for; no sync."""
 
 from __future__ import annotations
 
@@ -7,67 +7,94 @@ import warnings
 import torch
 from torch import Tensor
 
+from mpcore.errors import LossScaleError
+
 #: Steps. A search for the right scale takes fewer skips: from 2^32 down to 1 it is 32.
 INTERVAL = 100
 
 
 class SkipAlarm:
-    """Warns if each of many steps in a row was skipped: no loss scale can help then.
+    """Watches the counters of a loss scale.
 
-    Steps are counted on the device. Every `interval` steps a copy of the counts is sent to the
-    host, and looked at when the next one is sent; a CPU's is looked at at once. So a warning comes
-    after one to two intervals of skips, on a GPU one interval later. Devices that are neither never
-    warn.
+    Warns if each of `interval` steps in a row was skipped: no loss scale can help then. Warns or
+    raises, if told to, when a step overflows at the minimum of the scale.
+
+    Counters are on the device. Every `interval` steps, every step if `at_min` is not "clamp", a
+    copy of them is sent to the host unless another is on its way, and looked at when a later one is
+    sent; a CPU's are looked at at once. Devices that are neither CPUs nor CUDA's never warn.
 
     Args:
-        interval: Steps between two looks.
+        at_min: "clamp", "warn" or "raise": see `DynamicLossScale`.
+        interval: Steps.
+        overflows_at_min: What the counter is now.
 
     Example:
-        >>> alarm, steps, skipped = SkipAlarm(interval=2), torch.tensor(0), torch.tensor(0)
-        >>> for _ in range(4):
-        ...     alarm.note(skipped.add_(1), steps.add_(1))  # doctest: +ELLIPSIS
+        >>> alarm, counters = SkipAlarm(interval=2), torch.zeros(6, dtype=torch.int64)
+        >>> for _ in range(2):
+        ...     counters[:3] += 1
+        ...     alarm.note(counters)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         UserWarning: each of the last 2 steps was skipped...
     """
 
-    def __init__(self, interval: int = INTERVAL) -> None:
+    def __init__(
+        self, at_min: str = "clamp", interval: int = INTERVAL, overflows_at_min: int = 0
+    ) -> None:
+        self._at_min = at_min
         self._interval = interval
         self._steps = 0
-        self._before: tuple[int, int] | None = None  # a checkpoint may have brought any number
+        self._warned_at = -interval  # steps that the counters had when a row of skips was reported
+        self._at_min_before = overflows_at_min
         self._sent: tuple[Tensor, torch.cuda.Event] | None = None
 
-    def note(self, skipped_steps: Tensor, steps: Tensor) -> None:
+    def note(self, counters: Tensor) -> None:
         """Counts a step; no host sync.
 
         Args:
-            skipped_steps: 0-d int64, how many steps were skipped so far.
-            steps: 0-d int64, how many there were.
+            counters: int64 `[6]`, those of a loss scale after the step.
+
+        Raises:
+            LossScaleError: A step overflowed at the minimum and `at_min` is "raise".
         """
         self._steps += 1
-        if self._steps % self._interval:
+        if self._at_min == "clamp" and self._steps % self._interval:
             return
-        if skipped_steps.device.type == "cpu":
-            self._look(int(skipped_steps), int(steps))
-            return
-        if self._sent is not None and self._sent[1].query():  # type: ignore[no-untyped-call]
-            self._look(*self._sent[0].tolist())
-        if skipped_steps.device.type == "cuda":
-            copy = torch.empty(2, dtype=torch.int64, pin_memory=True)
-            copy.copy_(torch.stack([skipped_steps, steps]), non_blocking=True)
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
-            self._sent = (copy, event)
+        if counters.device.type == "cpu":
+            self._look(*counters[:4].tolist())
+        elif counters.device.type == "cuda":
+            self._exchange(counters)
 
-    def _look(self, skipped: int, steps: int) -> None:
-        before, self._before = self._before, (skipped, steps)
-        if before is None:
+    def _exchange(self, counters: Tensor) -> None:
+        """Looks at the copy that was sent last, if it has arrived, and sends another one."""
+        sent, self._sent = self._sent, None
+        if sent is not None and not sent[1].query():  # type: ignore[no-untyped-call]
+            self._sent = sent
             return
-        # a copy may have been lost on the way: what is between two looks is one or more intervals
-        passed = steps - before[1]
-        if passed > 0 and skipped - before[0] >= passed:
+        copy = torch.empty(4, dtype=torch.int64, pin_memory=True)
+        copy.copy_(counters[:4], non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        self._sent = (copy, event)
+        if sent is not None:
+            self._look(*sent[0].tolist())
+
+    def _look(self, steps: int, skipped: int, in_a_row: int, at_min: int) -> None:
+        if in_a_row >= self._interval and steps - self._warned_at >= self._interval:
+            self._warned_at = steps
             warnings.warn(
-                f"each of the last {passed} steps was skipped because a gradient was not "
+                f"each of the last {in_a_row} steps was skipped because a gradient was not "
                 "finite. The loss scale is as low as it gets or does not matter: look at the "
                 "loss, the input and last_step.overflowed(), or lower the learning rate.",
                 stacklevel=4,
             )
+        before, self._at_min_before = self._at_min_before, at_min
+        if self._at_min == "clamp" or at_min <= before:
+            return
+        message = (
+            f"a step was skipped although the loss scale was at its minimum ({skipped} of {steps} "
+            "steps were skipped so far). Lower min_scale, or look at the loss, the input and "
+            "last_step.overflowed(): a gradient may not be finite whatever the scale."
+        )
+        if self._at_min == "raise":
+            raise LossScaleError(message)
+        warnings.warn(message, stacklevel=4)

@@ -7,14 +7,19 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from mpcore._checks import SIXTEEN_BIT
 from mpcore._parameters import name_of, with_gradient
 from mpcore._scaling import External
+from mpcore.accumulation import Accumulation
 from mpcore.backends import Backend, ScaleMove
+from mpcore.backends._scale import count_step_
 from mpcore.errors import StageError
 from mpcore.gradients import StepGradients
 from mpcore.headroom import HeadroomLossScale
-from mpcore.loss_scale import LossScale, LossScaleTensors, NoLossScale
+from mpcore.loss_scale import DynamicLossScale, LossScale, NoLossScale
+from mpcore.losses import Losses, ScaledLoss
 from mpcore.masters import Groups, Masters
+from mpcore.scale_tensors import LossScaleTensors
 from mpcore.skip_alarm import SkipAlarm
 from mpcore.step_plan import StepPlan
 from mpcore.step_result import StepResult
@@ -30,6 +35,7 @@ class Stage:
         backend: Does the passes over gradients.
         loss_scaling: How the scale moves.
         tensors: The scale and its counters.
+        losses: Those with a scale of their own.
         plan: Returns how the fused path updates the parameters given to it, None on another path.
     """
 
@@ -41,6 +47,7 @@ class Stage:
         backend: Backend,
         loss_scaling: LossScale,
         tensors: LossScaleTensors,
+        losses: Losses,
         plan: Callable[[list[Tensor]], StepPlan | None],
     ) -> None:
         self.gradients: StepGradients | None = None
@@ -52,9 +59,11 @@ class Stage:
         self._backend = backend
         self._loss_scaling = loss_scaling
         self._tensors = tensors
+        self._losses = losses
         self._plan = plan
         self._outside_scale: Tensor | None = None
-        self._alarm = SkipAlarm()
+        self._alarm = self._new_alarm(0)
+        self._sums: Accumulation | None = None
 
     @property
     def needs_scale(self) -> bool:
@@ -62,9 +71,9 @@ class Stage:
         return not isinstance(self._loss_scaling, NoLossScale)
 
     @property
-    def applied(self) -> bool:
-        """Whether this step's gradients are unscaled already."""
-        return self.gradients is not None and self.gradients.applied
+    def unscaled(self) -> bool:
+        """Whether `unscale_` was called in this step."""
+        return self.gradients is not None and self.gradients.exposed
 
     def collect(self, caller: str, external: External | None) -> StepGradients:
         """Returns this step's gradients, checked, with masters made; there may be none at all.
@@ -76,7 +85,12 @@ class Stage:
         params = with_gradient(self._groups, self._device_of, self._masters)
         if self.gradients is not None:
             self._check_no_newcomer(caller, params, self.gradients)
+            if self.gradients.accumulated is not None:  # p.grad of 16-bit parameters is None by now
+                params = [p for p in self.gradients.params if self._masters.of(p).grad is not None]
             self.gradients.keep(params)
+            return self.gradients
+        if self._sums is not None:
+            self.gradients = self._summed(caller, external)
             return self.gradients
         self._check_scaled(caller, external, bool(params))
         # all of them: some optimizers move parameters that have no gradient in this step
@@ -86,6 +100,51 @@ class Stage:
         self._outside_scale = None if external is None else scale.clone()
         self.gradients = self._gradients_of(params, scale, external)
         return self.gradients
+
+    def accumulate(self, caller: str, loss: ScaledLoss | None = None) -> None:
+        """Adds the gradients that are there to float32 sums and drops them; no host sync.
+
+        Args:
+            caller: The method that asks, for messages.
+            loss: Whose gradients they are; None: the optimizer's own.
+        """
+        if self.gradients is not None:
+            raise StageError(
+                f"{caller}: expected to be called before unscale_() or clip_grad_norm_() of the "
+                "same step, got a call after. Run all backward passes first, or call zero_grad()."
+            )
+        params = with_gradient(self._groups, self._device_of, self._masters)
+        if not params:
+            return
+        if loss is None:
+            self._check_scaled(caller, None, True)
+        scaling = self._loss_scaling if loss is None else loss.scaling
+        scale = self._tensors.scale if loss is None else loss.tensors.scale
+        self._masters.create_for(params)
+        if self._sums is None:
+            self._sums = Accumulation(self._masters, self._backend)
+        name = "" if loss is None else loss.name
+        finds_largest = isinstance(scaling, HeadroomLossScale)
+        self._sums.add(params, scale.reciprocal(), name, finds_largest)
+
+    def _summed(self, caller: str, external: External | None) -> StepGradients:
+        """Returns the sums as the gradients of this step."""
+        if external is not None:
+            raise StageError(
+                f"{caller}: expected gradients that a torch.amp.GradScaler scaled, got some that "
+                "accumulate() has unscaled. Use the optimizer's own loss scale instead."
+            )
+        self.accumulate(caller)  # what has come since
+        sums, self._sums = self._sums, None
+        if sums is None:
+            raise RuntimeError("the sums vanished")
+        summed = set(sums.hand_over())
+        params = [p for group in self._groups for p in group["params"] if p in summed]
+        self._masters.create_for(p for g in self._groups for p in g["params"] if p.requires_grad)
+        gradients = self._gradients_of(params, self._tensors.scale, None)
+        gradients.take_sums(sums)
+        self._outside_scale = None
+        return gradients
 
     def collect_evaluation(self, external: External | None) -> StepGradients:
         """Returns the gradients of one evaluation of a user's closure, and readies the next."""
@@ -103,7 +162,8 @@ class Stage:
         `torch.distributed.checkpoint` steps over such gradients once, before training, to make
         an optimizer create its state.
         """
-        if self.scaled or self.gradients is not None or not self.needs_scale:
+        begun = self.scaled or self.gradients is not None or self._sums is not None
+        if begun or not self.needs_scale:
             return None
         params = with_gradient(self._groups, self._device_of, self._masters)
         if not params or any(bool(torch.any(p.grad != 0)) for p in params):  # type: ignore[arg-type]
@@ -132,8 +192,9 @@ class Stage:
         self, caller: str, params: list[Tensor], gradients: StepGradients
     ) -> None:
         known = set(map(id, gradients.params))
+        summed = gradients.accumulated is not None
         for param in params:
-            if id(param) not in known:
+            if id(param) not in known or (summed and param.dtype in SIXTEEN_BIT):
                 raise StageError(
                     f"{caller}: expected the gradients that unscale_() or clip_grad_norm_() saw, "
                     f"got a new one of {name_of(param, self._groups)}. Run all backward passes "
@@ -161,31 +222,55 @@ class Stage:
             found_inf, gradients, lambda p: name_of(p, self._groups), self._outside_scale
         )
         if not moved:
-            scaling = self._loss_scaling if external is None else NoLossScale()
-            update = self._backend.update_scale_
-            self._tensors.advance_(scaling, found_inf, update, gradients.largest)
-        self._alarm.note(self._tensors.skipped_steps, self._tensors.steps)
+            self._advance(gradients, external)
+        if self._losses.totals is not None:
+            count_step_(self._losses.totals, found_inf)
         self.forget()
         gradients.release()
         self.scaled = False
+        self._alarm.note(self._tensors.counters)  # last: it may raise
+        self._losses.note()
+
+    def _advance(self, gradients: StepGradients, external: External | None) -> None:
+        """Moves the scale of each loss that took part; no host sync."""
+        update = self._backend.update_scale_
+        scaling = self._loss_scaling if external is None else NoLossScale()
+        sums = gradients.accumulated
+        if sums is None:
+            self._tensors.advance_(scaling, gradients.found_inf(), update, gradients.largest)
+            return
+        for name in sums.losses():
+            found_inf, largest = sums.outcome(name)
+            if name == "":
+                self._tensors.advance_(scaling, found_inf, update, largest)
+            else:
+                loss = self._losses.each[name]
+                loss.tensors.advance_(loss.scaling, found_inf, update, largest)
 
     def move(self, external: External | None) -> ScaleMove | None:
         """Returns how the scale moves at the end of a step, None if it only counts."""
-        return None if external is not None else self._tensors.move(self._loss_scaling)
+        if external is not None or self._losses.totals is not None:
+            return None  # several scales do not move alike
+        return self._tensors.move(self._loss_scaling)
 
     def forget_step(self) -> None:
         """Ends a step that had no gradients: it counts as nothing."""
         self.forget()
         self.result, self.scaled = None, False
 
-    def start_anew(self) -> None:
-        """Drops what belongs to a state that was replaced."""
+    def start_anew(self, overflows_at_min: int) -> None:
+        """Drops what belongs to a state that was replaced, by one with that counter."""
         self.forget()
         self.scaled = False
-        self._alarm = SkipAlarm()
+        self._alarm = self._new_alarm(overflows_at_min)
+
+    def _new_alarm(self, overflows_at_min: int) -> SkipAlarm:
+        scaling = self._loss_scaling
+        at_min = scaling.at_min if isinstance(scaling, DynamicLossScale) else "clamp"
+        return SkipAlarm(at_min, overflows_at_min=overflows_at_min)
 
     def forget(self) -> None:
         """Drops gradients that were collected and not stepped."""
         if self.gradients is not None:
             self.gradients.release()
-        self.gradients = None
+        self.gradients = self._sums = None

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from mpcore.accumulation import Overflow
 from mpcore.gradients import StepGradients
 
 
@@ -66,6 +67,14 @@ class StepResult:
         Otherwise they read "group 0, parameter 17, [768, 768]".
         """
         return [self._name_of(param) for param, flag in self._gradients.flags() if int(flag)]
+
+    def overflowed_in(self) -> list[Overflow]:
+        """Returns the backward passes that overflowed, of those that were accumulated; syncs.
+
+        Gradients that `accumulate` or a loss of `add_loss` added up; empty without them.
+        """
+        sums = self._gradients.accumulated
+        return [] if sums is None else sums.overflows(self._name_of)
 
     def __repr__(self) -> str:
         return (

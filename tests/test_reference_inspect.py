@@ -8,7 +8,8 @@ from hypothesis import given
 from mpcore import DynamicLossScale
 from mpcore.backends import reference
 from mpcore.errors import ArgumentError
-from mpcore.loss_scale import LossScaleState, LossScaleTensors, next_state
+from mpcore.loss_scale import LossScaleState, next_state
+from mpcore.scale_tensors import LossScaleTensors
 
 from mpcore_testing.inspections import (
     assert_inspection,

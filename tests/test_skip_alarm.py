@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import mpcore
 import pytest
 import torch
+from mpcore.backends._scale import count_step_
 from mpcore.skip_alarm import INTERVAL, SkipAlarm
 
 from mpcore_testing.engines import Engine
@@ -27,24 +29,25 @@ def step(weight: Any, optimizer: Any, value: float) -> None:
 
 def test_a_hundred_skips_in_a_row_are_reported_once_in_a_hundred(engine: Engine) -> None:
     weight, optimizer = optimizer_of(engine, mpcore.DynamicLossScale())
-    for _ in range(INTERVAL):
-        step(weight, optimizer, math.nan)
-    for _ in range(2):
+    for count in (100, 200):
         for _ in range(INTERVAL - 1):
             step(weight, optimizer, math.nan)
-        with pytest.warns(UserWarning, match="each of the last 100 steps was skipped"):
+        assert optimizer.skips_in_a_row == count - 1
+        with pytest.warns(UserWarning, match=f"each of the last {count} steps was skipped"):
             step(weight, optimizer, math.nan)
+    step(weight, optimizer, 1.0)
+    assert optimizer.skips_in_a_row == 0
 
 
 @pytest.mark.parametrize("clean", range(0, INTERVAL, 9))
 def test_ninety_nine_are_not_wherever_they_begin_and_two_hundred_are(clean: int) -> None:
     for skips, expected in ((INTERVAL - 1, 0), (2 * INTERVAL, 1)):
-        alarm, skipped = SkipAlarm(), torch.tensor(1000)  # of a run before
+        alarm, counters = SkipAlarm(), torch.tensor([5000, 1000, 0, 3, 0, 0])  # of a run before
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for number in range(clean + skips + 300):
-                skipped += int(clean <= number < clean + skips)
-                alarm.note(skipped, torch.tensor(number))
+                count_step_(counters, torch.tensor(clean <= number < clean + skips))
+                alarm.note(counters)
         assert len(caught) >= expected
         assert expected or not caught
 
@@ -88,4 +91,79 @@ def test_a_grad_scaler_has_it_too() -> None:
             scaler.scale((weight * math.inf).sum()).backward()
             scaler.step(optimizer)
             scaler.update()
-    assert ["each of the last 100 steps" in str(w.message) for w in caught] == [True]
+    for number, warning in enumerate(caught, start=1):
+        assert f"each of the last {number}00 steps" in str(warning.message)
+    assert len(caught) == 2
+    assert scaler.skips_in_a_row == 200
+
+
+def outcome(weight: Any, optimizer: Any) -> list[str]:
+    """What a step that overflows says: the class and text of its error or warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            step(weight, optimizer, math.inf)
+        except FloatingPointError as error:
+            return [f"{type(error).__name__}: {error}"]
+    return [f"{w.category.__name__}: {w.message}" for w in caught]
+
+
+@pytest.mark.parametrize("at_min", ["clamp", "warn", "raise"])
+def test_a_step_that_overflows_at_the_minimum_warns_or_raises_if_told_to(
+    engine: Engine, at_min: str
+) -> None:
+    kind = {"warn": "UserWarning", "raise": "LossScaleError"}.get(at_min)
+    scale = mpcore.DynamicLossScale(2.0, min_scale=1.0, at_min=at_min)
+    weight, optimizer = optimizer_of(engine, scale)
+    step(weight, optimizer, math.inf)  # reaches the minimum
+    step(weight, optimizer, 1.0)
+    for skipped in (2, 3):
+        said = outcome(weight, optimizer)
+        assert len(said) == (kind is not None)
+        for text in said:
+            assert text.startswith(f"{kind}: a step was skipped although the loss scale was at its")
+            assert f"({skipped} of {skipped + 1} steps were skipped" in text
+        # the step has ended: its result is there, and the next one needs a new loss
+        assert optimizer.last_step.skipped
+        assert optimizer.skipped_steps == skipped
+        with pytest.raises(mpcore.StageError, match="got no scale"):
+            optimizer.step()
+        weight.grad = None
+    step(weight, optimizer, 1.0)
+    assert not optimizer.last_step.skipped
+
+
+def test_what_overflowed_at_the_minimum_before_saving_is_no_news(engine: Engine) -> None:
+    scale = mpcore.DynamicLossScale(1.0, min_scale=1.0, at_min="raise")
+    weight, optimizer = optimizer_of(engine, scale)
+    with pytest.raises(mpcore.LossScaleError):
+        step(weight, optimizer, math.inf)
+    other_weight, other = optimizer_of(engine, scale)
+    other.load_state_dict(optimizer.state_dict())
+    for one, of in ((other_weight, other), (weight, copy.deepcopy(optimizer))):
+        of.param_groups[0]["params"][0].grad = None
+        step(of.param_groups[0]["params"][0], of, 1.0)
+        assert one is not None
+        with pytest.raises(mpcore.LossScaleError):
+            step(of.param_groups[0]["params"][0], of, math.inf)
+
+
+def test_a_grad_scaler_raises_at_the_minimum_after_the_iteration() -> None:
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    scaler = mpcore.GradScaler("cpu", init_scale=1.0, min_scale=1.0, at_min="raise")
+    for number in (1, 2):
+        optimizer.zero_grad()
+        scaler.scale((weight * math.inf).sum()).backward()
+        scaler.step(optimizer)
+        with pytest.raises(mpcore.LossScaleError, match=f"{number} of {number} steps"):
+            scaler.update()
+        if number == 1:
+            scaler = copy.deepcopy(scaler)
+    again = mpcore.GradScaler("cpu")
+    again.load_state_dict(scaler.state_dict())
+    optimizer.zero_grad()
+    again.scale(weight.sum()).backward()
+    again.step(optimizer)
+    again.update()
+    assert again.state_dict()["_overflows_at_min"] == 2

@@ -31,7 +31,7 @@ WARPS = 8
 ROUND = 512
 
 # what moves with the loss scale: itself, two counters and two more
-_SCALE = (torch.float32, torch.int32, torch.int32, torch.int64, torch.int64)
+_SCALE = (torch.float32, torch.int32, torch.int32, *(torch.int64,) * 6)
 
 ROW = 8
 _ROW = tl.constexpr(ROW)
@@ -167,7 +167,7 @@ def _update_chunk(
 
 
 @triton.jit(
-    do_not_specialize=["moves", "growth_interval", "hysteresis", "refill"],
+    do_not_specialize=["moves", "growth_interval", "hysteresis", "refill", "few", "of_steps"],
     do_not_specialize_on_alignment=[
         "rows_ptr",
         "owners_ptr",
@@ -179,8 +179,7 @@ def _update_chunk(
         "scale_ptr",
         "growth_tracker_ptr",
         "overflows_left_ptr",
-        "steps_ptr",
-        "skipped_steps_ptr",
+        "counters_ptr",
     ],
 )
 def _update_kernel(
@@ -195,8 +194,7 @@ def _update_kernel(
     scale_ptr,  # *f32  []  in/out, and so on: scale.py
     growth_tracker_ptr,  # *i32  []
     overflows_left_ptr,  # *i32  []
-    steps_ptr,  # *i64  []
-    skipped_steps_ptr,  # *i64  []
+    counters_ptr,  # *i64  [6]
     growth_factor,  # f32
     backoff_factor,  # f32
     growth_interval,  # i32
@@ -204,6 +202,8 @@ def _update_kernel(
     max_scale,  # f32
     hysteresis,  # i32
     refill,  # i32
+    few,  # i32
+    of_steps,  # i32
     APPLY: tl.constexpr,  # rules: what computes an element
     GRAD: tl.constexpr,  # f16 | bf16 | f32, what the gradients hold
     WEIGHT: tl.constexpr,  # f16 | bf16 | None, what the weights hold
@@ -233,9 +233,9 @@ def _update_kernel(
     # last: loads after a store are slower on AMD
     if (tl.program_id(0) == 0) & (moves != 0):
         move_scale(
-            *(scale_ptr, growth_tracker_ptr, overflows_left_ptr, steps_ptr, skipped_steps_ptr),
+            *(scale_ptr, growth_tracker_ptr, overflows_left_ptr, counters_ptr),
             *(found_inf_ptr, growth_factor, backoff_factor, growth_interval),
-            *(min_scale, max_scale, hysteresis, refill),
+            *(min_scale, max_scale, hysteresis, refill, few, of_steps),
         )
 
 
@@ -246,8 +246,8 @@ def variant(rule: Rule, moments: int, grad: torch.dtype, weight: torch.dtype | N
         kernel=_update_kernel,
         arguments=(
             *("*i64", "*i64", "*i64", "*fp32", "*fp32", "*i32", "*i64", "i32"),
-            *("*fp32", "*i32", "*i32", "*i64", "*i64"),
-            *("fp32", "fp32", "i32", "fp32", "fp32", "i32", "i32"),
+            *("*fp32", "*i32", "*i32", "*i64"),
+            *("fp32", "fp32", "i32", "fp32", "fp32", "i32", "i32", "i32", "i32"),
         ),
         constants=(
             ("APPLY", rule.apply),

@@ -113,8 +113,7 @@ class Launcher:
         scale: Tensor,
         growth_tracker: Tensor,
         overflows_left: Tensor,
-        steps: Tensor,
-        skipped_steps: Tensor,
+        counters: Tensor,
         found_inf: Tensor,
         *,
         growth_factor: float,
@@ -124,14 +123,14 @@ class Launcher:
         max_scale: float,
         hysteresis: int,
         refill: int,
+        tolerance: tuple[int, int],
     ) -> None:
         """See `mpcore_kernels.update_scale_`; no host sync."""
         update_scale_(
             scale,
             growth_tracker,
             overflows_left,
-            steps,
-            skipped_steps,
+            counters,
             found_inf,
             growth_factor=growth_factor,
             backoff_factor=backoff_factor,
@@ -140,4 +139,5 @@ class Launcher:
             max_scale=max_scale,
             hysteresis=hysteresis,
             refill=refill,
+            tolerance=tolerance,
         )

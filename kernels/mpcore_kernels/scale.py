@@ -1,13 +1,18 @@
 """The loss scale's transition, on the device.
 
-    on overflow:    steps += 1;  skipped_steps += 1;  tracker = 0;  left = max(left - 1, 0)
-                    if left == 0:
-                        scale = max(scale * backoff_factor, min_scale)
+    counters: steps, skipped, in_a_row, at_min, since, overflows
+
+    always:         steps += 1;  since += 1
+    on overflow:    skipped += 1;  in_a_row += 1;  overflows += 1
+                    tracker = 0;  left = max(left - 1, 0)
+                    if left == 0 and overflows * of_steps >= since * few:
+                        if scale <= min_scale:  at_min += 1
+                        scale = max(scale * backoff_factor, min_scale);  since = overflows = 0
                         if refill & 2:  left = hysteresis
-    on a good step: steps += 1;  tracker += 1
+    on a good step: in_a_row = 0;  tracker += 1
                     if refill & 1:  left = hysteresis
                     if tracker >= growth_interval:
-                        scale = min(scale * growth_factor, max_scale)
+                        scale = min(scale * growth_factor, max_scale);  since = overflows = 0
                         tracker = 0;  left = hysteresis
 
 Reference: Micikevicius et al., "Mixed Precision Training", ICLR 2018, section 3.2; Kuchaiev et al.,
@@ -28,6 +33,7 @@ from mpcore_kernels._launch import Variant
 from mpcore_kernels._table import mark_written
 
 _LARGEST_INT32 = 2**31 - 1
+_FINEST = 10**6  # with it 2^43 steps can be compared in int64
 
 
 @triton.jit
@@ -35,8 +41,7 @@ def move_scale(
     scale_ptr,
     growth_tracker_ptr,
     overflows_left_ptr,
-    steps_ptr,
-    skipped_steps_ptr,
+    counters_ptr,
     found_inf_ptr,
     growth_factor,
     backoff_factor,
@@ -45,6 +50,8 @@ def move_scale(
     max_scale,
     hysteresis,
     refill,
+    few,
+    of_steps,
 ):
     """Moves the loss scale and its counters by one step: see `_update_scale_kernel`."""
     bad = tl.load(found_inf_ptr) != 0
@@ -55,24 +62,33 @@ def move_scale(
     grow = tracker >= growth_interval
     lower = tl.maximum(scale * backoff_factor, min_scale)
     higher = tl.minimum(scale * growth_factor, max_scale)
-    backs_off = bad & (left == 0)
+    failed = bad.to(tl.int64)
+    since = tl.load(counters_ptr + 4) + 1
+    overflows = tl.load(counters_ptr + 5) + failed
+    many = overflows * of_steps >= since * few
+    backs_off = bad & (left == 0) & many
+    at_min = backs_off & (scale <= min_scale)
+    kept = ((grow | backs_off) == 0).to(tl.int64)
     scale = tl.where(backs_off, lower, scale)
     full = grow | ((refill & 1 != 0) & (bad == 0)) | ((refill & 2 != 0) & backs_off)
     tl.store(scale_ptr, tl.where(grow, higher, scale))
     tl.store(growth_tracker_ptr, tl.where(grow, 0, tracker))
     tl.store(overflows_left_ptr, tl.where(full, hysteresis, left))
-    tl.store(steps_ptr, tl.load(steps_ptr) + 1)
-    tl.store(skipped_steps_ptr, tl.load(skipped_steps_ptr) + bad.to(tl.int64))
+    tl.store(counters_ptr, tl.load(counters_ptr) + 1)
+    tl.store(counters_ptr + 1, tl.load(counters_ptr + 1) + failed)
+    tl.store(counters_ptr + 2, (tl.load(counters_ptr + 2) + 1) * failed)
+    tl.store(counters_ptr + 3, tl.load(counters_ptr + 3) + at_min.to(tl.int64))
+    tl.store(counters_ptr + 4, since * kept)
+    tl.store(counters_ptr + 5, overflows * kept)
 
 
 @triton.jit(
-    do_not_specialize=["growth_interval", "hysteresis", "refill"],
+    do_not_specialize=["growth_interval", "hysteresis", "refill", "few", "of_steps"],
     do_not_specialize_on_alignment=[
         "scale_ptr",
         "growth_tracker_ptr",
         "overflows_left_ptr",
-        "steps_ptr",
-        "skipped_steps_ptr",
+        "counters_ptr",
         "found_inf_ptr",
     ],
 )
@@ -80,8 +96,7 @@ def _update_scale_kernel(
     scale_ptr,  # *f32  []  in/out
     growth_tracker_ptr,  # *i32  []  in/out
     overflows_left_ptr,  # *i32  []  in/out
-    steps_ptr,  # *i64  []  in/out
-    skipped_steps_ptr,  # *i64  []  in/out
+    counters_ptr,  # *i64  [6]  in/out
     found_inf_ptr,  # *i32  []  in
     growth_factor,  # f32
     backoff_factor,  # f32
@@ -90,18 +105,21 @@ def _update_scale_kernel(
     max_scale,  # f32
     hysteresis,  # i32
     refill,  # i32
+    few,  # i32
+    of_steps,  # i32
 ):
     """Moves the loss scale and its counters by one step.
 
     Grid:     (1,); one program, which works on scalars.
     Masks:    none.
-    Numerics: one FP32 multiply, exact for powers of two, and a comparison with a bound.
+    Numerics: one FP32 multiply, exact for powers of two, and a comparison with a bound. Counts
+              are int64, and shares of them are compared as products of integers.
     Order:    it must follow whatever multiplies by the scale or its reciprocal in this step.
     """
     move_scale(
-        *(scale_ptr, growth_tracker_ptr, overflows_left_ptr, steps_ptr, skipped_steps_ptr),
+        *(scale_ptr, growth_tracker_ptr, overflows_left_ptr, counters_ptr),
         *(found_inf_ptr, growth_factor, backoff_factor, growth_interval),
-        *(min_scale, max_scale, hysteresis, refill),
+        *(min_scale, max_scale, hysteresis, refill, few, of_steps),
     )
 
 
@@ -110,8 +128,8 @@ def variant() -> Variant:
     return Variant(
         kernel=_update_scale_kernel,
         arguments=(
-            *("*fp32", "*i32", "*i32", "*i64", "*i64", "*i32"),
-            *("fp32", "fp32", "i32", "fp32", "fp32", "i32", "i32"),
+            *("*fp32", "*i32", "*i32", "*i64", "*i32"),
+            *("fp32", "fp32", "i32", "fp32", "fp32", "i32", "i32", "i32", "i32"),
         ),
         constants=(),
         num_warps=1,
@@ -152,19 +170,22 @@ def _check_refill(value: int) -> int:
     return value
 
 
+def _check_tolerance(value: tuple[int, int]) -> tuple[int, int]:
+    """Returns `value`; raises unless it is (m, n) with 0 <= m < n <= 10^6."""
+    few, of_steps = value
+    if not 0 <= few < of_steps <= _FINEST:
+        raise ValueError(f"tolerance: expected (m, n) with 0 <= m < n <= 10**6, got {value}.")
+    return few, of_steps
+
+
 def check_scale_state(
-    scale: Tensor,
-    growth_tracker: Tensor,
-    overflows_left: Tensor,
-    steps: Tensor,
-    skipped_steps: Tensor,
+    scale: Tensor, growth_tracker: Tensor, overflows_left: Tensor, counters: Tensor
 ) -> None:
     """Raises unless the tensors are those that `update_scale_` documents, on one device."""
     check_state("scale", scale, torch.float32, ())
     check_state("growth_tracker", growth_tracker, torch.int32, (), scale.device)
     check_state("overflows_left", overflows_left, torch.int32, (), scale.device)
-    check_state("steps", steps, torch.int64, (), scale.device)
-    check_state("skipped_steps", skipped_steps, torch.int64, (), scale.device)
+    check_state("counters", counters, torch.int64, (6,), scale.device)
 
 
 def checked_numbers(
@@ -175,7 +196,8 @@ def checked_numbers(
     max_scale: float,
     hysteresis: int,
     refill: int,
-) -> tuple[float, float, int, float, float, int, int]:
+    tolerance: tuple[int, int],
+) -> tuple[float, float, int, float, float, int, int, int, int]:
     """Returns the numbers of `update_scale_`; raises unless they are as it documents."""
     return (
         _check_factor("growth_factor", growth_factor, 1.0, math.inf),
@@ -185,6 +207,7 @@ def checked_numbers(
         _check_factor("max_scale", max_scale, 0.0, math.inf),
         _check_count("hysteresis", hysteresis),
         _check_refill(refill),
+        *_check_tolerance(tolerance),
     )
 
 
@@ -192,8 +215,7 @@ def update_scale_(
     scale: Tensor,
     growth_tracker: Tensor,
     overflows_left: Tensor,
-    steps: Tensor,
-    skipped_steps: Tensor,
+    counters: Tensor,
     found_inf: Tensor,
     *,
     growth_factor: float,
@@ -203,6 +225,7 @@ def update_scale_(
     max_scale: float,
     hysteresis: int,
     refill: int,
+    tolerance: tuple[int, int],
 ) -> None:
     """Moves a dynamic loss scale by one step in place on its device, without a host sync.
 
@@ -212,8 +235,7 @@ def update_scale_(
         scale: `[]`, float32. Changed, see the top of this module.
         growth_tracker: `[]`, int32. Good steps since the scale moved or a step overflowed.
         overflows_left: `[]`, int32. Overflows from which on the scale backs off; at least 0.
-        steps: `[]`, int64. Raised by 1.
-        skipped_steps: `[]`, int64. Raised by 1 if `found_inf` is not 0.
+        counters: `[6]`, int64, contiguous: see the top of this module.
         found_inf: `[]`, int32. Not 0: the step overflowed.
         growth_factor: Above 1. A power of two keeps the scale one.
         backoff_factor: Above 0, below 1.
@@ -222,6 +244,8 @@ def update_scale_(
         max_scale: Ceiling, above 0 and finite.
         hysteresis: What `overflows_left` becomes when the scale grows, from 1 to 2^31 - 1.
         refill: 0 to 3, a sum of what else makes it that: 1 for a good step, 2 for backing off.
+        tolerance: (few, of_steps), 0 <= few < of_steps <= 10^6: a share of overflows from which on
+            the scale backs off.
 
     Raises:
         TypeError: If an argument that should be a tensor or an integer is none.
@@ -229,22 +253,24 @@ def update_scale_(
             cannot run the kernels. Nothing is written then.
 
     Example:
-        >>> scale, steps, skipped = torch.tensor(1024.0), torch.tensor(0), torch.tensor(0)
+        >>> scale, counters = torch.tensor(1024.0), torch.zeros(6, dtype=torch.int64)
         >>> tracker, left = (torch.tensor(n, dtype=torch.int32) for n in (0, 1))
-        >>> state = (scale, tracker, left, steps, skipped, torch.tensor(1, dtype=torch.int32))
+        >>> state = (scale, tracker, left, counters, torch.tensor(1, dtype=torch.int32))
         >>> update_scale_(*state, growth_factor=2.0, backoff_factor=0.5, growth_interval=2000,
-        ...               min_scale=1.0, max_scale=2.0**24, hysteresis=1, refill=0)
-        >>> scale.item(), steps.item(), skipped.item()
-        (512.0, 1, 1)
+        ...               min_scale=1.0, max_scale=2.0**24, hysteresis=1, refill=0,
+        ...               tolerance=(0, 1))
+        >>> scale.item(), counters.tolist()
+        (512.0, [1, 1, 1, 0, 0, 0])
     """
     check_state("scale", scale, torch.float32, ())
     device = scale.device
     check_device(_update_scale_kernel, device)
     check_state("found_inf", found_inf, torch.int32, (), device)
-    state = (scale, growth_tracker, overflows_left, steps, skipped_steps)
+    state = (scale, growth_tracker, overflows_left, counters)
     check_scale_state(*state)
     numbers = checked_numbers(
-        growth_factor, backoff_factor, growth_interval, min_scale, max_scale, hysteresis, refill
+        *(growth_factor, backoff_factor, growth_interval, min_scale, max_scale),
+        *(hysteresis, refill, tolerance),
     )
     variant().launch(1, *state, found_inf, *numbers)
     mark_written(*state)

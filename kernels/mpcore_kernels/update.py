@@ -52,11 +52,7 @@ class ScaleMove(Protocol):
         """See there."""
 
     @property
-    def steps(self) -> Tensor:
-        """See there."""
-
-    @property
-    def skipped_steps(self) -> Tensor:
+    def counters(self) -> Tensor:
         """See there."""
 
     @property
@@ -85,6 +81,10 @@ class ScaleMove(Protocol):
 
     @property
     def refill(self) -> int:
+        """See there."""
+
+    @property
+    def tolerance(self) -> tuple[int, int]:
         """See there."""
 
 
@@ -254,15 +254,15 @@ def update_(
         )
     torch.autograd.graph.increment_version([*plan.written, saturated])
     if then is not None and launches:
-        mark_written(*move[:5])
+        mark_written(*move[:4])
     elif then is not None:
-        scale.variant().launch(1, *move[:5], found_inf, *move[5:])
+        scale.variant().launch(1, *move[:4], found_inf, *move[4:])
 
 
 def _arguments(
     then: ScaleMove | None, coefficient: Tensor, found_inf: Tensor, saturated: Tensor
 ) -> tuple[Any, ...]:
-    """Returns what a launch needs to move the loss scale: five tensors, seven numbers.
+    """Returns what a launch needs to move the loss scale: four tensors, nine numbers.
 
     Raises:
         TypeError, ValueError: If they are not what `update_scale_` documents, or a tensor that is
@@ -270,9 +270,9 @@ def _arguments(
     """
     if then is None:
         # not looked at; of the right types
-        stand_ins = (coefficient, found_inf, found_inf, saturated, saturated)
-        return (*stand_ins, 0.0, 0.0, 0, 0.0, 0.0, 0, 0)
-    state = (then.scale, then.growth_tracker, then.overflows_left, then.steps, then.skipped_steps)
+        stand_ins = (coefficient, found_inf, found_inf, saturated)
+        return (*stand_ins, 0.0, 0.0, 0, 0.0, 0.0, 0, 0, 0, 0)
+    state = (then.scale, then.growth_tracker, then.overflows_left, then.counters)
     check_state("scale", then.scale, torch.float32, (), coefficient.device)
     scale.check_scale_state(*state)
     read = (coefficient, found_inf)
@@ -287,5 +287,6 @@ def _arguments(
             then.max_scale,
             then.hysteresis,
             then.refill,
+            then.tolerance,
         ),
     )

@@ -88,8 +88,7 @@ class Backend(Protocol):
         scale: Tensor,
         growth_tracker: Tensor,
         overflows_left: Tensor,
-        steps: Tensor,
-        skipped_steps: Tensor,
+        counters: Tensor,
         found_inf: Tensor,
         *,
         growth_factor: float,
@@ -99,6 +98,7 @@ class Backend(Protocol):
         max_scale: float,
         hysteresis: int,
         refill: int,
+        tolerance: tuple[int, int],
     ) -> None:
         """Moves a dynamic loss scale by one step."""
 

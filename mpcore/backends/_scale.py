@@ -16,8 +16,7 @@ class ScaleMove:
     scale: Tensor
     growth_tracker: Tensor
     overflows_left: Tensor
-    steps: Tensor
-    skipped_steps: Tensor
+    counters: Tensor
     growth_factor: float
     backoff_factor: float
     growth_interval: int
@@ -25,6 +24,7 @@ class ScaleMove:
     max_scale: float
     hysteresis: int
     refill: int
+    tolerance: tuple[int, int]
 
     def arguments(self) -> dict[str, Any]:
         """Returns the arguments of `update_scale_` by name, `found_inf` left out."""
@@ -32,12 +32,32 @@ class ScaleMove:
 
 
 @torch.no_grad()
+def count_step_(counters: Tensor, found_inf: Tensor) -> None:
+    """Counts a step, whether it was skipped, and skips in a row; no host sync.
+
+    Args:
+        counters: As for `update_scale_`.
+        found_inf: 0-d; non-zero means overflow.
+
+    Example:
+        >>> counters = torch.tensor([7, 2, 1, 0, 0, 0])
+        >>> count_step_(counters, torch.tensor(1))
+        >>> counters[:3].tolist()
+        [8, 3, 2]
+    """
+    bad = (found_inf != 0).to(counters.device)
+    steps, skipped, in_a_row = counters.unbind()[:3]
+    steps.add_(1)
+    skipped.add_(bad)
+    in_a_row.add_(1).mul_(bad)
+
+
+@torch.no_grad()
 def update_scale_(
     scale: Tensor,
     growth_tracker: Tensor,
     overflows_left: Tensor,
-    steps: Tensor,
-    skipped_steps: Tensor,
+    counters: Tensor,
     found_inf: Tensor,
     *,
     growth_factor: float,
@@ -47,6 +67,7 @@ def update_scale_(
     max_scale: float,
     hysteresis: int,
     refill: int,
+    tolerance: tuple[int, int],
 ) -> None:
     """Follows `mpcore.loss_scale.next_state` in place on the device, without a host sync.
 
@@ -54,8 +75,8 @@ def update_scale_(
         scale: 0-d float32.
         growth_tracker: 0-d int32.
         overflows_left: 0-d int32.
-        steps: 0-d int64.
-        skipped_steps: 0-d int64.
+        counters: int64 `[6]`: steps, skipped steps, skips in a row, overflows at the minimum; steps
+            since the scale moved, and how many of them overflowed.
         found_inf: 0-d; non-zero means overflow.
         growth_factor: See `mpcore.DynamicLossScale`, also for the others.
         backoff_factor: Likewise.
@@ -65,19 +86,22 @@ def update_scale_(
         hysteresis: Likewise.
         refill: A sum of what fills `overflows_left` up again besides growth: 1 for a clean step, 2
             for backing off.
+        tolerance: (m, n): the scale backs off once m of n steps since it moved overflowed.
 
     Example:
-        >>> scale, steps, skipped = torch.tensor(1024.0), torch.tensor(0), torch.tensor(0)
+        >>> scale, counters = torch.tensor(1024.0), torch.zeros(6, dtype=torch.int64)
         >>> tracker, left = (torch.tensor(n, dtype=torch.int32) for n in (0, 1))
-        >>> update_scale_(scale, tracker, left, steps, skipped, torch.tensor(1), growth_factor=2.0,
+        >>> update_scale_(scale, tracker, left, counters, torch.tensor(1), growth_factor=2.0,
         ...               backoff_factor=0.5, growth_interval=2000, min_scale=1.0,
-        ...               max_scale=2.0**24, hysteresis=1, refill=0)
-        >>> scale.item(), steps.item(), skipped.item()
-        (512.0, 1, 1)
+        ...               max_scale=2.0**24, hysteresis=1, refill=0, tolerance=(0, 1))
+        >>> scale.item(), counters.tolist()
+        (512.0, [1, 1, 1, 0, 0, 0])
     """
     bad = found_inf != 0
-    steps.add_(1)
-    skipped_steps.add_(bad)
+    count_step_(counters, found_inf)
+    at_min, since, overflows = counters.unbind()[3:]
+    since.add_(1)
+    overflows.add_(bad)
     left = (overflows_left - bad.to(torch.int32)).clamp_(min=0)
     tracker = torch.where(bad, 0, growth_tracker + 1)
     grow = tracker >= growth_interval
@@ -85,7 +109,12 @@ def update_scale_(
     wide = scale.double()
     lower = (wide * backoff_factor).float().clamp_(min=min_scale)
     higher = (wide * growth_factor).float().clamp_(max=max_scale)
-    backs_off = bad & (left == 0)
+    few, of_steps = tolerance
+    backs_off = bad & (left == 0) & (overflows * of_steps >= since * few)
+    at_min.add_(backs_off & (scale <= min_scale))
+    stays = (grow | backs_off).logical_not()
+    since.mul_(stays)
+    overflows.mul_(stays)
     held = torch.where(backs_off, lower, scale)
     full = grow
     if refill & 1:

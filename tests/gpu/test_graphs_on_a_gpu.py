@@ -4,7 +4,8 @@ import pytest
 import torch
 import triton
 from mpcore.backends import reference
-from mpcore.loss_scale import LossScaleState, LossScaleTensors
+from mpcore.loss_scale import LossScaleState
+from mpcore.scale_tensors import LossScaleTensors
 
 from mpcore_kernels import Launcher
 from mpcore_kernels._table import CHUNK

@@ -4,7 +4,8 @@ import pytest
 import torch
 import triton
 from mpcore.backends import reference
-from mpcore.loss_scale import DynamicLossScale, LossScaleTensors, initial_state, next_state
+from mpcore.loss_scale import DynamicLossScale, initial_state, next_state
+from mpcore.scale_tensors import LossScaleTensors
 
 import mpcore_kernels
 from mpcore_kernels import inspect, update_scale_, widen_into

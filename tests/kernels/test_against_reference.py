@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from mpcore.backends import Backend, reference
-from mpcore.loss_scale import LossScaleState, LossScaleTensors
+from mpcore.loss_scale import LossScaleState
+from mpcore.scale_tensors import LossScaleTensors
 
 import mpcore_kernels
 from mpcore_kernels._table import CHUNK
@@ -219,14 +220,15 @@ def test_backends_widen_alike(values, device):
     history=st.lists(st.sampled_from([0, 0, 0, 1]), max_size=12),
     hysteresis=st.integers(1, 3),
     refill=st.integers(0, 3),
+    tolerance=st.sampled_from([(0, 1), (1, 3), (3, 4)]),
 )
-def test_backends_update_the_scale_alike(history, hysteresis, refill, device):
+def test_backends_update_the_scale_alike(history, hysteresis, refill, tolerance, device):
     results = []
     for backend in (mpcore_kernels, reference):
         state = LossScaleTensors.from_state(LossScaleState(8.0, 0, hysteresis, 0, 0), device)
         for found_inf in history:
             backend.update_scale_(
-                *(getattr(state, name) for name in LossScaleState._fields[:5]),
+                *(state.scale, state.growth_tracker, state.overflows_left, state.counters),
                 torch.tensor(found_inf, dtype=torch.int32, device=device),
                 growth_factor=3.0,
                 backoff_factor=0.375,  # kernels take float32 factors
@@ -235,6 +237,7 @@ def test_backends_update_the_scale_alike(history, hysteresis, refill, device):
                 max_scale=100.1,
                 hysteresis=hysteresis,
                 refill=refill,
+                tolerance=tolerance,
             )
         results.append(state.to_state())
     assert results[0] == results[1]

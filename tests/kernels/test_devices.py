@@ -14,6 +14,7 @@ RULE = {
     "max_scale": 8.0,
     "hysteresis": 1,
     "refill": 0,
+    "tolerance": (0, 1),
 }
 
 
@@ -42,7 +43,7 @@ def arguments(name, device):
     if name == "inspect":
         return {"grads": pair(half, device), "coefficient": one}
     integers = {n: scalar(torch.int32, device) for n in ("growth_tracker", "overflows_left")}
-    integers |= {n: scalar(torch.int64, device) for n in ("steps", "skipped_steps")}
+    integers["counters"] = torch.zeros(6, dtype=torch.int64, device=device)
     return {"scale": one} | integers | {"found_inf": scalar(torch.int32, device)}
 
 

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from mpcore import DynamicLossScale
-from mpcore.loss_scale import LossScaleState, LossScaleTensors, initial_state, next_state
+from mpcore.loss_scale import LossScaleState, initial_state, next_state
+from mpcore.scale_tensors import LossScaleTensors
 
 from mpcore_kernels import update_scale_
 
@@ -19,12 +20,25 @@ RULE = {
     "max_scale": 2.0**24,
     "hysteresis": 2,
     "refill": 0,
+    "tolerance": (0, 1),
+}
+
+
+#: shares of steps, and the same in whole numbers
+TOLERANCES = {
+    0.0: (0, 1),
+    0.05: (1, 20),
+    0.5: (1, 2),
+    2 / 3: (2, 3),
+    0.999999: (999_999, 1_000_000),
 }
 
 
 def rule_of(loss_scale):
     numbers = {name: getattr(loss_scale, name) for name in RULE}
-    return numbers | {"refill": {"growth": 0, "clean": 1, "clean_or_backoff": 3}[loss_scale.refill]}
+    refill = {"growth": 0, "clean": 1, "clean_or_backoff": 3}[loss_scale.refill]
+    tolerance = TOLERANCES[loss_scale.tolerance]
+    return numbers | {"refill": refill, "tolerance": tolerance}
 
 
 def placed(state, device):
@@ -36,8 +50,7 @@ def update(tensors, found_inf, device, **rule):
         tensors.scale,
         tensors.growth_tracker,
         tensors.overflows_left,
-        tensors.steps,
-        tensors.skipped_steps,
+        tensors.counters,
         torch.tensor(found_inf, dtype=torch.int32, device=device),
         **rule,
     )
@@ -55,6 +68,7 @@ def loss_scales(draw):
         max_scale=2.0**high,
         hysteresis=draw(st.sampled_from([1, 2, 3, 16])),
         refill=draw(st.sampled_from(["growth", "clean", "clean_or_backoff"])),
+        tolerance=draw(st.sampled_from(sorted(TOLERANCES))),
     )
 
 
@@ -72,11 +86,20 @@ def test_update_scale_follows_the_specification_over_any_history(loss_scale, his
     tracker=st.sampled_from([0, 1, 5, 2**31 - 2]),
     left=st.integers(-1, 3),
     steps=st.sampled_from([0, 2**31 - 1, 2**40]),
+    since=st.sampled_from([0, 19, 2**31 - 1, 2**42]),
+    overflows=st.sampled_from([0, 1, 2**30, 2**42]),
+    tolerance=st.sampled_from(sorted(TOLERANCES)),
+    scale=st.sampled_from([0.5, 1.0, 2.0]),
     found_inf=st.sampled_from([0, 1]),
 )
-def test_update_scale_goes_on_from_any_state(tracker, left, steps, found_inf, device):
-    loss_scale = DynamicLossScale(growth_interval=2**31 - 1, hysteresis=3)
-    state = LossScaleState(2.0**10, tracker, max(left, 0), steps, steps // 2)
+def test_update_scale_goes_on_from_any_state(
+    tracker, left, steps, since, overflows, tolerance, scale, found_inf, device
+):
+    loss_scale = DynamicLossScale(
+        growth_interval=2**31 - 1, hysteresis=3, tolerance=tolerance, min_scale=1.0
+    )
+    counters = (steps, steps // 2, steps // 3, steps // 4, since, min(overflows, since))
+    state = LossScaleState(scale, tracker, max(left, 0), *counters)
     tensors = placed(state, device)
     update(tensors, found_inf, device, **rule_of(loss_scale))
     assert tensors.to_state() == next_state(loss_scale, state, found_inf=bool(found_inf))
@@ -95,32 +118,32 @@ def test_update_scale_stays_within_its_bounds(device):
 def test_update_scale_takes_any_found_inf_but_zero_for_an_overflow(found_inf, device):
     tensors = placed(LossScaleState(8.0, 1, 1, 5, 2), device)
     update(tensors, found_inf, device, **RULE)
-    assert tensors.to_state() == LossScaleState(4.0, 0, 0, 6, 3)
+    assert tensors.to_state() == LossScaleState(4.0, 0, 0, 6, 3, 1)
 
 
 def test_update_scale_reads_and_writes_views_at_any_offset_and_nothing_around_them(device):
     for i in range(5):
         scales = torch.full((5,), 8.0, device=device)
         counts = torch.ones(5, dtype=torch.int32, device=device)
-        longs = torch.ones(5, dtype=torch.int64, device=device)
-        left, steps, skipped = torch.ones_like(counts), torch.ones_like(longs), longs.clone()
+        left, many = torch.ones_like(counts), torch.ones(8, dtype=torch.int64, device=device)
         found_inf = torch.tensor(1, dtype=torch.int32, device=device)
-        update_scale_(scales[i], counts[i], left[i], steps[i], skipped[i], found_inf, **RULE)
+        counters = many[i % 3 : i % 3 + 6]
+        update_scale_(scales[i], counts[i], left[i], counters, found_inf, **RULE)
         expected = [
             (scales, 4.0, 8.0),
             (counts, 0, 1),
             (left, 0, 1),
-            (steps, 2, 1),
-            (skipped, 2, 1),
         ]
         for tensor, here, around in expected:
             assert tensor.tolist() == [here if j == i else around for j in range(5)]
+        before, after = [1] * (i % 3), [1] * (2 - i % 3)
+        assert many.tolist() == [*before, 2, 2, 2, 1, 0, 0, *after]
 
 
 def test_update_scale_tells_autograd_what_it_wrote(device):
     tensors = placed(LossScaleState(8.0, 1, 1, 5, 2), device)
     written = [tensors.scale, tensors.growth_tracker, tensors.overflows_left]
-    written += [tensors.steps, tensors.skipped_steps]
+    written.append(tensors.counters)
     versions = [tensor._version for tensor in written]
     update(tensors, 1, device, **RULE)
     assert all(t._version > v for t, v in zip(written, versions, strict=True))
@@ -137,6 +160,9 @@ def test_update_scale_tells_autograd_what_it_wrote(device):
         ("growth_interval", 2**31),
         ("hysteresis", 0),
         ("refill", 4),
+        ("tolerance", (-1, 2)),
+        ("tolerance", (2, 2)),
+        ("tolerance", (1, 2_000_000)),
         ("min_scale", 0.0),
         ("max_scale", math.inf),
         ("max_scale", math.nan),
@@ -155,6 +181,6 @@ def test_update_scale_refuses_wrong_dtypes_and_counts(device):
         update(tensors, 1, device, **(RULE | {"hysteresis": 1.0}))
     with pytest.raises(TypeError, match="refill: expected an integer"):
         update(tensors, 1, device, **(RULE | {"refill": True}))
-    tensors.steps = tensors.steps.int()
-    with pytest.raises(ValueError, match="steps: expected a contiguous"):
+    tensors.counters = tensors.counters.int()
+    with pytest.raises(ValueError, match="counters: expected a contiguous"):
         update(tensors, 1, device, **RULE)

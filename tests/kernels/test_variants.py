@@ -21,6 +21,7 @@ SCALE = {
     "max_scale": 2.0**24,
     "hysteresis": 1,
     "refill": 0,
+    "tolerance": (0, 1),
 }
 
 
@@ -61,8 +62,8 @@ def call_every_launcher(device):
     for statistics in (False, True):
         mpcore_kernels.inspect(grads, one, 1.0, statistics=statistics)
     counters = [scalar(torch.int32, device) for _ in range(2)]
-    steps = [scalar(torch.int64, device) for _ in range(2)]
-    mpcore_kernels.update_scale_(one, *counters, *steps, found_inf, **SCALE)
+    counters.append(torch.zeros(6, dtype=torch.int64, device=device))
+    mpcore_kernels.update_scale_(one, *counters, found_inf, **SCALE)
 
 
 def test_every_public_function_is_called_here():

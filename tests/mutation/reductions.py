@@ -214,10 +214,25 @@ SCALE = mutants(
     ),
     (
         "a skipped step is no step",
-        "tl.load(steps_ptr) + 1",
-        "tl.load(steps_ptr) + 1 - bad.to(tl.int64)",
+        "tl.store(counters_ptr, tl.load(counters_ptr) + 1)",
+        "tl.store(counters_ptr, tl.load(counters_ptr) + 1 - failed)",
     ),
-    ("good steps count as skipped", "bad.to(tl.int64)", "1"),
+    (
+        "good steps count as skipped",
+        "tl.load(counters_ptr + 1) + failed",
+        "tl.load(counters_ptr + 1) + 1",
+    ),
+    ("skips in a row outlive a clean step", "(tl.load(counters_ptr + 2) + 1) * failed", "failed"),
+    ("every backing off is one at the minimum", "backs_off & (scale <= min_scale)", "backs_off"),
+    (
+        "none is at the minimum",
+        "backs_off & (scale <= min_scale)",
+        "backs_off & (scale < min_scale)",
+    ),
+    ("a tolerated share is too much", "overflows * of_steps >= since * few", "of_steps > few"),
+    ("the share itself is tolerated", "of_steps >= since * few", "of_steps > since * few"),
+    ("only backing off begins to count anew", "((grow | backs_off) == 0)", "(backs_off == 0)"),
+    ("only growth begins to count anew", "((grow | backs_off) == 0)", "(grow == 0)"),
 )
 COUNTS = mutants(
     "_chunks.py",

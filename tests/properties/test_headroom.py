@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mpcore import HeadroomLossScale
 from mpcore.errors import ArgumentError, ArgumentTypeError
-from mpcore.loss_scale import LossScaleState, LossScaleTensors, initial_state, next_state
+from mpcore.loss_scale import LossScaleState, initial_state, next_state
+from mpcore.scale_tensors import LossScaleTensors
 from torch import nn
 
 from mpcore_testing.bits import same_bits

@@ -16,13 +16,13 @@ from mpcore.errors import ArgumentError, ArgumentTypeError
 from mpcore.loss_scale import (
     DynamicLossScale,
     LossScaleState,
-    LossScaleTensors,
     NoLossScale,
     StaticLossScale,
     check_loss_scale,
     initial_state,
     next_state,
 )
+from mpcore.scale_tensors import LossScaleTensors
 
 CPU = torch.device("cpu")
 HISTORIES = st.lists(st.booleans(), max_size=40)
@@ -40,6 +40,7 @@ def dynamic_scales(draw: st.DrawFn) -> DynamicLossScale:
         max_scale=2.0**high,
         hysteresis=draw(st.integers(1, 4)),
         refill=draw(st.sampled_from(["growth", "clean", "clean_or_backoff"])),
+        tolerance=draw(st.sampled_from([0.0, 0.0, 0.1, 0.3, 0.5, 2 / 3, 0.9])),
     )
 
 
@@ -51,18 +52,20 @@ def exponents(scale: DynamicLossScale, history: list[bool]) -> list[int]:
     """An oracle in whole exponents: counts overflows that weigh, has no budget."""
     names = ("init", "growth_factor", "backoff_factor", "min_scale", "max_scale")
     log2 = {name: int(math.log2(getattr(scale, name))) for name in names}
-    exponent, overflows, clean, seen = log2["init"], 0, 0, []
-    for bad in history:
+    exponent, overflows, clean, seen, moved = log2["init"], 0, 0, [], 0
+    for now, bad in enumerate(history, start=1):
         clean = 0 if bad else clean + 1
         overflows += bad
-        if bad and overflows >= scale.hysteresis:
+        share = sum(history[moved:now]) / (now - moved)
+        if bad and overflows >= scale.hysteresis and share >= scale.tolerance:
             exponent = max(exponent + log2["backoff_factor"], log2["min_scale"])
             overflows = 0 if scale.refill == "clean_or_backoff" else overflows
+            moved = now
         if not bad and scale.refill.startswith("clean"):
             overflows = 0
         if clean == scale.growth_interval:
             exponent = min(exponent + log2["growth_factor"], log2["max_scale"])
-            clean = overflows = 0
+            clean, overflows, moved = 0, 0, now
         seen.append(exponent)
     return seen
 
@@ -92,12 +95,19 @@ def test_the_tensors_follow_the_specification_step_by_step(scale: Any, history: 
     st.integers(-126, 126),
     st.integers(0, 2**31 - 2),
     st.integers(0, 2**31 - 1),
+    st.tuples(st.integers(0, 2**42), st.integers(0, 2**42)),
     st.booleans(),
 )
 def test_the_tensors_follow_the_specification_from_any_loaded_state(
-    scale: DynamicLossScale, exponent: int, tracker: int, left: int, bad: bool
+    scale: DynamicLossScale,
+    exponent: int,
+    tracker: int,
+    left: int,
+    since: tuple[int, int],
+    bad: bool,
 ) -> None:
-    state = LossScaleState(2.0**exponent, tracker, left, 2**40, 2**39)
+    counters = (2**40, 2**39, 2**33, 2**35, *since)
+    state = LossScaleState(2.0**exponent, tracker, left, *counters)
     tensors = LossScaleTensors.from_state(state, CPU)
     assert tensors.to_state() == state
     tensors.advance_(scale, torch.tensor(bad))
@@ -118,6 +128,8 @@ def test_steps_and_skips_are_counted_whatever_the_kind_of_scale(
 ) -> None:
     for number, state in enumerate(states(scale, history), start=1):
         assert (state.steps, state.skipped_steps) == (number, sum(history[:number]))
+        clean_ones = [i for i, bad in enumerate(history[:number], start=1) if not bad]
+        assert state.skips_in_a_row == number - max(clean_ones, default=0)
         assert isinstance(scale, DynamicLossScale) or state.scale == initial_state(scale).scale
 
 
@@ -177,7 +189,8 @@ def test_300000_clean_steps_never_reach_infinity() -> None:
 
 def test_1000_overflows_never_reach_zero() -> None:
     scale = DynamicLossScale(min_scale=2.0**-126)
-    expected = LossScaleState(2.0**-126, 0, 0, 1000, 1000)
+    # 2^16 reaches it by 142 halvings
+    expected = LossScaleState(2.0**-126, 0, 0, 1000, 1000, 1000, 1000 - 142)
     for follow in (states, tensor_states):
         assert follow(scale, [True] * 1000)[-1] == expected
     assert math.isfinite(torch.tensor(expected.scale).reciprocal().item())
@@ -196,7 +209,7 @@ def test_the_scale_grows_exactly_at_the_interval_and_an_overflow_restarts_it(fol
 def test_any_non_zero_found_inf_is_an_overflow(found_inf: float) -> None:
     tensors = LossScaleTensors.from_state(initial_state(DynamicLossScale()), CPU)
     tensors.advance_(DynamicLossScale(), torch.tensor(found_inf))
-    assert tensors.to_state() == LossScaleState(2.0**15, 0, 0, 1, 1)
+    assert tensors.to_state() == LossScaleState(2.0**15, 0, 0, 1, 1, 1)
 
 
 def test_the_tensors_are_changed_in_place_and_keep_their_dtypes() -> None:
@@ -207,7 +220,7 @@ def test_the_tensors_are_changed_in_place_and_keep_their_dtypes() -> None:
     tensors.assign_(LossScaleState(4.0, 3, 2, 1, 0))
     after = [getattr(tensors, field.name) for field in dataclasses.fields(tensors)]
     assert all(a is b for a, b in zip(before, after, strict=True))
-    kinds = (torch.float32, torch.int32, torch.int32, torch.int64, torch.int64)
+    kinds = (torch.float32, torch.int32, torch.int32, torch.int64)
     kinds += (torch.float64, torch.float64)
     assert tuple(tensor.dtype for tensor in after) == kinds
     assert tensors.to_state() == LossScaleState(4.0, 3, 2, 1, 0)
@@ -282,6 +295,27 @@ def test_an_integer_too_large_for_a_float_is_a_bad_argument_too(name: str) -> No
 def test_a_dynamic_scale_rejects_an_init_outside_its_bounds(arguments: dict[str, float]) -> None:
     with pytest.raises(ArgumentError, match=r"init: expected .*min_scale, max_scale.*, got \S+\. "):
         DynamicLossScale(**arguments)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.0, 2, math.nan, math.inf])
+def test_a_tolerance_is_a_share(value: float) -> None:
+    with pytest.raises(ArgumentError, match=r"^tolerance: expected a share from 0 to below 1, got"):
+        DynamicLossScale(tolerance=value)
+
+
+@pytest.mark.parametrize("value", ["x", "", None, True])
+def test_what_happens_at_the_minimum_is_one_of_three_things(value: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"^at_min: expected one of 'clamp', 'warn', 'raise'"):
+        DynamicLossScale(at_min=value)
+
+
+@pytest.mark.parametrize("follow", [states, tensor_states])
+def test_overflows_at_the_minimum_are_those_that_could_not_lower_the_scale(follow: Any) -> None:
+    scale = DynamicLossScale(2.0, min_scale=1.0, hysteresis=2, growth_interval=3)
+    history = [c == "x" for c in "xx.xx.x...xx.x"]
+    counted = [state.overflows_at_min for state in follow(scale, history)]
+    # the budget is used up by the second; growth to 2 at the tenth fills it up
+    assert counted == [0, 0, 0, 1, 2, 2, 3, 3, 3, 3, 3, 3, 3, 4]
 
 
 def test_the_edges_of_every_range_are_accepted() -> None:

@@ -12,7 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from mpcore import DynamicLossScale
-from mpcore.loss_scale import LossScaleTensors, initial_state, next_state
+from mpcore.loss_scale import initial_state, next_state
+from mpcore.scale_tensors import LossScaleTensors
 
 #: steps are overflows or not; the scale after each of them
 Rule = Callable[[list[bool], int], Iterator[float]]
@@ -118,14 +119,21 @@ def deepspeed_as_documented(consecutive: bool) -> Rule:
     return rule
 
 
-def fairseq(history: list[bool], window: int) -> Iterator[float]:
-    scale, last_overflow = 2.0**7, -1
-    for now, bad in enumerate(history):
-        if bad:
-            scale, last_overflow = max(scale / 2, 2.0**-13), now
-        elif (now - last_overflow) % window == 0:
-            scale *= 2
-        yield scale
+def fairseq(tolerance: float) -> Rule:
+    """Its code forgets overflows only when it backs off, and counts them on after it has grown."""
+
+    def rule(history: list[bool], window: int) -> Iterator[float]:
+        scale, last_overflow, last_rescale, overflows = 2.0**7, -1, -1, 0
+        for now, bad in enumerate(history):
+            if bad:
+                last_overflow, overflows = now, overflows + 1
+                if overflows / (now - last_rescale) >= tolerance:
+                    scale, last_rescale, overflows = max(scale / 2, 2.0**-13), now, 0
+            elif (now - last_overflow) % window == 0:
+                scale, last_rescale, overflows = scale * 2, now, 0
+            yield scale
+
+    return rule
 
 
 def paddle(every: int) -> Rule:
@@ -155,7 +163,9 @@ CASES: dict[str, tuple[DynamicLossScale, Rule]] = {
     "megatron": (DynamicLossScale.megatron(), megatron),
     "deepspeed": (DynamicLossScale.deepspeed(), deepspeed_as_documented(False)),
     "consecutive": (DynamicLossScale.deepspeed(consecutive=True), deepspeed_as_documented(True)),
-    "fairseq": (DynamicLossScale.fairseq(), fairseq),
+    "fairseq": (DynamicLossScale.fairseq(), fairseq(0.0)),
+    "fairseq 0.05": (DynamicLossScale.fairseq(tolerance=0.05), fairseq(0.05)),
+    "fairseq 0.3": (DynamicLossScale.fairseq(tolerance=0.3), fairseq(0.3)),
     "paddle": (DynamicLossScale.paddle(), paddle(1)),
     "paddle 3": (DynamicLossScale.paddle(decr_every_n=3), paddle(3)),
 }
@@ -193,7 +203,7 @@ def test_a_preset_moves_as_its_system(
 def test_a_preset_has_the_window_of_its_system(name: str) -> None:
     windows = {"megatron": 1000, "deepspeed": 1000, "consecutive": 1000, "fairseq": 2**14}
     preset, rule = CASES[name]
-    window = windows.get(name, 2000)
+    window = windows.get(name.split()[0], 2000)
     history = [False] * (2 * window + 1)
     assert specified(preset, history) == list(rule(history, window))
     assert specified(preset, history)[window - 2 : window] == [preset.init, 2 * preset.init]

@@ -66,8 +66,7 @@ class Move:
     scale: torch.Tensor
     growth_tracker: torch.Tensor
     overflows_left: torch.Tensor
-    steps: torch.Tensor
-    skipped_steps: torch.Tensor
+    counters: torch.Tensor
     growth_factor: float = 2.0
     backoff_factor: float = 0.5
     growth_interval: int = 2
@@ -75,18 +74,19 @@ class Move:
     max_scale: float = 2.0**20
     hysteresis: int = 1
     refill: int = 0
+    tolerance: tuple = (0, 1)
 
     @staticmethod
     def on(device, scale=1024.0):
         """A fresh one."""
-        counters = [scalar(n, torch.int32, device) for n in (0, 1)]
-        steps = [scalar(0, torch.int64, device) for _ in range(2)]
-        return Move(scalar(scale, FULL, device), *counters, *steps)
+        single = [scalar(n, torch.int32, device) for n in (0, 1)]
+        counters = torch.zeros(6, dtype=torch.int64, device=device)
+        return Move(scalar(scale, FULL, device), *single, counters)
 
     def values(self):
         """The state, on the host."""
         state = (self.scale, self.growth_tracker, self.overflows_left)
-        return [t.item() for t in (*state, self.steps, self.skipped_steps)]
+        return [*(t.item() for t in state), *self.counters.tolist()]
 
 
 class Twin:

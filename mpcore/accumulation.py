@@ -1,0 +1,165 @@
+"""Gradients of several backward passes, unscaled and added up in float32.
+
+    after each of them:  buffer = buffer + float32(gradient) * (1 / S);  the gradient is dropped
+
+float16 and bfloat16 sums lose what is smaller than half their last place; a float32 sum keeps it.
+Passes may have scales of their own, since what is added is unscaled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mpcore.backends import Backend
+from mpcore.gradients import StepGradients
+from mpcore.masters import Masters
+
+# elements that are unscaled before they are added: bounds the memory needed besides the buffers
+_AT_ONCE = 2**24
+
+
+class Overflow(NamedTuple):
+    """A backward pass whose gradients were not finite.
+
+    Attributes:
+        micro_batch: Which one of the step, from 0, in the order in which gradients were added up.
+        loss: Its name; "" is the optimizer's own.
+        parameters: The names of the parameters whose gradient was not finite.
+    """
+
+    micro_batch: int
+    loss: str
+    parameters: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one or several backward passes with one scale have added.
+
+    Attributes:
+        loss: The name of the loss.
+        parts: Its gradients, some parameters each; what was found in them is kept.
+    """
+
+    loss: str
+    parts: tuple[StepGradients, ...]
+
+    def found_inf(self) -> Tensor:
+        """Returns 0-d bool: whether a gradient was not finite; no host sync."""
+        return torch.stack([part.found_inf() != 0 for part in self.parts]).any()
+
+    def largest(self) -> Tensor | None:
+        """Returns the largest magnitude of its float16 gradients, None if nobody looked."""
+        seen = [part.largest for part in self.parts if part.largest is not None]
+        return torch.stack(seen).amax() if seen else None
+
+    def flags(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields (parameter, 0-d int32 flag)."""
+        for part in self.parts:
+            yield from part.flags()
+
+
+class Accumulation:
+    """The sums of one step. Nothing here syncs with the host.
+
+    Args:
+        masters: Where the masters are.
+        backend: Unscales.
+    """
+
+    def __init__(self, masters: Masters, backend: Backend) -> None:
+        self.micro_batches: list[MicroBatch] = []
+        self._masters = masters
+        self._backend = backend
+        self._sums: dict[Tensor, Tensor] = {}
+
+    @torch.no_grad()
+    def add(
+        self, params: Sequence[Tensor], coefficient: Tensor, loss: str, finds_largest: bool
+    ) -> None:
+        """Adds gradients to the sums and drops them.
+
+        Args:
+            params: Parameters that have a gradient; 16-bit ones have a master.
+            coefficient: 0-d float32, what unscales them.
+            loss: The name of the loss.
+            finds_largest: Whether its scale wants the largest one.
+        """
+        parts = []
+        for some in _slices(params):
+            part = StepGradients(
+                some, self._masters, self._backend, coefficient, finds_largest=finds_largest
+            )
+            part.apply()
+            self._add(part)
+            part.release()
+            for param in some:
+                param.grad = None
+            parts.append(part)
+        self.micro_batches.append(MicroBatch(loss, tuple(parts)))
+
+    def _add(self, part: StepGradients) -> None:
+        old, new = [], []
+        for param, grad in zip(part.params, part.final(), strict=True):
+            held = self._sums.setdefault(param, grad)
+            if held is not grad:
+                old.append(held)
+                new.append(grad)
+        if old:
+            torch._foreach_add_(old, new)
+
+    def hand_over(self) -> list[Tensor]:
+        """Makes the sums the gradients of masters, and of parameters without; returns whose."""
+        for param, total in self._sums.items():
+            self._masters.of(param).grad = total
+        return list(self._sums)
+
+    def losses(self) -> list[str]:
+        """Returns the names of the losses that took part."""
+        return list(dict.fromkeys(micro_batch.loss for micro_batch in self.micro_batches))
+
+    def outcome(self, loss: str) -> tuple[Tensor, Tensor | None]:
+        """Returns found_inf of one loss, 0-d int32, and its largest gradient if it was looked for.
+
+        Both are where the masters' decisions are made: on the device of its first gradient.
+        """
+        own = [micro_batch for micro_batch in self.micro_batches if micro_batch.loss == loss]
+        found = torch.stack([micro_batch.found_inf() for micro_batch in own]).any().int()
+        seen = [largest for largest in map(MicroBatch.largest, own) if largest is not None]
+        return found, torch.stack(seen).amax() if seen else None
+
+    def overflows(self, name_of: Callable[[Tensor], str]) -> list[Overflow]:
+        """Returns which micro-batches were not finite, and where; syncs with the host."""
+        found = []
+        for number, micro_batch in enumerate(self.micro_batches):
+            names = tuple(name_of(param) for param, flag in micro_batch.flags() if int(flag))
+            if names:
+                found.append(Overflow(number, micro_batch.loss, names))
+        return found
+
+    def flags(self) -> dict[Tensor, Tensor]:
+        """Returns for each parameter whether any of its gradients was not finite, 0-d int32."""
+        found: dict[Tensor, Tensor] = {}
+        for micro_batch in self.micro_batches:
+            for param, flag in micro_batch.flags():
+                found[param] = found[param] | flag if param in found else flag
+        return found
+
+
+def _slices(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yields parameters in slices of about `_AT_ONCE` elements."""
+    some: list[Tensor] = []
+    room = _AT_ONCE
+    for param in params:
+        some.append(param)
+        room -= param.numel()
+        if room <= 0:
+            yield some
+            some, room = [], _AT_ONCE
+    if some:
+        yield some

@@ -1,0 +1,177 @@
+"""Several losses into one model, each with a scale of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mpcore._scaling import scale_outputs
+from mpcore.errors import ArgumentError
+from mpcore.loss_scale import (
+    DynamicLossScale,
+    LossScale,
+    LossScaleState,
+    NoLossScale,
+    initial_state,
+    resumed_state,
+)
+from mpcore.scale_tensors import LossScaleTensors
+from mpcore.skip_alarm import SkipAlarm
+
+if TYPE_CHECKING:
+    from mpcore.backward_passes import BackwardPasses
+
+
+@dataclass
+class Losses:
+    """The losses of an optimizer that have a scale of their own.
+
+    Attributes:
+        each: By name.
+        totals: Counters of the optimizer's steps, whatever losses they had, like those of a loss
+            scale; None as long as there is only the optimizer's own loss, which then counts them.
+    """
+
+    each: dict[str, ScaledLoss] = field(default_factory=dict)
+    totals: Tensor | None = None
+
+    def add(
+        self,
+        optimizer: BackwardPasses,
+        name: str,
+        scaling: LossScale,
+        own: LossScaleTensors,
+    ) -> ScaledLoss:
+        """Makes another loss and returns it; see `MixedPrecisionOptimizer.add_loss`."""
+        if not isinstance(name, str) or not name or name in self.each:
+            raise ArgumentError(
+                f"name: expected a new one that is not empty, got {name!r}. There are already "
+                f"{list(self.each)}."
+            )
+        if self.totals is None:
+            self.totals = own.counters.clone()
+        self.each[name] = ScaledLoss(optimizer, name, scaling, own.scale.device)
+        return self.each[name]
+
+    def to_states(self) -> dict[str, LossScaleState]:
+        """Returns the state of each loss; syncs with the host."""
+        return {name: loss.tensors.to_state() for name, loss in self.each.items()}
+
+    def resume(self, states: dict[str, LossScaleState], totals: Sequence[int]) -> None:
+        """Overwrites all states with saved ones, as their settings let them go on; no host sync."""
+        for name, loss in self.each.items():
+            state = resumed_state(loss.scaling, states[name])
+            loss.tensors.assign_(state)
+            loss.watch(state.overflows_at_min)
+        if self.totals is not None:
+            for tensor, value in zip(self.totals.unbind(), totals, strict=True):
+                tensor.fill_(value)
+
+    def note(self) -> None:
+        """Lets every alarm look at its counters after a step; no host sync."""
+        for loss in self.each.values():
+            loss.note()
+
+
+class ScaledLoss:
+    """One of several losses of an optimizer, with a scale of its own.
+
+    `MixedPrecisionOptimizer.add_loss` makes it. Its `backward` adds gradients to float32 sums,
+    which the optimizer's next `step` takes. The step is skipped if any loss of it overflowed; only
+    the scales of those that did back off.
+
+    Args:
+        optimizer: Whose loss it is.
+        name: What checkpoints and reports call it.
+        scaling: How its scale moves.
+        device: Where the scale is kept.
+    """
+
+    def __init__(
+        self,
+        optimizer: BackwardPasses,
+        name: str,
+        scaling: LossScale,
+        device: torch.device,
+    ) -> None:
+        self.name = name
+        self.scaling = scaling
+        self.tensors = LossScaleTensors.from_state(initial_state(scaling), device)
+        self._optimizer = optimizer
+        self.watch(0)
+
+    def watch(self, overflows_at_min: int) -> None:
+        """Starts a new alarm, for a state that has that counter."""
+        at_min = self.scaling.at_min if isinstance(self.scaling, DynamicLossScale) else "clamp"
+        self.alarm = SkipAlarm(at_min, overflows_at_min=overflows_at_min)
+
+    def backward(
+        self,
+        loss: Tensor,
+        *,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        inputs: Sequence[Tensor] | None = None,
+    ) -> None:
+        """Scales, runs the backward pass, adds the unscaled gradients in float32; no host sync.
+
+        Gradients that other losses have left are added first, so order does not matter. `p.grad` is
+        None afterwards.
+
+        Args:
+            loss: 0-d, any floating dtype.
+            retain_graph: As in `Tensor.backward`, like the two others.
+            create_graph: See there.
+            inputs: See there.
+
+        Raises:
+            StageError: Gradients of this step are already unscaled, or some were never scaled.
+        """
+        stage = self._optimizer._stage
+        stage.accumulate(f"backward() of {self.name!r}")
+        if not isinstance(self.scaling, NoLossScale):
+            loss = scale_outputs(loss, self.tensors.scale)
+        try:
+            loss.backward(  # type: ignore[no-untyped-call]
+                retain_graph=retain_graph, create_graph=create_graph, inputs=inputs
+            )
+        except BaseException:
+            # half a backward pass, and of another scale than what may follow
+            for group in self._optimizer.param_groups:
+                for param in group["params"]:
+                    param.grad = None
+            raise
+        stage.accumulate(f"backward() of {self.name!r}", self)
+
+    @property
+    def loss_scale(self) -> float:
+        """The scale of its next backward pass; reading it syncs with the host."""
+        return float(self.tensors.scale)
+
+    @property
+    def steps(self) -> int:
+        """Steps that it took part in; syncs."""
+        return int(self.tensors.count("steps"))
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many of them were skipped because of it; syncs."""
+        return int(self.tensors.count("skipped_steps"))
+
+    def note(self) -> None:
+        """Lets the alarm look at the counters after a step; no host sync."""
+        self.alarm.note(self.tensors.counters)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {key: value for key, value in self.__dict__.items() if key != "alarm"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self.watch(int(self.tensors.count("overflows_at_min")))
+
+    def __repr__(self) -> str:
+        return f"ScaledLoss({self.name!r}, {self.scaling})"
