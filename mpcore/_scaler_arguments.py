@@ -10,19 +10,18 @@ from typing import Any, SupportsIndex
 
 from torch import Tensor
 
-from mpcore import loss_scale
 from mpcore._checks import LARGEST_SCALE, SIXTEEN_BIT, SMALLEST_SCALE
 from mpcore.loss_scale import AT_MIN, REFILLS
+from mpcore.scaler_counters import NAMES, new_values
 
 # what a state_dict holds besides torch's keys
 EXTRAS = ("min_scale", "max_scale", "hysteresis", "refill", "tolerance", "at_min")
-COUNTERS = ("_overflows_left", *(f"_{name}" for name in loss_scale.COUNTERS))
 # the lowest number that each integer may be
 _COUNTS = {
     "growth_interval": 1,
     "hysteresis": 1,
     "_growth_tracker": 0,
-    **dict.fromkeys(COUNTERS, 0),
+    **dict.fromkeys(NAMES[:-2], 0),
 }
 
 LARGEST_INT32 = 2**31 - 1
@@ -48,21 +47,19 @@ def checked_state(state: dict[str, Any]) -> dict[str, Any]:
     check_factor("growth factor", state["growth_factor"], 1.0, math.inf)
     check_factor("backoff factor", state["backoff_factor"], 0.0, 1.0)
     check_choices(state["refill"], state["tolerance"], state["at_min"])
-    fresh = dict(zip(COUNTERS, new_counters(state["hysteresis"]), strict=True))
+    fresh = dict(zip(NAMES, new_values(state["hysteresis"]), strict=True))
     whole = {**fresh, **state, "scale": min(max(state["scale"], low), high)}
     for key, lowest in _COUNTS.items():
         whole[key] = check_count(key.strip("_").replace("_", " "), whole[key], lowest)
     # the tracker is counted up before it is compared
     whole["_growth_tracker"] = min(whole["_growth_tracker"], LARGEST_INT32 - 1)
+    for key in NAMES[-2:]:
+        if not isinstance(whole[key], float) or not 0 <= whole[key] < math.inf:
+            raise AssertionError(f"{key} must be a finite number >= 0, got {whole[key]!r}.")
     for key in ("_steps_since_move", "_overflows_since_move"):
         whole[key] = min(whole[key], 2**42)  # they are multiplied by up to 10^6
     left = min(whole["_overflows_left"], whole["hysteresis"], LARGEST_INT32)
     return {**whole, "_overflows_left": left, "min_scale": low, "max_scale": high}
-
-
-def new_counters(hysteresis: int) -> tuple[int, ...]:
-    """Returns the values of `COUNTERS` before the first step."""
-    return (hysteresis, *(0 for _ in COUNTERS[1:]))
 
 
 def is_float32(value: float) -> bool:

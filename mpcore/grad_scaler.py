@@ -66,6 +66,7 @@ class GradScaler(ScaleCourse):
     def _forget_steps(self) -> None:
         """Makes what is no part of a checkpoint."""
         self._checks: dict[int, GradCheck] = {}
+        self._largest: list[Tensor] = []  # gradients of this iteration
         # by identity: an optimizer may compare by value, and then has no hash
         self._last: dict[int, tuple[Callable[[], Any], ScalerStep]] = {}
         self._last_step: ScalerStep | None = None
@@ -128,6 +129,7 @@ class GradScaler(ScaleCourse):
         self, optimizer: torch.optim.Optimizer, check: GradCheck, home: torch.device
     ) -> dict[torch.device, Tensor]:
         self._checks[id(optimizer)] = check
+        self._largest += check.largest.values()
         return {home: check.found_inf(home)} if check.params else {}
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
@@ -158,7 +160,13 @@ class GradScaler(ScaleCourse):
 
     def _checks_done(self) -> None:
         self._checks.clear()
+        self._largest.clear()
         self._last = {key: kept for key, kept in self._last.items() if kept[0]() is not None}
+
+    def _largest_gradient(self, device: torch.device) -> Tensor:
+        seen = [super()._largest_gradient(device)]
+        seen += (largest.to(device, non_blocking=True) for largest in self._largest)
+        return torch.stack(seen).amax()
 
     def _current(self) -> Tensor:
         return self._check_scale_growth_tracker("step")[0]
@@ -176,7 +184,7 @@ class GradScaler(ScaleCourse):
     def __getstate__(self) -> dict[str, Any]:
         """Returns what is pickled: no results, which hold the parameters of optimizers."""
         state: dict[str, Any] = super().__getstate__()
-        for name in ("_checks", "_last", "_last_step", "_warned"):
+        for name in ("_checks", "_largest", "_last", "_last_step", "_warned"):
             del state[name]
         return state
 

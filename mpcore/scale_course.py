@@ -12,7 +12,6 @@ from torch.amp.grad_scaler import _refresh_per_optimizer_state
 
 from mpcore._checks import LARGEST_SCALE, SMALLEST_SCALE
 from mpcore._scaler_arguments import (
-    COUNTERS,
     EXTRAS,
     LARGEST_INT32,
     check_bounds,
@@ -22,11 +21,11 @@ from mpcore._scaler_arguments import (
     check_in_bounds,
     checked_state,
     is_float32,
-    new_counters,
     widened,
 )
 from mpcore.backends import Backend, ScaleMove, reference
 from mpcore.backends._scale import count_step_
+from mpcore.headroom import HeadroomLossScale, ScaleAndPeaks, advance_headroom_
 from mpcore.loss_scale import (
     REFILLS,
     DynamicLossScale,
@@ -36,6 +35,7 @@ from mpcore.loss_scale import (
     tolerated,
 )
 from mpcore.scaler_checks import GradChecker
+from mpcore.scaler_counters import NAMES, ScalerCounters, Values, new_values
 from mpcore.skip_alarm import SkipAlarm
 
 _T = TypeVar("_T", bound="ScaleCourse")
@@ -65,10 +65,10 @@ class ScaleCourse(torch.amp.GradScaler):
         )
         self._forget_steps()
         self._moves = True
+        self._headroom: HeadroomLossScale | None = None
         self._checker = GradChecker()
         self._alarm = SkipAlarm(at_min)
-        # overflows left, and the counters of a loss scale: made with the scale
-        self._counts: tuple[Tensor, Tensor] | None = None
+        self._counts: ScalerCounters | None = None  # made with the scale
         if not self._enabled:
             return
         self._min_scale, self._max_scale = float(min_scale), float(max_scale)
@@ -79,7 +79,7 @@ class ScaleCourse(torch.amp.GradScaler):
         check_factor("backoff factor", backoff_factor, 0.0, 1.0)
         self._growth_interval = check_count("growth interval", growth_interval)
         self._hysteresis = check_count("hysteresis", hysteresis)
-        self._init_counters = new_counters(self._hysteresis)
+        self._init_counters = new_values(self._hysteresis)
         check_choices(refill, tolerance, at_min)
 
     def _forget_steps(self) -> None:
@@ -90,8 +90,10 @@ class ScaleCourse(torch.amp.GradScaler):
         """Returns a scaler whose scale moves as a native loss scale does, or stays.
 
         Args:
-            loss_scale: `DynamicLossScale(...)`, one of its presets, `StaticLossScale(scale)` or
-                `NoLossScale()`, whose gradients are still checked.
+            loss_scale: `DynamicLossScale(...)`, one of its presets, `StaticLossScale(scale)`,
+                `NoLossScale()`, whose gradients are still checked, or `HeadroomLossScale(...)`,
+                which leaves room above the largest gradient of any dtype: autocast's backward
+                passes make those of float32 parameters in 16 bits.
             device: As for the constructor.
             enabled: Likewise.
 
@@ -115,10 +117,22 @@ class ScaleCourse(torch.amp.GradScaler):
                 tolerance=loss_scale.tolerance,
                 at_min=loss_scale.at_min,
             )
+        if isinstance(loss_scale, HeadroomLossScale):
+            scaler = cls(
+                device,
+                loss_scale.init,
+                backoff_factor=loss_scale.backoff_factor,
+                enabled=enabled,
+                min_scale=loss_scale.min_scale,
+                max_scale=loss_scale.max_scale,
+            )
+            scaler._headroom = loss_scale
+            scaler._checker = GradChecker(finds_largest=True)
+            return scaler
         if not isinstance(loss_scale, (StaticLossScale, NoLossScale)):
             raise TypeError(
-                "loss_scale: expected DynamicLossScale, StaticLossScale or NoLossScale, got "
-                f"{type(loss_scale).__name__}. A HeadroomLossScale is for MixedPrecisionOptimizer."
+                "loss_scale: expected DynamicLossScale, HeadroomLossScale, StaticLossScale or "
+                f"NoLossScale, got {type(loss_scale).__name__}."
             )
         scale = loss_scale.scale if isinstance(loss_scale, StaticLossScale) else 1.0
         scaler = cls(device, scale, enabled=enabled)
@@ -127,13 +141,7 @@ class ScaleCourse(torch.amp.GradScaler):
 
     def _lazy_init_scale_growth_tracker(self, dev: torch.device) -> None:
         super()._lazy_init_scale_growth_tracker(dev)
-        self._counts = self._new_counts(dev)
-
-    def _new_counts(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        left = torch.empty((), dtype=torch.int32, device=device)
-        counters = torch.empty(len(COUNTERS) - 1, dtype=torch.int64, device=device)
-        _fill(left, counters, self._init_counters)
-        return left, counters
+        self._counts = ScalerCounters(self._init_counters, dev)
 
     def scale(self, outputs: Any) -> Any:
         """Multiplies outputs by the scale, 16-bit ones in float32; no host sync.
@@ -180,21 +188,26 @@ class ScaleCourse(torch.amp.GradScaler):
         self._per_optimizer_states = defaultdict(_refresh_per_optimizer_state)
         self._checks_done()
         if self._counts is not None:
-            self._alarm.note(self._counts[1])  # last: it may raise
+            self._alarm.note(self._counts.counters)  # last: it may raise
 
     def _checks_done(self) -> None:
         """Ends an iteration: for the part that knows optimizers."""
 
     def _move(self, scale: Tensor, tracker: Tensor, found_inf: Tensor) -> None:
         if self._counts is None:  # somebody made the scale without scale()
-            self._counts = self._new_counts(scale.device)
-        left, counters = self._counts
-        if self._moves:
+            self._counts = ScalerCounters(self._init_counters, scale.device)
+        counts = self._counts
+        if self._headroom is not None:
+            state = ScaleAndPeaks(scale, tracker, counts.peak, counts.peak_before)
+            largest = self._largest_gradient(scale.device)
+            advance_headroom_(self._headroom, state, found_inf, largest)
+            count_step_(counts.counters, found_inf)
+        elif self._moves:
             move = ScaleMove(
                 scale=scale,
                 growth_tracker=tracker,
-                overflows_left=left,
-                counters=counters,
+                overflows_left=counts.left,
+                counters=counts.counters,
                 growth_factor=self._growth_factor,
                 backoff_factor=self._backoff_factor,
                 growth_interval=min(self._growth_interval, LARGEST_INT32),
@@ -207,7 +220,11 @@ class ScaleCourse(torch.amp.GradScaler):
             backend = self._backend_for(scale.device)
             backend.update_scale_(**move.arguments(), found_inf=found_inf)
         else:
-            count_step_(counters, found_inf)
+            count_step_(counts.counters, found_inf)
+
+    def _largest_gradient(self, device: torch.device) -> Tensor:
+        """Returns the largest one of the iteration: for the part that knows optimizers."""
+        return torch.zeros((), dtype=torch.float64, device=device)
 
     def _backend_for(self, device: torch.device) -> Backend:
         # kernels take float32 factors; torch's take 0.8 as it is
@@ -217,24 +234,24 @@ class ScaleCourse(torch.amp.GradScaler):
     @property
     def steps(self) -> int:
         """Iterations that `update` has counted; syncs."""
-        return self._counters()[1]
+        return int(self._counters()[1])
 
     @property
     def skipped_steps(self) -> int:
         """Iterations in which an optimizer was skipped; syncs."""
-        return self._counters()[2]
+        return int(self._counters()[2])
 
     @property
     def skips_in_a_row(self) -> int:
         """The last of them, without a clean one between; syncs."""
-        return self._counters()[3]
+        return int(self._counters()[3])
 
-    def _counters(self) -> tuple[int, ...]:
+    def _counters(self) -> Values:
         if not self._enabled:
-            return new_counters(0)
+            return new_values(0)
         if self._counts is None:
             return self._init_counters
-        return (int(self._counts[0]), *self._counts[1].tolist())
+        return self._counts.values()
 
     def set_growth_factor(self, new_factor: float) -> None:
         """Sets the growth factor, a finite number above 1."""
@@ -262,7 +279,7 @@ class ScaleCourse(torch.amp.GradScaler):
         if not self._enabled:
             return {}
         extras = {name: getattr(self, f"_{name}") for name in EXTRAS}
-        counters = dict(zip(COUNTERS, self._counters(), strict=True))
+        counters = dict(zip(NAMES, self._counters(), strict=True))
         return {**super().state_dict(), **extras, **counters}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -289,10 +306,10 @@ class ScaleCourse(torch.amp.GradScaler):
         super().load_state_dict(loaded)
         for name in EXTRAS:
             setattr(self, f"_{name}", loaded[name])
-        self._init_counters = tuple(loaded[name] for name in COUNTERS)
+        self._init_counters = tuple(loaded[name] for name in NAMES)
         self._alarm = _new_alarm(self._at_min, self._init_counters)
         if self._counts is not None:
-            _fill(*self._counts, self._init_counters)
+            self._counts.fill_(self._init_counters)
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns what is pickled: tensors are made again with the next loss."""
@@ -300,14 +317,9 @@ class ScaleCourse(torch.amp.GradScaler):
         if self._enabled:
             state["_init_counters"] = counters = self._counters()
             state["_alarm"] = _new_alarm(self._at_min, counters)
-        return {**state, "_counts": None, "_checker": GradChecker()}
+        checker = GradChecker(self._checker.finds_largest)
+        return {**state, "_counts": None, "_checker": checker}
 
 
-def _new_alarm(at_min: str, counters: tuple[int, ...]) -> SkipAlarm:
-    return SkipAlarm(at_min, overflows_at_min=counters[COUNTERS.index("_overflows_at_min")])
-
-
-def _fill(left: Tensor, counters: Tensor, values: tuple[int, ...]) -> None:
-    """Overwrites the counters of a scaler, without a host sync."""
-    for tensor, value in zip((left, *counters.unbind()), values, strict=True):
-        tensor.fill_(value)
+def _new_alarm(at_min: str, counters: Values) -> SkipAlarm:
+    return SkipAlarm(at_min, overflows_at_min=int(counters[NAMES.index("_overflows_at_min")]))

@@ -24,11 +24,13 @@ class GradCheck:
         flags: Per device int32 `[params]`, not 0 where a gradient was not finite.
         flushed: Per device 0-d int64: values of 16-bit gradients that unscaling in place turned
             into 0.
+        largest: Per device 0-d float64, the largest unscaled magnitude, if it was looked for.
     """
 
     params: dict[torch.device, list[Tensor]] = field(default_factory=dict)
     flags: dict[torch.device, Tensor] = field(default_factory=dict)
     flushed: dict[torch.device, Tensor] = field(default_factory=dict)
+    largest: dict[torch.device, Tensor] = field(default_factory=dict)
 
     def found_inf(self, home: torch.device) -> Tensor:
         """Returns 1 if a gradient was not finite and 0 otherwise, 0-d float32; no host sync."""
@@ -48,9 +50,14 @@ class GradCheck:
 
 
 class GradChecker:
-    """Goes over the gradients of optimizers with the backends that their devices have."""
+    """Goes over the gradients of optimizers with the backends that their devices have.
 
-    def __init__(self) -> None:
+    Args:
+        finds_largest: Whether to look for the largest gradient, which reads them once more.
+    """
+
+    def __init__(self, finds_largest: bool = False) -> None:
+        self.finds_largest = finds_largest
         self._backends: dict[tuple[torch.device, bool], Backend] = {}
 
     def unscale_(self, groups: Groups, coefficient: Tensor) -> GradCheck:
@@ -65,6 +72,7 @@ class GradChecker:
             before = _nonzero(narrow, device)
             flags = torch.zeros(len(grads), dtype=torch.int32, device=device)
             factor = coefficient.to(device, non_blocking=True)
+            self._note_largest(grads, factor, check)
             self._backend(device, grads).unscale_(grads, factor, flags)
             check.flushed[device] = before - _nonzero(narrow, device)
             return flags
@@ -79,11 +87,18 @@ class GradChecker:
 
         def look(device: torch.device, grads: list[Tensor], check: GradCheck) -> Tensor:
             factor = coefficient.to(device, non_blocking=True)
+            self._note_largest(grads, factor, check)
             if any(grad.dtype == torch.float64 for grad in grads):  # no backend inspects those
                 return torch.stack([(g * factor).isfinite().all().logical_not() for g in grads])
             return self._backend(device, grads).inspect(grads, factor, None).kinds
 
         return _each_device(groups, look)
+
+    def _note_largest(self, grads: list[Tensor], factor: Tensor, check: GradCheck) -> None:
+        some = [grad for grad in grads if grad.numel()]
+        if self.finds_largest and some:
+            norms = torch.stack([n.double() for n in torch._foreach_norm(some, torch.inf)])
+            check.largest[factor.device] = norms.amax() * factor
 
     def backend(self, device: torch.device) -> Backend:
         """Returns the backend that moves a loss scale on a device."""

@@ -278,33 +278,6 @@ def test_accumulated_micro_batches_are_one_step() -> None:
     assert scaler.steps == 1
 
 
-@pytest.mark.parametrize(
-    ("loss_scale", "expected"),
-    [
-        (mpcore.DynamicLossScale.megatron(), [2.0**32, 2.0**31, 2.0**30]),
-        (mpcore.DynamicLossScale(init=8.0, hysteresis=2, refill="clean_or_backoff"), [8, 4, 4]),
-        (mpcore.DynamicLossScale(init=8.0, min_scale=4.0), [4, 4, 4]),
-        (mpcore.StaticLossScale(64.0), [64, 64, 64]),
-        (mpcore.NoLossScale(), [1, 1, 1]),
-    ],
-)
-def test_every_loss_scale_can_drive_it(loss_scale: Any, expected: list[float]) -> None:
-    param = weight(2)
-    optimizer, scaler = torch.optim.SGD([param], lr=0.1), OURS.of(loss_scale, "cpu")
-    scales = []
-    for _ in range(3):
-        train(scaler, optimizer, param, [INF])
-        scales.append(scaler.get_scale())
-    assert scales == expected
-    assert (scaler.steps, scaler.skipped_steps) == (3, 3)
-    assert param.tolist() == [1.0, 1.0]
-
-
-def test_only_loss_scales_can() -> None:
-    with pytest.raises(TypeError, match=r"expected DynamicLossScale.*got float"):
-        OURS.of(1024.0, "cpu")  # type: ignore[arg-type]
-
-
 def test_results_keep_no_optimizer_alive() -> None:
     param = weight(2)
     optimizer, scaler = torch.optim.SGD([param], lr=0.1), OURS("cpu")
