@@ -148,6 +148,17 @@ class Machine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.scaled)
     @rule()
+    def accumulate(self) -> None:
+        """Moves gradients into float32 sums, which changes nothing but where they are."""
+        if self.collected:
+            with pytest.raises(StageError, match="expected to be called before unscale_"):
+                self.optimizer.accumulate()
+            return
+        self.optimizer.accumulate()
+        assert [param.grad for param in self.params] == [None] * 3
+
+    @precondition(lambda self: self.scaled)
+    @rule()
     def unscale(self) -> None:
         if self.unscaled:
             with pytest.raises(StageError, match="expected one call per step"):
