@@ -105,6 +105,27 @@ def test_update_scale_goes_on_from_any_state(
     assert tensors.to_state() == next_state(loss_scale, state, found_inf=bool(found_inf))
 
 
+@pytest.mark.parametrize(
+    ("refill", "history", "expected"),
+    [  # init 16, hysteresis 2; "x" overflows, "." is clean: the tables of docs/loss-scaling.md
+        (0, "x.x.x.x.x", [16, 16, 8, 8, 4, 4, 2, 2, 1]),
+        (0, "xxxxxxxx", [16, 8, 4, 2, 1, 1, 1, 1]),
+        (1, "x.x.x.x.x", [16] * 9),
+        (1, "xxxxxxxx", [16, 8, 4, 2, 1, 1, 1, 1]),
+        (3, "x.x.x.x.x", [16] * 9),
+        (3, "xxxxxxxx", [16, 8, 8, 4, 4, 2, 2, 1]),
+        (2, "xx.x.x.xx", [16, 8, 8, 8, 8, 4, 4, 4, 2]),
+    ],
+)
+def test_update_scale_refills_when_it_is_told_to(refill, history, expected, device):
+    tensors = placed(LossScaleState(16.0, 0, 2, 0, 0), device)
+    scales = []
+    for step in history:
+        update(tensors, int(step == "x"), device, **RULE | {"refill": refill, "growth_interval": 9})
+        scales.append(tensors.scale.item())
+    assert scales == expected
+
+
 def test_update_scale_stays_within_its_bounds(device):
     tensors = placed(LossScaleState(2.0**24, 1, 2, 0, 0), device)
     update(tensors, 0, device, **RULE)
