@@ -116,6 +116,7 @@ class FusedPath:
                 self._saturated.add_(saturated.to(home, non_blocking=True))
         # writes by address, and those of torch's fused kernels, tell autograd nothing
         torch.autograd.graph.increment_version(plan.written)
+        self._masters.note_weights()
         self._note_step()
         return moved
 

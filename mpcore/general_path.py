@@ -200,6 +200,7 @@ class GeneralPath:
                 count,
             )
             saturated.add_(count.to(saturated.device, non_blocking=True))
+        self.masters.note_weights()
 
     def _step_on_device(self, found_inf: Tensor) -> None:
         # torch's fused kernels skip on exactly 1.0; the attributes are its GradScaler's protocol

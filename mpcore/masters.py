@@ -6,7 +6,7 @@ A 16-bit weight loses an update smaller than half its last place; a float32 mast
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mpcore._checks import SIXTEEN_BIT
 from mpcore.backends import Backend
+from mpcore.errors import StageError
 
 Groups = list[dict[str, Any]]
 
@@ -28,6 +29,11 @@ def upcast(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(upcast(item) for item in value)
     return value
+
+
+def _writes(param: Tensor) -> int:
+    """Returns how often a tensor was written to, as far as autograd knows."""
+    return -1 if param.is_inference() else param._version
 
 
 class Masters:
@@ -46,6 +52,7 @@ class Masters:
         self._outer_state = outer_state
         self._master_of: dict[Tensor, Tensor] = {}
         self._known: set[int] = set()  # ids of the keys, which keeps them valid
+        self._seen: dict[int, int] = {}  # by id: writes that a weight had when its master fitted
         #: counts what replaces tensors: plans made of older ones are stale
         self.version = 0
         self.link_state(param for group in inner.param_groups for param in group["params"])
@@ -70,6 +77,7 @@ class Masters:
         master = param.detach().float() if value is None else value.detach()
         self._master_of[param] = master
         self._known.add(id(param))
+        self._seen[id(param)] = _writes(param)
         self.version += 1
         if param in self._inner.state:
             self._inner.state[master] = upcast(self._inner.state.pop(param))
@@ -103,6 +111,7 @@ class Masters:
         self.version += 1
         self._master_of.clear()
         self._known.clear()
+        self._seen.clear()  # the weights that go with these masters are still to come, or there
         self._inner.state.clear()
         self._outer_state.clear()
         for param, state in states.items():
@@ -119,18 +128,67 @@ class Masters:
         """Overwrites every master with its weight; no host sync."""
         for param, master in self._master_of.items():
             master.copy_(param)
+        self.note_weights()
 
     @torch.no_grad()
+    def overwrite(self, pairs: Iterable[tuple[Tensor, Tensor]], backend: Backend) -> None:
+        """Overwrites masters with values, and their weights with these rounded; no host sync.
+
+        Args:
+            pairs: (parameter, value of its master).
+            backend: Rounds.
+        """
+        for param, value in pairs:
+            master = self._master_of[param]
+            master.copy_(value)
+            zero = torch.zeros((), dtype=torch.int32, device=param.device)
+            backend.cast_into([master], [param.detach()], zero, zero.long())
+            self._seen[id(param)] = _writes(param)
+
     def stale(self, backend: Backend) -> list[Tensor]:
         """Returns the weights that are not their rounded masters; syncs with the host."""
-        found = []
-        for param, master in self._master_of.items():
-            expected = param.detach().clone()
-            zero = torch.zeros((), dtype=torch.int32, device=param.device)
-            backend.cast_into([master], [expected], zero, zero.long())
-            if not torch.equal(expected.view(torch.int16), param.detach().view(torch.int16)):
-                found.append(param)
-        return found
+        return [param for param in self._master_of if self._is_stale(param, backend)]
+
+    @torch.no_grad()
+    def _is_stale(self, param: Tensor, backend: Backend) -> bool:
+        weight, rounded = param.detach(), param.detach().clone()
+        zero = torch.zeros((), dtype=torch.int32, device=param.device)
+        backend.cast_into([self._master_of[param]], [rounded], zero, zero.long())
+        # a NaN may have any bits
+        same = (rounded.view(torch.int16) == weight.view(torch.int16)) | (
+            rounded.isnan() & weight.isnan()
+        )
+        return not bool(same.all())
+
+    def note_weights(self) -> None:
+        """Notes that all weights are their rounded masters now; no host sync."""
+        for param in self._master_of:
+            self._seen[id(param)] = _writes(param)
+
+    def check_weights(
+        self, backend: Backend, caller: str, name_of: Callable[[Tensor], str]
+    ) -> None:
+        """Raises if somebody else has changed a weight since; syncs only if one was written to.
+
+        Args:
+            backend: Rounds.
+            caller: The method that asks, for messages.
+            name_of: Names a parameter.
+        """
+        seen = self._seen
+        written = [param for param in self._master_of if seen.get(id(param)) != _writes(param)]
+        stale = [param for param in written if self._is_stale(param, backend)]
+        if stale:
+            names = ", ".join(map(name_of, stale[:3]))
+            more = f" and {len(stale) - 3} more" if len(stale) > 3 else ""
+            raise StageError(
+                f"{caller}: expected weights that are their rounded masters, got others in {names}"
+                f"{more}: they were written to since the last step, or the optimizer's state was "
+                "loaded without the model's. Call sync_masters_from_model() to go on from the "
+                "weights, or load the weights that go with the masters."
+            )
+        for param in written:
+            seen[id(param)] = _writes(param)
 
     @contextmanager
     def in_groups(self) -> Iterator[None]:

@@ -89,6 +89,7 @@ class Stage:
                 params = [p for p in self.gradients.params if self._masters.of(p).grad is not None]
             self.gradients.keep(params)
             return self.gradients
+        self._masters.check_weights(self._backend, caller, self._name_of)
         if self._sums is not None:
             self.gradients = self._summed(caller, external)
             return self.gradients
@@ -201,6 +202,9 @@ class Stage:
                     "first, or call zero_grad()."
                 )
 
+    def _name_of(self, param: Tensor) -> str:
+        return name_of(param, self._groups)
+
     def _check_scaled(self, caller: str, external: External | None, any_gradient: bool) -> None:
         if external is not None and self.scaled:
             raise StageError(
@@ -218,9 +222,7 @@ class Stage:
     ) -> None:
         """Records the step and, last of all, moves the scale unless it has moved; no host sync."""
         found_inf = gradients.found_inf()
-        self.result = StepResult(
-            found_inf, gradients, lambda p: name_of(p, self._groups), self._outside_scale
-        )
+        self.result = StepResult(found_inf, gradients, self._name_of, self._outside_scale)
         if not moved:
             self._advance(gradients, external)
         if self._losses.totals is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -101,13 +101,46 @@ class OptimizerWrapper(torch.optim.Optimizer):
         for param, original in pairs:
             self._masters.create(param, original)
 
-    def sync_masters_from_model(self) -> None:
+    def sync_masters_from_model(self, weights: Mapping[str, Tensor] | None = None) -> None:
         """Overwrites every master with its weight, without a host sync.
 
         Call it after writing to the weights by other means (`model.load_state_dict`, an EMA
-        swap): otherwise the next step overwrites what was written.
+        swap): the next step raises otherwise, or overwrites what was written through `.data`.
+
+        Args:
+            weights: A state dict of higher precision to take instead, by parameter name; what it
+                does not name stays. Weights become its values, rounded.
+
+        Raises:
+            ArgumentError: One of `weights` has another shape or is no floating tensor, or the
+                optimizer was not made from `model.named_parameters()`. Nothing has changed then.
         """
-        self._masters.copy_from_weights()
+        if weights is None:
+            self._masters.copy_from_weights()
+            return
+        named = self._named_with_master(weights)
+        self._masters.overwrite(named, self._module)
+
+    def _named_with_master(self, weights: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Returns (parameter, value) for each master that `weights` names."""
+        pairs = []
+        for group in self.param_groups:
+            if "param_names" not in group:
+                raise ArgumentError(
+                    "sync_masters_from_model: expected an optimizer made from "
+                    "model.named_parameters(), got one without names."
+                )
+            for name, param in zip(group["param_names"], group["params"], strict=True):
+                value = weights.get(name)
+                if value is None or self._masters.of(param) is param:
+                    continue
+                if value.shape != param.shape or not value.is_floating_point():
+                    raise ArgumentError(
+                        f"weights[{name!r}]: expected a floating tensor of shape "
+                        f"{list(param.shape)}, got {list(value.shape)} in {value.dtype}."
+                    )
+                pairs.append((param, value))
+        return pairs
 
     def check_masters(self) -> list[str]:
         """Returns the names of weights that are not their rounded masters; syncs with the host."""
