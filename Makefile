@@ -60,7 +60,7 @@ mutants: $(VENV)/.test ## Put errors into the kernels and see the tests find the
 
 c-steps: $(VENV)/.test ## Write the update rules out as C, after one has changed; build the library.
 	$(BIN)/python -c "from mpcore.backends._c_source import write_header; write_header()"
-	$(BIN)/python -c "from mpcore.backends._c_command import build_levels; build_levels()"
+	$(BIN)/python -c "from mpcore.backends._c_command import build_in_place; build_in_place()"
 
 import-time: $(VENV)/.test ## Measure what `import mpcore` adds to `import torch`.
 	$(BIN)/python .ci/import_time.py

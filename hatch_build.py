@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 import sysconfig
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,18 @@ class CPasses(BuildHookInterface):
         """
         root = Path(self.root)
         command = runpy.run_path(str(root / "mpcore" / "backends" / "_c_command.py"))
-        built = command["build_levels"]()
+        if version == "editable":  # the source tree is what is imported
+            built = command["build_in_place"]()
+        else:
+            self._folder = tempfile.TemporaryDirectory(prefix="mpcore-")
+            built = command["build_levels"](Path(self._folder.name))
+            for path in built:
+                build_data["force_include"][str(path)] = f"mpcore/backends/_built/{path.name}"
         if not built:
             self.app.display_warning(
                 "no C compiler that works: mpcore is built without the compiled backend"
             )
             return
-        build_data["artifacts"] += [path.relative_to(root).as_posix() for path in built]
         build_data["pure_python"] = False
         platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
         build_data["tag"] = f"py3-none-{platform}"

@@ -46,6 +46,12 @@ class External:
     scale: Tensor
     found_inf: Tensor
 
+    @staticmethod
+    def leave(optimizer: object) -> None:
+        """Ends such a step that failed: the scaler would take back what it handed over too late."""
+        for name in ("grad_scale", "found_inf"):
+            vars(optimizer).pop(name, None)
+
     @classmethod
     def of(cls, optimizer: object) -> External | None:
         """Returns what was handed to `optimizer`, None outside of such a step."""

@@ -92,6 +92,8 @@ class Accumulation:
         """
         parts = []
         for some in _slices(params):
+            for param in some:
+                self._own(param)
             part = StepGradients(
                 some, self._masters, self._backend, coefficient, finds_largest=finds_largest
             )
@@ -102,6 +104,14 @@ class Accumulation:
                 param.grad = None
             parts.append(part)
         self.micro_batches.append(MicroBatch(loss, tuple(parts)))
+
+    def _own(self, param: Tensor) -> None:
+        """Gives a gradient that would be unscaled in place memory of its own.
+
+        It may be a view of a bucket that the next pass writes to, or part of a graph.
+        """
+        if self._masters.of(param) is param and param.grad is not None:
+            param.grad = param.grad.detach().clone()
 
     def _add(self, part: StepGradients) -> None:
         old, new = [], []
@@ -115,9 +125,10 @@ class Accumulation:
 
     def hand_over(self) -> list[Tensor]:
         """Makes the sums the gradients of masters, and of parameters without; returns whose."""
-        for param, total in self._sums.items():
+        sums, self._sums = self._sums, {}
+        for param, total in sums.items():
             self._masters.of(param).grad = total
-        return list(self._sums)
+        return list(sums)
 
     def losses(self) -> list[str]:
         """Returns the names of the losses that took part."""

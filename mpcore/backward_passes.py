@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -45,7 +46,7 @@ class BackwardPasses:
         if not self._stage.needs_scale:
             return outputs
         scaled: Outputs = scale_outputs(outputs, self._scale.scale)
-        self._stage.scaled = True
+        self._stage.scaled, self._stage.zeroed = True, False
         return scaled
 
     def backward(
@@ -78,6 +79,11 @@ class BackwardPasses:
             StageError: The gradients were never scaled, or this step's are unscaled already.
         """
         self._stage.accumulate("accumulate()")
+
+    @property
+    def losses(self) -> Mapping[str, ScaledLoss]:
+        """What `add_loss` made, by name."""
+        return MappingProxyType(self._losses.each)
 
     def add_loss(self, name: str, loss_scale: LossScale) -> ScaledLoss:
         """Returns a loss with a scale of its own, for adversarial or multi-task training.

@@ -90,7 +90,7 @@ class FusedPath:
             Whether the scale has moved: with devices that differ, somebody else has to do it.
         """
         plan = gradients.plan
-        if plan is None or gradients.plan_is_stale:
+        if plan is None or gradients.plan_is_stale or gradients.plan_is_old:
             plan = self.plan(gradients.params)
         gradients.inspect()
         coefficient, found_inf = gradients.coefficient, gradients.found_inf()

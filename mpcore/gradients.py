@@ -101,6 +101,7 @@ class StepGradients:
         self.norm: Tensor | None = None
         self.plan = plan
         self.plan_is_stale = False  # whether parameters were left out since
+        self.plan_is_old = False  # whether users could change tensors since
         #: 1 / loss_scale as it was at first: 0-d float32
         self.unscaled_by = coefficient
         #: 0-d float64, the largest magnitude of float16 gradients, unscaled; None: nobody looked
@@ -146,7 +147,9 @@ class StepGradients:
                 halves = [_grad(p) for p in bucket.with_master]
                 grads = [laid_out_like(b, g) for b, g in zip(buffers, halves, strict=True)]
                 for param in bucket.without:
-                    own_memory(param, _grad(param))
+                    grad = own_memory(param, _grad(param))
+                    if grad.stride() != param.stride():
+                        param.grad = laid_out_like(param, grad)
                 self._backend.unscale_into(grads, buffers, coefficient, first)
                 for param, buffer in zip(bucket.with_master, buffers, strict=True):
                     self._masters.of(param).grad = buffer
@@ -314,12 +317,18 @@ class StepGradients:
         self._buckets = [bucket for bucket in self._buckets if bucket.params]
 
     def release(self) -> None:
-        """Drops the masters' gradients: a parameter without one next time must not reuse them."""
+        """Drops the masters' gradients: a parameter without one next time must not reuse them.
+
+        Sums are dropped for all parameters: nobody may take them for gradients of the next pass.
+        """
         if not self.applied:
             return
         for bucket in self._buckets:
             for param in bucket.with_master:
                 self._masters.of(param).grad = None
+            if self.accumulated is not None:
+                for param in bucket.without:
+                    param.grad = None
 
     def _grads(self, params: Sequence[Tensor]) -> list[Tensor]:
         return [_grad(self._masters.of(param)) for param in params]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mpcore._scaling import scale_outputs
-from mpcore.errors import ArgumentError
+from mpcore.errors import ArgumentError, LossScaleError
 from mpcore.loss_scale import (
     DynamicLossScale,
     LossScale,
@@ -38,6 +38,7 @@ class Losses:
 
     each: dict[str, ScaledLoss] = field(default_factory=dict)
     totals: Tensor | None = None
+    _alarm: SkipAlarm = field(default_factory=SkipAlarm)
 
     def add(
         self,
@@ -72,9 +73,21 @@ class Losses:
                 tensor.fill_(value)
 
     def note(self) -> None:
-        """Lets every alarm look at its counters after a step; no host sync."""
+        """Lets every alarm look at its counters after a step; no host sync.
+
+        Raises:
+            LossScaleError: That of the first alarm that raises; all have looked then.
+        """
+        errors = []
+        if self.totals is not None:
+            self._alarm.note(self.totals)
         for loss in self.each.values():
-            loss.note()
+            try:
+                loss.note()
+            except LossScaleError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
 
 class ScaledLoss:
@@ -132,20 +145,21 @@ class ScaledLoss:
             StageError: Gradients of this step are already unscaled, or some were never scaled.
         """
         stage = self._optimizer._stage
-        stage.accumulate(f"backward() of {self.name!r}")
+        caller = f"backward() of {self.name!r}"
+        stage.accumulate(caller)
         if not isinstance(self.scaling, NoLossScale):
             loss = scale_outputs(loss, self.tensors.scale)
         try:
             loss.backward(  # type: ignore[no-untyped-call]
                 retain_graph=retain_graph, create_graph=create_graph, inputs=inputs
             )
+            stage.accumulate(caller, self)
         except BaseException:
-            # half a backward pass, and of another scale than what may follow
+            # gradients of another scale than what may follow
             for group in self._optimizer.param_groups:
                 for param in group["params"]:
                     param.grad = None
             raise
-        stage.accumulate(f"backward() of {self.name!r}", self)
 
     @property
     def loss_scale(self) -> float:

@@ -139,6 +139,7 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
             )
         gradients = self._collect("unscale_()")
         gradients.apply()
+        gradients.inspect()  # of sums: what follows may edit them
         gradients.exposed = True
 
     def grads(self) -> list[Tensor]:
@@ -197,12 +198,17 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
             ArgumentError: A gradient is sparse, or a parameter changed its device or dtype.
             LossScaleError: The loss scale is one with `at_min="raise"`. The step has ended.
         """
-        if closure is not None:
-            return self._step_with_closure(closure)
+        try:
+            return self._step_with_closure(closure) if closure is not None else self._step()
+        except BaseException:
+            External.leave(self)
+            raise
+
+    def _step(self) -> None:
         zeros = None if self._began or External.of(self) else self._stage.collect_zeros()
         if zeros is not None:
             self._paths.initialise_state(zeros)
-            return None
+            return
         collected = self._collect("step()")
         if collected.params:
             self._finish(
@@ -211,7 +217,6 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
         else:
             self._stage.forget_step()
             self._paths.step_without_gradients()
-        return None
 
     def _step_with_closure(self, closure: Callable[[], Any]) -> Any:
         self._stage.forget()
@@ -244,6 +249,7 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
         """
         super().zero_grad(set_to_none)
         self._stage.forget()
+        self._stage.zeroed = not set_to_none
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` returned, in its dtypes; no host sync.

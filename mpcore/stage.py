@@ -52,6 +52,7 @@ class Stage:
     ) -> None:
         self.gradients: StepGradients | None = None
         self.scaled = False  # whether scale() was called since the last step
+        self.zeroed = False  # whether gradients are zeros that zero_grad() left
         self.result: StepResult | None = None
         self._groups = groups
         self._device_of = device_of
@@ -85,6 +86,7 @@ class Stage:
         params = with_gradient(self._groups, self._device_of, self._masters)
         if self.gradients is not None:
             self._check_no_newcomer(caller, params, self.gradients)
+            self.gradients.plan_is_old = True
             if self.gradients.accumulated is not None:  # p.grad of 16-bit parameters is None by now
                 params = [p for p in self.gradients.params if self._masters.of(p).grad is not None]
             self.gradients.keep(params)
@@ -117,7 +119,7 @@ class Stage:
         params = with_gradient(self._groups, self._device_of, self._masters)
         if not params:
             return
-        if loss is None:
+        if loss is None and not self.zeroed:
             self._check_scaled(caller, None, True)
         scaling = self._loss_scaling if loss is None else loss.scaling
         scale = self._tensors.scale if loss is None else loss.tensors.scale
@@ -230,8 +232,11 @@ class Stage:
         self.forget()
         gradients.release()
         self.scaled = False
-        self._alarm.note(self._tensors.counters)  # last: it may raise
-        self._losses.note()
+        # last: they may raise
+        try:
+            self._alarm.note(self._tensors.counters)
+        finally:
+            self._losses.note()
 
     def _advance(self, gradients: StepGradients, external: External | None) -> None:
         """Moves the scale of each loss that took part; no host sync."""
@@ -241,8 +246,12 @@ class Stage:
         if sums is None:
             self._tensors.advance_(scaling, gradients.found_inf(), update, gradients.largest)
             return
-        for name in sums.losses():
-            found_inf, largest = sums.outcome(name)
+        outcomes = {name: sums.outcome(name) for name in sums.losses()}
+        known = torch.stack([found != 0 for found, _ in outcomes.values()]).any()
+        # a sum that overflows although no gradient did: nobody knows whose fault that is
+        unexplained = (gradients.found_inf() != 0) & known.logical_not()
+        for name, (own_found, largest) in outcomes.items():
+            found_inf = ((own_found != 0) | unexplained).int()
             if name == "":
                 self._tensors.advance_(scaling, found_inf, update, largest)
             else:

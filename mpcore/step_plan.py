@@ -68,17 +68,27 @@ class StepPlan:
         devices: A plan for each.
         written: The parameters.
         held: Masters and moments, which lay at `addresses` when the plan was made.
+        states: Masters and their states, which held these moments.
+        moments: (state, name, moment), likewise.
+        inner_state: Where the wrapped optimizer keeps states.
     """
 
     devices: tuple[DevicePlan, ...]
     written: tuple[Tensor, ...]
     held: tuple[Tensor, ...]
     addresses: list[int]
+    states: tuple[tuple[Tensor, dict[str, Any]], ...]
+    moments: tuple[tuple[dict[str, Any], str, Tensor], ...]
+    inner_state: dict[Tensor, dict[str, Any]]
 
     @property
     def in_place(self) -> bool:
-        """Whether masters and moments still lie there: `tensor.data = other` moves them."""
-        return list(map(Tensor.data_ptr, self.held)) == self.addresses
+        """Whether these tensors are still the state, and where they were: `.data =` moves them."""
+        return (
+            list(map(Tensor.data_ptr, self.held)) == self.addresses
+            and all(state.get(name) is moment for state, name, moment in self.moments)
+            and all(self.inner_state.get(master) is state for master, state in self.states)
+        )
 
     def on(self, device: torch.device) -> DevicePlan:
         """Returns the part of one device."""
@@ -112,6 +122,8 @@ def make_plan(
         sorted_params.setdefault(param.device, {}).setdefault(key, []).append(param)
     devices = []
     everything: list[Tensor] = []
+    held_states: list[tuple[Tensor, dict[str, Any]]] = []
+    moments: list[tuple[dict[str, Any], str, Tensor]] = []
     for device, by_key in sorted_params.items():
         batches = []
         for (names, half), members in by_key.items():
@@ -120,6 +132,9 @@ def make_plan(
             counts = rule.counts_steps(names)
             if counts:
                 _gather_steps(states)
+            if names or counts:
+                held_states += zip(held, states, strict=True)
+            moments += [(state, name, state[name]) for state in states for name in names]
             batches.append(
                 Batch(
                     masters=held,
@@ -135,7 +150,15 @@ def make_plan(
         devices.append(DevicePlan(device, list(by_key.values()), plan, rule, groups))
     masters.link_state(params)
     addresses = list(map(Tensor.data_ptr, everything))
-    return StepPlan(tuple(devices), tuple(params), tuple(everything), addresses)
+    return StepPlan(
+        tuple(devices),
+        tuple(params),
+        tuple(everything),
+        addresses,
+        tuple(held_states),
+        tuple(moments),
+        inner_state,
+    )
 
 
 def _complete(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from typing import Any
 
 import mpcore
@@ -226,3 +228,94 @@ def test_large_parameters_are_added_in_slices(
     assert len(optimizer._stage._sums.micro_batches[0].parts) == 3
     optimizer.step()
     assert all((param == -3.0).all() for param in params)
+
+
+def test_a_gradient_in_memory_of_somebody_else_is_copied(engine: Engine) -> None:
+    """DistributedDataParallel's buckets are written to by the next pass."""
+    param, bucket = nn.Parameter(torch.zeros(2)), torch.zeros(2)
+    optimizer = engine.wrap(torch.optim.SGD([param], lr=1.0), mpcore.StaticLossScale(8.0))
+    for size in (1.0, 10.0, 100.0):
+        bucket.zero_()
+        param.grad = bucket
+        optimizer.backward(param.sum() * size)
+        assert param.grad is bucket
+        optimizer.accumulate()
+        assert bucket.tolist() == [8 * size] * 2
+    optimizer.step()
+    assert param.tolist() == [-111.0] * 2
+
+
+def test_sums_are_gone_after_the_step(engine: Engine) -> None:
+    params = [nn.Parameter(torch.zeros(2).half()), nn.Parameter(torch.zeros(2))]
+    optimizer = engine.wrap(torch.optim.SGD(params, lr=1.0), mpcore.StaticLossScale(8.0))
+    for number in (1, 2):  # without zero_grad()
+        optimizer.backward(params[0].float().sum() + params[1].sum())
+        optimizer.accumulate()
+        optimizer.step()
+        assert [param.grad for param in params] == [None, None]
+        assert [param.tolist() for param in params] == [[-number] * 2] * 2
+
+
+def test_the_result_of_a_step_keeps_no_sums_alive(engine: Engine) -> None:
+    param = nn.Parameter(torch.zeros(100).half())
+    optimizer = engine.wrap(torch.optim.SGD([param], lr=1.0), mpcore.StaticLossScale(8.0))
+    optimizer.backward(param.float().sum())
+    optimizer.accumulate()
+    total = weakref.ref(optimizer._stage._sums._sums[param])
+    optimizer.step()
+    gc.collect()
+    assert total() is None
+    assert not optimizer.last_step.skipped
+
+
+def test_a_sum_that_overflows_is_an_overflow_of_all_that_took_part(engine: Engine) -> None:
+    param = nn.Parameter(torch.zeros(2, dtype=BRAIN))
+    rule = mpcore.DynamicLossScale(init=2.0, growth_interval=1, min_scale=2.0**-10)
+    for scale, expected in ((rule, 1.0), (mpcore.NoLossScale(), 1.0)):
+        optimizer = engine.wrap(torch.optim.SGD([param], lr=1.0), scale)
+        for _ in range(3):
+            optimizer.backward((param.float() * 1.5e38).sum())
+            optimizer.accumulate()
+        optimizer.step()
+        assert optimizer.last_step.skipped
+        assert (optimizer.steps, optimizer.skipped_steps) == (1, 1)
+        assert optimizer.loss_scale == expected
+        optimizer.zero_grad()
+
+
+def test_whether_it_skips_is_fixed_when_sums_are_unscaled(engine: Engine) -> None:
+    param = nn.Parameter(torch.zeros(2).half())
+    optimizer = engine.wrap(torch.optim.SGD([param], lr=1.0), mpcore.StaticLossScale(8.0))
+    optimizer.backward(param.float().sum())
+    optimizer.accumulate()
+    optimizer.unscale_()
+    optimizer.grads()[0][0] = torch.inf
+    optimizer.step()
+    assert not optimizer.last_step.skipped
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+def test_a_graph_of_gradients_is_left_alone(engine: Engine) -> None:
+    param = nn.Parameter(torch.full((2,), 2.0))
+    optimizer = engine.wrap(torch.optim.SGD([param], lr=1.0), mpcore.StaticLossScale(4.0))
+    optimizer.backward(param.square().sum(), create_graph=True)
+    penalty = param.grad.square().sum() / 16  # of the unscaled gradient
+    optimizer.accumulate()
+    optimizer.backward(penalty)
+    optimizer.accumulate()
+    optimizer.unscale_()
+    assert optimizer.grads()[0].tolist() == [4.0 + 16.0] * 2
+
+
+@pytest.mark.parametrize("way", ["unscale", "accumulate", "step"])
+def test_a_float32_gradient_of_other_strides_is_not_permuted(engine: Engine, way: str) -> None:
+    param = nn.Parameter(torch.zeros(3, 2))
+    optimizer = engine.wrap(torch.optim.SGD([param], lr=1.0), mpcore.StaticLossScale(2.0))
+    optimizer.scale(torch.zeros(()))
+    param.grad = (torch.arange(6.0).reshape(2, 3) * 2).t()
+    if way == "unscale":
+        optimizer.unscale_()
+    elif way == "accumulate":
+        optimizer.accumulate()
+    optimizer.step()
+    assert param.tolist() == [[0.0, -3.0], [-1.0, -4.0], [-2.0, -5.0]]

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from mpcore.backends import NAMES, _c_command, compiled, cpu, reference, resolve
+from mpcore.backends._c_compiler import comes_built
 from mpcore.errors import ArgumentError, BackendError
 
 HALF = [torch.float16, torch.bfloat16]
@@ -189,6 +190,7 @@ def test_auto_on_a_cpu_is_the_library_of_the_package_or_what_needs_none_and_else
 ) -> None:
     if not built:
         monkeypatch.setattr(_c_command, "BUILT", tmp_path)
+        monkeypatch.setattr("mpcore.backends.comes_built", comes_built.__wrapped__)
     best = ("compiled", compiled) if built else ("cpu", cpu)
     for dtypes in ([], [torch.float16, torch.float64]):
         assert resolve("auto", [torch.device("cpu")], dtypes) == best

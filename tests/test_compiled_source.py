@@ -99,7 +99,7 @@ def test_numbers_in_a_rule_are_float32_exactly():
 
 
 def test_the_loops_are_vectorized():
-    compiler = _c_command.find_compiler()
+    compiler = _c_command.find_compilers()[0]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
     if "Free Software Foundation" not in version.stdout:
         pytest.skip("only GCC says which loops it vectorized")
@@ -152,15 +152,41 @@ def test_a_library_is_for_one_source_and_for_this_processor_or_lesser_ones(monke
     assert _c_command.find_built("NEON") is None
 
 
-def test_building_again_replaces_what_was_built(monkeypatch, tmp_path):
-    monkeypatch.setattr(_c_command, "BUILT", tmp_path / "built")
-    first = _c_command.build_levels()
+def test_building_again_replaces_what_was_built_unless_nothing_works(monkeypatch, tmp_path):
+    folder = tmp_path / "built"
+    monkeypatch.setattr(_c_command, "BUILT", folder)
+    first = _c_command.build_in_place()
     assert first
-    (tmp_path / "built" / "passes-x86-64-0123456789ab.so").touch()
-    assert sorted(_c_command.build_levels()) == sorted(first)
-    assert sorted((tmp_path / "built").iterdir()) == sorted(first)
+    (folder / "passes-x86-64-0123456789ab.so").touch()
+    assert sorted(_c_command.build_in_place()) == sorted(first) == sorted(folder.iterdir())
     monkeypatch.setattr(_c_command, "COMPILERS", ())
-    assert _c_command.build_levels() == list((tmp_path / "built").iterdir()) == []
+    assert _c_command.build_in_place() == []
+    assert sorted(folder.iterdir()) == sorted(first)
+
+
+def test_a_compiler_that_cannot_be_run_is_passed_over(monkeypatch, tmp_path):
+    broken = tmp_path / "cc"
+    broken.write_bytes(b"")
+    broken.chmod(0o755)
+    real = _c_command.find_compilers()[0]
+    monkeypatch.setattr(_c_command, "COMPILERS", (str(broken), real))
+    folder = tmp_path / "built"
+    folder.mkdir()
+    assert _c_command.build_levels(folder)
+    monkeypatch.setattr(_c_command, "COMPILERS", (str(broken),))
+    assert _c_command.build_levels(folder) == []
+
+
+def test_auto_is_the_cpu_backend_where_the_library_cannot_be_loaded_or_found(monkeypatch, tmp_path):
+    broken = tmp_path / "broken.so"
+    broken.write_text("this is no library")
+    with monkeypatch.context() as patch:
+        patch.setattr(_c_compiler, "find_built", lambda: broken)
+        patch.setattr(_c_compiler, "passes", _c_compiler.passes.__wrapped__)
+        assert not _c_compiler.comes_built.__wrapped__()
+    monkeypatch.setattr(_c_command, "SOURCE", tmp_path / "passes.zip" / "_passes.c")
+    assert _c_compiler.find_built() is None  # as in an archive
+    assert not _c_compiler.comes_built.__wrapped__()
 
 
 def test_a_library_that_cannot_be_loaded_is_an_error_of_the_backend(monkeypatch, tmp_path):

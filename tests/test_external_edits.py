@@ -232,9 +232,7 @@ def test_masters_are_taken_from_a_state_of_higher_precision(engine: Engine) -> N
     before = snapshot(target.optimizer)
     for bad in (torch.ones(2), torch.ones(3, 4, dtype=torch.int64)):
         weights["0.weight"] = bad
-        with pytest.raises(
-            mpcore.ArgumentError, match=r"^weights.*: expected a floating"
-        ):
+        with pytest.raises(mpcore.ArgumentError, match=r"^weights.*: expected a floating"):
             target.optimizer.sync_masters_from_model(weights)
     assert same_bits(snapshot(target.optimizer), before)
     nameless = engine.wrap(torch.optim.SGD([nn.Parameter(torch.ones(2).half())], lr=0.1))

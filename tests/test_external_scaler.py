@@ -226,3 +226,20 @@ def test_autocast_over_float32_weights_trains_under_a_grad_scaler() -> None:
             scaler.update()
     for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
         assert patterns(mine) == patterns(theirs)
+
+
+def test_a_step_that_fails_leaves_nothing_of_the_scaler_behind(engine: Engine) -> None:
+    for kind in (torch.amp.GradScaler, mpcore.GradScaler):
+        param = torch.nn.Parameter(torch.zeros(2).half())
+        optimizer = engine.wrap(torch.optim.SGD([param], lr=1.0), mpcore.NoLossScale())
+        scaler = kind("cpu", init_scale=8.0)
+        scaler.scale(param.float().sum()).backward()
+        optimizer.accumulate()
+        scaler.scale(param.float().sum()).backward()
+        with pytest.raises(mpcore.StageError, match=r"accumulate\(\) has unscaled"):
+            scaler.step(optimizer)
+        optimizer.zero_grad()
+        scaler = kind("cpu", init_scale=8.0)
+        scaler.scale(param.float().sum()).backward()
+        scaler.step(optimizer)
+        assert param.tolist() == [-1.0, -1.0]

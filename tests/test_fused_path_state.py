@@ -145,3 +145,31 @@ def test_a_tensor_of_the_state_that_is_given_other_memory_is_followed(
         train(optimizer, params, range(2, 4))
         results.append([params[0].detach(), dict(optimizer.state[params[0]])])
     assert same_bits(results[0], results[1])
+
+
+def test_a_state_that_is_replaced_or_cleared_is_what_the_next_step_uses(engine: Engine) -> None:
+    results = []
+    for change in ("none", "replace", "clear"):
+        param = nn.Parameter(torch.zeros(2))
+        inner = torch.optim.SGD([param], lr=1.0, momentum=0.5)
+        optimizer = engine.wrap(inner, mpcore.NoLossScale())
+        param.grad = torch.ones(2)
+        optimizer.step()
+        if change == "replace":
+            optimizer.state[param]["momentum_buffer"] = torch.zeros(2)
+        elif change == "clear":
+            inner.state.clear()
+        param.grad = torch.ones(2)
+        optimizer.step()
+        results.append(param.tolist())
+    assert results == [[-2.5] * 2, [-2.0] * 2, [-2.0] * 2]
+
+
+def test_memory_that_moves_between_clip_and_step_is_followed(engine: Engine) -> None:
+    param = nn.Parameter(torch.zeros(2).half())
+    optimizer = engine.wrap(torch.optim.SGD([param], lr=1.0), mpcore.NoLossScale())
+    param.grad = torch.ones(2).half()
+    optimizer.clip_grad_norm_(100.0)
+    param.data = param.data.clone()
+    optimizer.step()
+    assert param.tolist() == [-1.0, -1.0]

@@ -258,3 +258,62 @@ def test_nothing_syncs_until_it_is_read() -> None:
             optimizer.zero_grad()
         assert watch.operations > 100
         assert watch.reads == 0
+
+
+def test_a_pass_whose_gradients_cannot_be_taken_leaves_none(engine: Engine) -> None:
+    embedding, param = nn.Embedding(4, 1, sparse=True), nn.Parameter(torch.zeros(2))
+    inner = torch.optim.SGD([param, embedding.weight], lr=1.0)
+    optimizer = engine.wrap(inner, mpcore.NoLossScale())
+    gan = optimizer.add_loss("gan", mpcore.StaticLossScale(1024.0))
+    optimizer.backward(param.sum())
+    with pytest.raises(mpcore.ArgumentError, match="dense"):
+        gan.backward(param.sum() + embedding(torch.tensor([1])).sum())
+    optimizer.step()
+    assert param.tolist() == [-1.0, -1.0]
+
+
+def test_zeros_that_zero_grad_leaves_are_no_unscaled_gradients(engine: Engine) -> None:
+    params = [nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4).half())]
+    optimizer = engine.wrap(torch.optim.SGD(params, lr=0.5), mpcore.StaticLossScale(8.0))
+    gan = optimizer.add_loss("gan", mpcore.StaticLossScale(8.0))
+    for _ in range(2):
+        optimizer.backward(params[0].sum())
+        gan.backward(params[1].float().sum())
+        optimizer.step()
+        optimizer.backward(params[0].sum())  # a gradient that is zeroed, not dropped
+        optimizer.zero_grad(set_to_none=False)
+        gan.backward(params[0].sum())
+        optimizer.step()
+    assert [param.tolist() for param in params] == [[-1.0] * 4, [0.0] * 4]
+
+
+def test_all_alarms_look_before_one_raises(engine: Engine) -> None:
+    rule = mpcore.DynamicLossScale(init=1.0, at_min="raise")
+    training = Training(engine, **dict.fromkeys(NAMES, rule))
+    with pytest.raises(mpcore.LossScaleError):
+        training.step(*((name, 1, (0, math.inf)) for name in NAMES))
+    training.optimizer.zero_grad()
+    training.step(*((name, 2) for name in NAMES))  # is no news of the step before
+    assert not training.optimizer.last_step.skipped
+
+
+@pytest.mark.filterwarnings("ignore:each of the last")
+def test_losses_that_overflow_in_turn_are_reported(engine: Engine) -> None:
+    training = Training(engine)
+    for number in range(99):
+        training.step((NAMES[1 + number % 2], 1, (0, math.inf)))
+    with pytest.warns(UserWarning, match="each of the last 100 steps was skipped"):
+        training.step(("penalty", 1, (0, math.inf)))
+    assert training.optimizer.skips_in_a_row == 100
+
+
+def test_losses_are_found_by_name_in_copies(engine: Engine) -> None:
+    training = Training(engine)
+    other = copy.deepcopy(training.optimizer)
+    assert list(other.losses) == ["gan", "penalty"]
+    param = other.param_groups[0]["params"][0]
+    other.losses["gan"].backward(param.float().sum())
+    other.step()
+    assert (other.steps, training.optimizer.steps) == (1, 0)
+    with pytest.raises(TypeError):
+        other.losses["new"] = None

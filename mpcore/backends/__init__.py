@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mpcore.backends import compiled, cpu, reference
-from mpcore.backends._c_compiler import check_can_run, find_built
+from mpcore.backends._c_compiler import check_can_run, comes_built
 from mpcore.backends._inspection import Inspection
 from mpcore.backends._scale import ScaleMove
 from mpcore.errors import ArgumentError, BackendError
@@ -172,6 +172,6 @@ def resolve(
 def _best(kinds: set[str], devices: Iterable[torch.device], dtypes: Iterable[torch.dtype]) -> str:
     """Returns what "auto" stands for."""
     if kinds <= {"cpu"}:
-        return "cpu" if find_built() is None else "compiled"
+        return "compiled" if comes_built() else "cpu"
     fits = kinds == {"cuda"} and why_not_triton(devices, dtypes) is None
     return "triton" if fits else "reference"

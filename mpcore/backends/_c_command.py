@@ -12,6 +12,7 @@ import hashlib
 import platform
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,9 +40,9 @@ _X86 = {
 }
 
 
-def find_compiler() -> str | None:
-    """Returns the path of a C compiler, None if there is none."""
-    return next((path for path in map(shutil.which, COMPILERS) if path is not None), None)
+def find_compilers() -> list[str]:
+    """Returns the paths of C compilers, best first."""
+    return [path for path in map(shutil.which, COMPILERS) if path is not None]
 
 
 def identity() -> str:
@@ -55,7 +56,10 @@ def identity() -> str:
 def build(compiler: str, source: Path, library: Path, processor: Iterable[str]) -> str | None:
     """Compiles a file into a library; returns what the compiler said if it refused, else None."""
     command = [compiler, *FLAGS, *processor, str(source), "-o", str(library), "-lm"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        return str(error)
     return None if done.returncode == 0 else done.stderr.strip()
 
 
@@ -76,31 +80,46 @@ def find_built(capability: str) -> Path | None:
         capability: What `torch.backends.cpu.get_cpu_capability()` calls its abilities.
     """
     known = levels(platform.machine())
+    try:
+        suffix = f"-{identity()}.so"
+    except OSError:  # the package lies in an archive, or without its sources
+        return None
     if capability not in known:
         capability = ""
     for name, _ in list(known.values())[list(known).index(capability) :]:
-        path = BUILT / f"passes-{name}-{identity()}.so"
+        path = BUILT / f"passes-{name}{suffix}"
         if path.is_file():
             return path
     return None
 
 
-def build_levels() -> list[Path]:
-    """Builds a library for each level into `BUILT` in place of older ones; returns them.
+def build_levels(folder: Path) -> list[Path]:
+    """Builds a library for each level into an empty folder; returns them.
 
-    Levels that the compiler does not know are left out, all of them if there is no compiler.
+    Levels that the compiler does not know are left out, all of them if no compiler works.
     """
-    compiler, known = find_compiler(), list(levels(platform.machine()).values())
-    BUILT.mkdir(exist_ok=True)
-    for old in BUILT.glob("passes-*.so"):
-        old.unlink()
-    if compiler is None:
-        return []
-    libraries = [BUILT / f"passes-{name}-{identity()}.so" for name, _ in known]
+    known = list(levels(platform.machine()).values())
+    libraries = [folder / f"passes-{name}-{identity()}.so" for name, _ in known]
+    for compiler in find_compilers():
 
-    def attempt(library: Path, flags: tuple[str, ...]) -> str | None:
-        return build(compiler, SOURCE, library, flags)
+        def attempt(number: int, compiler: str = compiler) -> str | None:
+            return build(compiler, SOURCE, libraries[number], known[number][1])
 
-    with ThreadPoolExecutor() as pool:
-        refusals = list(pool.map(attempt, libraries, (flags for _, flags in known)))
-    return [path for path, refusal in zip(libraries, refusals, strict=True) if refusal is None]
+        with ThreadPoolExecutor() as pool:
+            refusals = list(pool.map(attempt, range(len(known))))
+        built = [path for path, why in zip(libraries, refusals, strict=True) if why is None]
+        if built:
+            return built
+    return []
+
+
+def build_in_place() -> list[Path]:
+    """Builds the libraries into `BUILT`; replaces older ones unless there is nothing new."""
+    with tempfile.TemporaryDirectory(prefix="mpcore-") as folder:
+        built = build_levels(Path(folder))
+        if not built:
+            return []
+        BUILT.mkdir(exist_ok=True)
+        for old in BUILT.glob("passes-*.so"):
+            old.unlink()
+        return [Path(shutil.copy(path, BUILT)) for path in built]

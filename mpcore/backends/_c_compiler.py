@@ -37,21 +37,32 @@ def find_built() -> Path | None:
     return _c_command.find_built(torch.backends.cpu.get_cpu_capability())
 
 
+@cache
+def comes_built() -> bool:
+    """Whether a library came with the package that this system can load."""
+    try:
+        return find_built() is not None and passes() is not None
+    except BackendError:
+        return False
+
+
 def check_can_run() -> None:
     """Raises `BackendError` unless the library is there or there is a C compiler."""
     if find_built() is None:
         _find_compiler()
+    else:
+        passes()
 
 
 def _find_compiler() -> str:
-    found = _c_command.find_compiler()
-    if found is None:
+    found = _c_command.find_compilers()
+    if not found:
         raise BackendError(
             "backend: expected a C compiler, since this installation was built without the "
             f"compiled backend, found none of {', '.join(_c_command.COMPILERS)} on the path. "
             'Install one, or pass backend="cpu".'
         )
-    return found
+    return found[0]
 
 
 @cache
