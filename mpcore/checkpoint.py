@@ -15,10 +15,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
-from mpcore._checks import SIXTEEN_BIT, check_scale
+from mpcore._checks import check_scale
 from mpcore.errors import ArgumentError
 from mpcore.loss_scale import COUNTERS, LossScaleState
 from mpcore.losses import Losses
@@ -63,7 +60,8 @@ def section(loss_scale: LossScaleState, saturated: int, losses: Losses) -> State
 def read_section(state_dict: State, losses: Losses) -> Section:
     """Returns what `section` was made from; raises `ArgumentError` if it is not all there."""
     found = state_dict.get("mpcore")
-    if not isinstance(found, dict) or found.get("version") != VERSION:
+    version = found.get("version") if isinstance(found, dict) else None
+    if not isinstance(found, dict) or not isinstance(version, int) or version != VERSION:
         got = found.get("version") if isinstance(found, dict) else "none"
         raise ArgumentError(
             f'state_dict: expected a section "mpcore" of version {VERSION}, got {got}. '
@@ -117,64 +115,3 @@ def _read_count(where: str, name: str, count: Any) -> int:
             f"{where}: expected {name!r} to be an integer from 0 to {limit - 1}, got {count!r}."
         )
     return count
-
-
-def read_states(state_dict: State, groups: list[State]) -> dict[Tensor, State]:
-    """Returns per parameter its saved state, on its device and in the saved dtypes.
-
-    Args:
-        state_dict: As from `MixedPrecisionOptimizer.state_dict()`.
-        groups: The optimizer's param groups.
-
-    Raises:
-        ArgumentError: Groups, parameters or shapes do not match; the message names the key.
-    """
-    for key in ("state", "param_groups"):
-        if key not in state_dict:
-            raise ArgumentError(f"state_dict: expected the key {key!r}, got {list(state_dict)}.")
-    saved_sizes = [len(group["params"]) for group in state_dict["param_groups"]]
-    sizes = [len(group["params"]) for group in groups]
-    if saved_sizes != sizes:
-        raise ArgumentError(
-            f'state_dict["param_groups"]: expected groups of {sizes} parameters, got {saved_sizes}.'
-        )
-    states: dict[Tensor, State] = {}
-    for group, saved_group in zip(groups, state_dict["param_groups"], strict=True):
-        for param, index in zip(group["params"], saved_group["params"], strict=True):
-            if index in state_dict["state"]:
-                saved = state_dict["state"][index]
-                _check_master(saved.get("master"), param, index)
-                on_device = bool(group.get("capturable") or group.get("fused"))
-                states[param] = {
-                    key: _moved(value, param.device, key == "step" and not on_device)
-                    for key, value in saved.items()
-                }
-    return states
-
-
-def _check_master(master: Any, param: Tensor, index: int) -> None:
-    if master is None:
-        return
-    if not isinstance(master, Tensor) or master.dtype != torch.float32:
-        raise ArgumentError(f'state_dict["state"][{index}]["master"]: expected a float32 tensor.')
-    if param.dtype not in SIXTEEN_BIT:
-        raise ArgumentError(
-            f'state_dict["state"][{index}]["master"]: expected none, since the parameter is '
-            f"{param.dtype}, got one. Cast the model to the 16-bit dtype that was saved first."
-        )
-    if master.shape != param.shape:
-        raise ArgumentError(
-            f'state_dict["state"][{index}]["master"]: expected shape {list(param.shape)}, '
-            f"got {list(master.shape)}."
-        )
-
-
-def _moved(value: Any, device: torch.device, keep_device: bool) -> Any:
-    """Returns a copy of `value` on `device`; torch.optim keeps host step counts on the host."""
-    if isinstance(value, Tensor):
-        return value.detach().clone() if keep_device else value.detach().to(device, copy=True)
-    if isinstance(value, dict):
-        return {key: _moved(item, device, keep_device) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_moved(item, device, keep_device) for item in value)
-    return value

@@ -70,7 +70,7 @@ class FusedPath:
             [list(map(id, group["params"])) for group in groups],
             [self.rule.moments(group) for group in groups],
         )
-        if self._plan is None or self._plan[0] != key or not self._plan[1].in_place:
+        if self._plan is None or self._plan[0] != key or not self._plan[1].held.is_current:
             self._plan = None  # frees what the old one holds before the new one is made
             plan = make_plan(
                 params, groups, self.inner.state, self._masters, self.rule, self._backend

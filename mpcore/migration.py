@@ -17,6 +17,7 @@ from mpcore._checks import LARGEST_SCALE, SIXTEEN_BIT, SMALLEST_SCALE
 from mpcore.checkpoint import VERSION
 from mpcore.errors import ArgumentError
 from mpcore.loss_scale import initial_state
+from mpcore.masters import upcast
 from mpcore.optimizer import MixedPrecisionOptimizer
 from mpcore.updates import rule_of
 
@@ -255,7 +256,7 @@ def _assembled(
         raise ArgumentError(f"saved: expected {len(params)} parameters, got {len(indices)}.")
     state = {}
     for index, master in zip(indices, masters, strict=True):
-        values = dict(inner["state"].get(index, {}))
+        values = upcast(dict(inner["state"].get(index, {})))
         if master is not None:
             values = {"master": master.detach().float(), **values}
         if values:
@@ -267,9 +268,17 @@ def _assembled(
         numbers = numbers._replace(growth_tracker=int(tracker))
     return {
         "state": state,
-        "param_groups": [dict(group) for group in inner["param_groups"]],
+        # an older torch knew fewer options; those it lacks stay
+        "param_groups": [
+            {**_options(own), **group}
+            for own, group in zip(optimizer.param_groups, inner["param_groups"], strict=False)
+        ],
         "mpcore": {"version": VERSION, "loss_scale": numbers._asdict(), "saturated": 0},
     }
+
+
+def _options(group: State) -> State:
+    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
 
 
 def _power_of_two(scale: float) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ from mpcore._checks import check_number
 from mpcore._parameters import check_inner
 from mpcore._scaling import External
 from mpcore.backward_passes import BackwardPasses
+from mpcore.checkpoint_states import read_states
 from mpcore.errors import ArgumentError, StageError
 from mpcore.gradients import StepGradients
 from mpcore.loss_scale import (
@@ -269,9 +269,9 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
         saved = checkpoint.read_section(state_dict, self._losses)
-        states = checkpoint.read_states(state_dict, self.param_groups)
-        for group, options in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            group.update(copy.deepcopy({k: v for k, v in options.items() if k != "params"}))
+        options, states = read_states(state_dict, self.inner)
+        for group, saved_options in zip(self.param_groups, options, strict=True):
+            group.update(saved_options)
         self._masters.replace_state(states)
         resumed = resumed_state(self.loss_scaling, saved.loss_scale)
         self._scale.assign_(resumed)

@@ -60,6 +60,41 @@ class DevicePlan:
         self._prepared = None
 
 
+class HeldState:
+    """The tensors of masters and moments that a plan was made for.
+
+    Args:
+        inner_state: Where the wrapped optimizer keeps its state, by master.
+    """
+
+    def __init__(self, inner_state: dict[Tensor, dict[str, Any]]) -> None:
+        self._inner_state = inner_state
+        self._states: list[tuple[Tensor, dict[str, Any]]] = []
+        self._moments: list[tuple[dict[str, Any], str, Tensor]] = []
+        self._tensors: list[Tensor] = []
+        self._addresses: list[int] = []
+
+    def add(
+        self, masters: Sequence[Tensor], states: Sequence[dict[str, Any]], names: tuple[str, ...]
+    ) -> None:
+        """Adds masters, and the moments of these names in their states."""
+        self._states += [pair for pair in zip(masters, states, strict=True) if pair[1]]
+        moments = [(state, name, state[name]) for state in states for name in names]
+        self._moments += moments
+        tensors = [*masters, *(moment for _, _, moment in moments)]
+        self._tensors += tensors
+        self._addresses += map(Tensor.data_ptr, tensors)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether these are still the state, and where they were: `.data = other` moves them."""
+        return (
+            list(map(Tensor.data_ptr, self._tensors)) == self._addresses
+            and all(state.get(name) is moment for state, name, moment in self._moments)
+            and all(self._inner_state.get(master) is state for master, state in self._states)
+        )
+
+
 @dataclass(frozen=True)
 class StepPlan:
     """The batches of all devices, for one set of parameters that have a gradient.
@@ -67,28 +102,12 @@ class StepPlan:
     Attributes:
         devices: A plan for each.
         written: The parameters.
-        held: Masters and moments, which lay at `addresses` when the plan was made.
-        states: Masters and their states, which held these moments.
-        moments: (state, name, moment), likewise.
-        inner_state: Where the wrapped optimizer keeps states.
+        held: What the state consisted of when the plan was made.
     """
 
     devices: tuple[DevicePlan, ...]
     written: tuple[Tensor, ...]
-    held: tuple[Tensor, ...]
-    addresses: list[int]
-    states: tuple[tuple[Tensor, dict[str, Any]], ...]
-    moments: tuple[tuple[dict[str, Any], str, Tensor], ...]
-    inner_state: dict[Tensor, dict[str, Any]]
-
-    @property
-    def in_place(self) -> bool:
-        """Whether these tensors are still the state, and where they were: `.data =` moves them."""
-        return (
-            list(map(Tensor.data_ptr, self.held)) == self.addresses
-            and all(state.get(name) is moment for state, name, moment in self.moments)
-            and all(self.inner_state.get(master) is state for master, state in self.states)
-        )
+    held: HeldState
 
     def on(self, device: torch.device) -> DevicePlan:
         """Returns the part of one device."""
@@ -121,9 +140,7 @@ def make_plan(
         key = (names_of[group_of[param]], half)
         sorted_params.setdefault(param.device, {}).setdefault(key, []).append(param)
     devices = []
-    everything: list[Tensor] = []
-    held_states: list[tuple[Tensor, dict[str, Any]]] = []
-    moments: list[tuple[dict[str, Any], str, Tensor]] = []
+    everything = HeldState(inner_state)
     for device, by_key in sorted_params.items():
         batches = []
         for (names, half), members in by_key.items():
@@ -132,9 +149,7 @@ def make_plan(
             counts = rule.counts_steps(names)
             if counts:
                 _gather_steps(states)
-            if names or counts:
-                held_states += zip(held, states, strict=True)
-            moments += [(state, name, state[name]) for state in states for name in names]
+            everything.add(held, states, names)
             batches.append(
                 Batch(
                     masters=held,
@@ -144,21 +159,10 @@ def make_plan(
                     groups=[group_of[param] for param in members],
                 )
             )
-        for batch in batches:
-            everything += [*batch.masters, *(m for moment in batch.moments for m in moment)]
         plan = backend.plan_update(rule.name, batches)
         devices.append(DevicePlan(device, list(by_key.values()), plan, rule, groups))
     masters.link_state(params)
-    addresses = list(map(Tensor.data_ptr, everything))
-    return StepPlan(
-        tuple(devices),
-        tuple(params),
-        tuple(everything),
-        addresses,
-        tuple(held_states),
-        tuple(moments),
-        inner_state,
-    )
+    return StepPlan(tuple(devices), tuple(params), everything)
 
 
 def _complete(

@@ -86,6 +86,7 @@ def test_loading_shares_no_tensor_with_what_was_loaded_and_leaves_it_alone(
     _, third = make(engine, name)
     other.load_state_dict(saved)
     third.load_state_dict(saved)
+    resumed.load_state_dict(model.state_dict())
     scheduler = torch.optim.lr_scheduler.ExponentialLR(other, 0.5)  # fills a tensor lr in place
     train(resumed, other, 3, 5)
     scheduler.step()
@@ -155,6 +156,7 @@ def test_a_scale_that_never_moves_keeps_its_value_whatever_is_loaded(
     model, optimizer = make(engine, "SGD without state", scale)
     expected = optimizer.loss_scale
     optimizer.load_state_dict(source.state_dict())
+    model.load_state_dict(source_model.state_dict())
     assert optimizer.loss_scale == expected
     assert (optimizer.steps, optimizer.skipped_steps) == (7, 1)
     before = model.single.bias.detach().clone()

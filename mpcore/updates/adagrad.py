@@ -23,6 +23,7 @@ class AdagradRule(UpdateRule):
     optimizers = (torch.optim.Adagrad,)
     columns = ("sign", "l2", "rate", "eps")
     moment_counts = (1,)
+    keeps_steps = True
     has_torch_kernel = True
 
     def moments(self, group: Mapping[str, Any]) -> tuple[str, ...]:

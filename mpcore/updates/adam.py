@@ -28,6 +28,7 @@ class AdamRule(UpdateRule):
         *("step_size", "root", "eps"),
     )
     moment_counts = (2, 3)
+    keeps_steps = True
     has_torch_kernel = True
 
     def why_not(self, group: Mapping[str, Any]) -> str | None:

@@ -31,6 +31,7 @@ class UpdateRule(ABC):
         optimizers: Classes whose steps it computes; recognised by exact type.
         columns: Names of the scalars, in order.
         moment_counts: How many moments there may be, as options want it.
+        keeps_steps: Whether the optimizer's own state has a step count.
         has_torch_kernel: Whether torch has a fused CPU kernel for it.
     """
 
@@ -38,6 +39,7 @@ class UpdateRule(ABC):
     optimizers: ClassVar[tuple[type, ...]]
     columns: ClassVar[tuple[str, ...]]
     moment_counts: ClassVar[tuple[int, ...]]
+    keeps_steps: ClassVar[bool] = False
     has_torch_kernel: ClassVar[bool] = False
 
     @abstractmethod

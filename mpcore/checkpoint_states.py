@@ -1,0 +1,219 @@
+"""The part of a state_dict that torch.optim has too: who it belongs to, and whether it fits."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mpcore._checks import SIXTEEN_BIT
+from mpcore.errors import ArgumentError
+from mpcore.masters import Groups
+from mpcore.updates import UpdateRule, rule_of
+
+State = dict[str, Any]
+
+
+class Saved(NamedTuple):
+    """What goes where.
+
+    Attributes:
+        options: New options of each param group; copies.
+        states: Per parameter its state, on its device and in the saved dtypes; copies.
+    """
+
+    options: list[State]
+    states: dict[Tensor, State]
+
+
+def read_states(state_dict: State, inner: torch.optim.Optimizer) -> Saved:
+    """Returns the states and options of a state_dict, checked; no host sync.
+
+    Parameters that have names on both sides are matched by name, whatever their order and groups;
+    others by position.
+
+    Args:
+        state_dict: As from `MixedPrecisionOptimizer.state_dict()`.
+        inner: The wrapped optimizer. States of one that has an update rule are checked key by key.
+
+    Raises:
+        ArgumentError: Something is missing, foreign, or of another shape or dtype; the message
+            names the key.
+    """
+    groups, rule = inner.param_groups, rule_of(inner)
+    saved_groups, saved_states = _checked_layout(state_dict)
+    matches = _matched(groups, saved_groups)
+    options = []
+    for number, (group, (_, source)) in enumerate(zip(groups, matches, strict=True)):
+        where = f'state_dict["param_groups"][{source}]'
+        options.append(_read_options(where, saved_groups[source], group, inner.defaults))
+        kept = {key: group[key] for key in ("param_names",) if key in group}
+        options[number].update(kept)
+    states: dict[Tensor, State] = {}
+    for group, (indices, source) in zip(groups, matches, strict=True):
+        for param, index in zip(group["params"], indices, strict=True):
+            if index in saved_states:
+                where = f'state_dict["state"][{index}]'
+                names = None if rule is None else _known_names(rule, saved_groups[source])
+                _check_state(where, saved_states[index], param, names)
+                _check_complete(where, saved_states[index], rule, names)
+                on_device = bool(group.get("capturable") or group.get("fused"))
+                states[param] = {
+                    key: _moved(value, param.device, key == "step" and not on_device)
+                    for key, value in saved_states[index].items()
+                }
+    foreign = set(saved_states) - {index for indices, _ in matches for index in indices}
+    if foreign:
+        raise ArgumentError(
+            f'state_dict["state"]: expected states of the parameters of its groups, got {foreign}.'
+        )
+    return Saved(options, states)
+
+
+def _checked_layout(state_dict: State) -> tuple[list[State], dict[Any, State]]:
+    """Returns groups and states; raises unless they are lists of dictionaries and dictionaries."""
+    for key, kind in (("state", dict), ("param_groups", list)):
+        if not isinstance(state_dict.get(key), kind):
+            raise ArgumentError(
+                f"state_dict: expected the key {key!r} with a {kind.__name__}, got "
+                f"{type(state_dict[key]).__name__ if key in state_dict else list(state_dict)}."
+            )
+    groups, states = state_dict["param_groups"], state_dict["state"]
+    for number, group in enumerate(groups):
+        if not isinstance(group, dict) or not isinstance(group.get("params"), list):
+            raise ArgumentError(
+                f'state_dict["param_groups"][{number}]: expected a dictionary with a list "params".'
+            )
+    indices = [index for group in groups for index in group["params"]]
+    if not all(type(index) is int for index in indices) or len(set(indices)) < len(indices):
+        raise ArgumentError('state_dict["param_groups"]: expected each parameter once, by number.')
+    for index, state in states.items():
+        if not isinstance(state, dict):
+            raise ArgumentError(
+                f'state_dict["state"][{index!r}]: expected a dictionary, got '
+                f"{type(state).__name__}."
+            )
+    return groups, states
+
+
+def _matched(groups: Groups, saved_groups: list[State]) -> list[tuple[list[int], int]]:
+    """Returns for each group the saved indices of its parameters, and the group it comes from."""
+    if all("param_names" in group for group in (*groups, *saved_groups)):
+        return _matched_by_name(groups, saved_groups)
+    saved_sizes = [len(group["params"]) for group in saved_groups]
+    sizes = [len(group["params"]) for group in groups]
+    if saved_sizes != sizes:
+        raise ArgumentError(
+            f'state_dict["param_groups"]: expected groups of {sizes} parameters, got {saved_sizes}.'
+        )
+    return [(group["params"], number) for number, group in enumerate(saved_groups)]
+
+
+def _matched_by_name(groups: Groups, saved_groups: list[State]) -> list[tuple[list[int], int]]:
+    place: dict[str, tuple[int, int]] = {}
+    for number, group in enumerate(saved_groups):
+        names = group["param_names"]
+        usable = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        if not usable or len(names) != len(group["params"]):
+            raise ArgumentError(
+                f'state_dict["param_groups"][{number}]["param_names"]: expected one name for each '
+                "parameter."
+            )
+        place.update(zip(names, ((i, number) for i in group["params"]), strict=True))
+    own = {name for group in groups for name in group["param_names"]}
+    missing, foreign = sorted(own - set(place)), sorted(set(place) - own, key=str)
+    if missing or foreign:
+        raise ArgumentError(
+            f'state_dict["param_groups"]: expected the parameters of this optimizer, got none for '
+            f"{missing[:3]} and unknown {foreign[:3]}."
+        )
+    result = []
+    for group in groups:
+        places = [place[name] for name in group["param_names"]]
+        result.append(([index for index, _ in places], places[0][1] if places else 0))
+    return result
+
+
+def _read_options(where: str, saved: State, group: State, defaults: State) -> State:
+    """Returns the options of a group; raises if one is missing or of another kind."""
+    if not all(isinstance(name, str) for name in saved):
+        raise ArgumentError(f"{where}: expected names of options, got {list(saved)}.")
+    for name in defaults:
+        if name in group and name not in saved:
+            raise ArgumentError(f"{where}: expected the option {name!r}, got {list(saved)}.")
+        current, value = group.get(name), saved.get(name)
+        if _kind(current) is not None and _kind(value) != _kind(current):
+            raise ArgumentError(
+                f"{where}[{name!r}]: expected something like {current!r}, got {value!r}."
+            )
+    return copy.deepcopy({k: v for k, v in saved.items() if k not in ("params", "param_names")})
+
+
+def _kind(value: Any) -> Any:
+    """Returns what two values of one option have in common; None for what may be anything."""
+    if isinstance(value, bool):
+        return "bool"
+    if isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1):
+        return "number"
+    if isinstance(value, (list, tuple)):
+        return tuple(_kind(item) for item in value)
+    return None
+
+
+def _known_names(rule: UpdateRule, group: State) -> dict[str, bool]:
+    """Returns what a state may hold under an update rule: name -> whether of the master's shape."""
+    return {**dict.fromkeys(rule.moments(group), True), "step": False, "master": True}
+
+
+def _check_state(where: str, saved: State, param: Tensor, names: dict[str, bool] | None) -> None:
+    """Raises, naming the key, unless a state is one of `param`."""
+    wide = torch.float64 if param.dtype == torch.float64 else torch.float32
+    # one that was never stepped has no master, and the moments that its optimizer made
+    dtypes = {wide} if saved.get("master") is not None else {wide, param.dtype}
+    for key, value in saved.items():
+        if key == "master" and value is not None and param.dtype not in SIXTEEN_BIT:
+            raise ArgumentError(
+                f"{where}[{key!r}]: expected none, since the parameter is {param.dtype}, got one. "
+                "Cast the model to the 16-bit dtype that was saved first."
+            )
+        if key != "master" and names is None:
+            continue  # an optimizer of its own: nobody knows what it keeps
+        if names is not None and key not in names:
+            raise ArgumentError(f"{where}: expected the keys {list(names)}, got {key!r} too.")
+        if key == "step":
+            if _kind(value) != "number":
+                raise ArgumentError(f"{where}[{key!r}]: expected a number, got {value!r}.")
+        elif (value is not None or key == "master") and (
+            not isinstance(value, Tensor) or value.dtype not in dtypes or value.shape != param.shape
+        ):
+            got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise ArgumentError(
+                f"{where}[{key!r}]: expected a {wide} tensor of shape {list(param.shape)}, got "
+                f"{got}."
+            )
+
+
+def _check_complete(
+    where: str, saved: State, rule: UpdateRule | None, names: dict[str, bool] | None
+) -> None:
+    """Raises if one of the values that were made together is missing."""
+    if rule is None or names is None:
+        return
+    wanted = [name for name, is_moment in names.items() if is_moment and name != "master"]
+    wanted += ["step"] if rule.keeps_steps else []
+    missing = [name for name in wanted if saved.get(name) is None]
+    if missing and len(missing) < len(wanted):
+        raise ArgumentError(f"{where}: expected the keys {wanted}, got none for {missing}.")
+
+
+def _moved(value: Any, device: torch.device, keep_device: bool) -> Any:
+    """Returns a copy of `value` on `device`; torch.optim keeps host step counts on the host."""
+    if isinstance(value, Tensor):
+        return value.detach().clone() if keep_device else value.detach().to(device, copy=True)
+    if isinstance(value, dict):
+        return {key: _moved(item, device, keep_device) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_moved(item, device, keep_device) for item in value)
+    return value
