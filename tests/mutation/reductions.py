@@ -229,8 +229,16 @@ SCALE = mutants(
         "backs_off & (scale <= min_scale)",
         "backs_off & (scale < min_scale)",
     ),
-    ("a tolerated share is too much", "overflows * of_steps >= since * few", "of_steps > few"),
-    ("the share itself is tolerated", "of_steps >= since * few", "of_steps > since * few"),
+    (
+        "a tolerated share is too much",
+        "many = overflows * of_steps >= since * few",
+        "many = of_steps > few",
+    ),
+    (
+        "the share itself is tolerated",
+        "many = overflows * of_steps >=",
+        "many = overflows * of_steps >",
+    ),
     ("only backing off begins to count anew", "((grow | backs_off) == 0)", "(backs_off == 0)"),
     ("only growth begins to count anew", "((grow | backs_off) == 0)", "(grow == 0)"),
 )
