@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -243,3 +245,20 @@ def test_the_three_kinds_of_hysteresis(
 def test_an_unknown_refill_is_refused() -> None:
     with pytest.raises(ValueError, match=r"refill: expected one of 'growth', .*got 'never'"):
         DynamicLossScale(refill="never")
+
+
+def test_the_trajectories_of_the_page_are_those_of_presets_and_originals() -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "loss-scaling.md"
+    lines = page.read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("| preset | `."))
+    history = [step == "x" for step in lines[start].split("`")[1]]
+    shown = {}
+    for line in itertools.takewhile(lambda text: text.startswith("|"), lines[start + 2 :]):
+        names, course = (cell.strip() for cell in line.strip("|").split("|"))
+        shown |= {name: list(map(int, course.split())) for name in names.split(", ")}
+    assert set(shown) == {name for name in CASES if not name.startswith("fairseq ")}
+    for name, expected in shown.items():
+        preset, rule = CASES[name]
+        preset = dataclasses.replace(preset, growth_interval=4)
+        for scales in (specified(preset, history), list(rule(history, 4))):
+            assert [math.log2(scale / preset.init) for scale in scales] == expected
