@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from mpcore._checks import SIXTEEN_BIT
 from mpcore.optimizer import MixedPrecisionOptimizer
 from mpcore.scale_course import ScaleCourse
 from mpcore.scaler_checks import GradCheck
+from mpcore.scaler_ranks import any_rank, process_groups
 from mpcore.scaler_step import ScalerStep
 
 
@@ -44,6 +45,8 @@ class GradScaler(ScaleCourse):
         refill: When they are tolerated anew: see there.
         tolerance: Share of iterations that may overflow: see there.
         at_min: What happens at `min_scale`: see there; "raise" raises from `update`.
+        process_group: Ranks that skip together, where each holds a part of the parameters as plain
+            tensors (FSDP1). DTensors (FSDP2) need none: their meshes say it. Copies forget it.
 
     Raises:
         AssertionError: A number is impossible, as in torch.
@@ -102,8 +105,6 @@ class GradScaler(ScaleCourse):
         """Unscales and checks; one flag for all devices: several would be added up."""
         groups = optimizer.param_groups
         grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-        if _any_is_distributed(grads):  # torch's operator asks the other ranks
-            return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
         if not self._warned and any(grad.dtype in SIXTEEN_BIT for grad in grads):
             self._warned = True
             warnings.warn(
@@ -116,8 +117,6 @@ class GradScaler(ScaleCourse):
     def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Checks the gradients of an optimizer that unscales them itself; changes none."""
         scale, _ = self._check_scale_growth_tracker("_check_inf_per_device")
-        if _any_is_distributed(p.grad for group in optimizer.param_groups for p in group["params"]):
-            return super()._check_inf_per_device(optimizer)
         coefficient = scale.double().reciprocal().float()
         check = self._checker.look(optimizer.param_groups, coefficient)
         found: Any = self._note(optimizer, check, scale.device)
@@ -130,7 +129,13 @@ class GradScaler(ScaleCourse):
     ) -> dict[torch.device, Tensor]:
         self._checks[id(optimizer)] = check
         self._largest += check.largest.values()
-        return {home: check.found_inf(home)} if check.params else {}
+        ranks = process_groups(optimizer, self._process_group)
+        if not check.params and not ranks:
+            return {}
+        found_inf = check.found_inf(home)
+        for group in ranks:
+            found_inf = any_rank(found_inf, group)
+        return {home: found_inf}
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
         """Unscales unless that is done, and steps or skips; syncs unless the optimizer is fused.
@@ -184,6 +189,7 @@ class GradScaler(ScaleCourse):
     def __getstate__(self) -> dict[str, Any]:
         """Returns what is pickled: no results, which hold the parameters of optimizers."""
         state: dict[str, Any] = super().__getstate__()
+        state["_process_group"] = None
         for name in ("_checks", "_largest", "_last", "_last_step", "_warned"):
             del state[name]
         return state
@@ -199,8 +205,3 @@ def _alive(optimizer: Any) -> Callable[[], Any]:
         return weakref.ref(optimizer)
     except TypeError:  # of a class with slots
         return lambda: optimizer
-
-
-def _any_is_distributed(grads: Iterable[Tensor | None]) -> bool:
-    """Whether a gradient is a DTensor; asks without importing them."""
-    return any(hasattr(grad, "_local_tensor") for grad in grads)

@@ -59,11 +59,13 @@ class ScaleCourse(torch.amp.GradScaler):
         refill: str = "growth",
         tolerance: float = 0.0,
         at_min: str = "clamp",
+        process_group: Any = None,
     ) -> None:
         super().__init__(
             device, init_scale, growth_factor, backoff_factor, growth_interval, enabled
         )
         self._forget_steps()
+        self._process_group = process_group
         self._moves = True
         self._headroom: HeadroomLossScale | None = None
         self._checker = GradChecker()

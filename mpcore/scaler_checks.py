@@ -35,7 +35,8 @@ class GradCheck:
     def found_inf(self, home: torch.device) -> Tensor:
         """Returns 1 if a gradient was not finite and 0 otherwise, 0-d float32; no host sync."""
         found = [flags.any().to(home, non_blocking=True) for flags in self.flags.values()]
-        return torch.stack(found).any().float()
+        none = torch.zeros((), dtype=torch.bool, device=home)
+        return torch.stack([none, *found]).any().float()
 
     def overflowed(self, groups: Groups) -> list[str]:
         """Returns the names of the parameters whose gradient was not finite, in order; syncs."""
@@ -131,7 +132,10 @@ def _each_device(
 
 
 def _values(param: Tensor, grad: Tensor) -> Tensor:
-    """Returns the values that a gradient stores, to be read or written."""
+    """Returns the values that a gradient stores here, to be read or written."""
+    if hasattr(grad, "to_local"):  # a DTensor: what this rank holds, whatever its placement
+        grad = grad.to_local()
+        return grad if grad.is_contiguous() else own_memory(param, grad)
     if not grad.is_sparse:
         return own_memory(param, grad)
     if grad.dtype in SIXTEEN_BIT and not grad.is_coalesced():
