@@ -126,6 +126,25 @@ def test_update_scale_refills_when_it_is_told_to(refill, history, expected, devi
     assert scales == expected
 
 
+@pytest.mark.parametrize(
+    ("tolerance", "history", "expected"),
+    [
+        ((1, 2), ".x..xx", [16, 8, 8, 8, 8, 4]),  # one of two is the share itself; 1 of 3, 2 of 4
+        ((1, 20), "x" + "." * 19 + "x", [8] * 20 + [4]),
+        ((1, 20), "x" + "." * 20 + "x", [8] * 22),
+        ((0, 1), ".x..xx", [16, 8, 8, 8, 4, 2]),
+    ],
+)
+def test_update_scale_tolerates_what_is_below_the_share(tolerance, history, expected, device):
+    tensors = placed(LossScaleState(16.0, 0, 1, 0, 0), device)
+    rule = RULE | {"tolerance": tolerance, "growth_interval": 99, "hysteresis": 1}
+    scales = []
+    for step in history:
+        update(tensors, int(step == "x"), device, **rule)
+        scales.append(tensors.scale.item())
+    assert scales == expected
+
+
 def test_update_scale_stays_within_its_bounds(device):
     tensors = placed(LossScaleState(2.0**24, 1, 2, 0, 0), device)
     update(tensors, 0, device, **RULE)
