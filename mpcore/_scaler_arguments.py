@@ -11,11 +11,12 @@ from typing import Any, SupportsIndex
 from torch import Tensor
 
 from mpcore._checks import LARGEST_SCALE, SIXTEEN_BIT, SMALLEST_SCALE
-from mpcore.loss_scale import AT_MIN, REFILLS
-from mpcore.scaler_counters import NAMES, new_values
+from mpcore.loss_scale import AT_MIN, COMPARABLE_STEPS, REFILLS, LossScaleState
 
 # what a state_dict holds besides torch's keys
 EXTRAS = ("min_scale", "max_scale", "hysteresis", "refill", "tolerance", "at_min")
+#: And of a loss scale's state: all but the scale and the tracker, which are torch's.
+NAMES = tuple(f"_{name}" for name in LossScaleState._fields[2:])
 # the lowest number that each integer may be
 _COUNTS = {
     "growth_interval": 1,
@@ -47,7 +48,7 @@ def checked_state(state: dict[str, Any]) -> dict[str, Any]:
     check_factor("growth factor", state["growth_factor"], 1.0, math.inf)
     check_factor("backoff factor", state["backoff_factor"], 0.0, 1.0)
     check_choices(state["refill"], state["tolerance"], state["at_min"])
-    fresh = dict(zip(NAMES, new_values(state["hysteresis"]), strict=True))
+    fresh = dict(zip(NAMES, LossScaleState(0.0, 0, state["hysteresis"], 0, 0)[2:], strict=True))
     whole = {**fresh, **state, "scale": min(max(state["scale"], low), high)}
     for key, lowest in _COUNTS.items():
         whole[key] = check_count(key.strip("_").replace("_", " "), whole[key], lowest)
@@ -57,7 +58,7 @@ def checked_state(state: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(whole[key], float) or not 0 <= whole[key] < math.inf:
             raise AssertionError(f"{key} must be a finite number >= 0, got {whole[key]!r}.")
     for key in ("_steps_since_move", "_overflows_since_move"):
-        whole[key] = min(whole[key], 2**42)  # they are multiplied by up to 10^6
+        whole[key] = min(whole[key], COMPARABLE_STEPS)  # they are multiplied by up to 10^6
     left = min(whole["_overflows_left"], whole["hysteresis"], LARGEST_INT32)
     return {**whole, "_overflows_left": left, "min_scale": low, "max_scale": high}
 

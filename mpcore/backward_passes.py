@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from mpcore._scaling import scale_outputs
-from mpcore.errors import StageError
 from mpcore.loss_scale import LossScale, check_loss_scale
 from mpcore.losses import Losses, ScaledLoss
 from mpcore.scale_tensors import LossScaleTensors
@@ -38,11 +37,7 @@ class BackwardPasses:
             ArgumentTypeError: Something else.
             StageError: Gradients of this step are already unscaled; more would get lost.
         """
-        if self._stage.gradients is not None:
-            raise StageError(
-                "scale(): expected to be called before unscale_() or clip_grad_norm_() of the same "
-                "step, got a call after. Run all backward passes first, or call zero_grad()."
-            )
+        self._stage.check_open("scale()")
         if not self._stage.needs_scale:
             return outputs
         scaled: Outputs = scale_outputs(outputs, self._scale.scale)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from mpcore._checks import check_scale
 from mpcore.errors import ArgumentError
-from mpcore.loss_scale import COUNTERS, LossScaleState
+from mpcore.loss_scale import COMPARABLE_STEPS, COUNTERS, LossScaleState
 from mpcore.losses import Losses
 
 VERSION = 1
@@ -26,7 +26,7 @@ VERSION = 1
 # before it is compared
 _LIMITS = {
     **dict.fromkeys(("growth_tracker", "overflows_left"), 2**31 - 1),
-    **dict.fromkeys(("steps_since_move", "overflows_since_move"), 2**42),
+    **dict.fromkeys(("steps_since_move", "overflows_since_move"), COMPARABLE_STEPS),
 }
 
 State = dict[str, Any]

@@ -46,11 +46,9 @@ def read_states(state_dict: State, inner: torch.optim.Optimizer) -> Saved:
     saved_groups, saved_states = _checked_layout(state_dict)
     matches = _matched(groups, saved_groups)
     options = []
-    for number, (group, (_, source)) in enumerate(zip(groups, matches, strict=True)):
+    for group, (_, source) in zip(groups, matches, strict=True):
         where = f'state_dict["param_groups"][{source}]'
         options.append(_read_options(where, saved_groups[source], group, inner.defaults))
-        kept = {key: group[key] for key in ("param_names",) if key in group}
-        options[number].update(kept)
     states: dict[Tensor, State] = {}
     for group, (indices, source) in zip(groups, matches, strict=True):
         for param, index in zip(group["params"], indices, strict=True):

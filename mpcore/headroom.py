@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -116,20 +116,8 @@ def next_headroom(
     return state._replace(scale=scale, peak=0.0, peak_before=peak, growth_tracker=0)
 
 
-class ScaleAndPeaks(NamedTuple):
-    """What moves: as in `LossScaleTensors`."""
-
-    scale: Tensor
-    growth_tracker: Tensor
-    peak: Tensor
-    peak_before: Tensor
-
-
 def advance_headroom_(
-    loss_scale: HeadroomLossScale,
-    tensors: LossScaleTensors | ScaleAndPeaks,
-    found_inf: Tensor,
-    largest: Tensor,
+    loss_scale: HeadroomLossScale, tensors: LossScaleTensors, found_inf: Tensor, largest: Tensor
 ) -> None:
     """Follows `next_headroom` in place on the device, without a host sync.
 

@@ -189,6 +189,11 @@ class LossScaleState(NamedTuple):
     peak_before: float = 0.0
 
 
+# the finest share that a tolerance can be
+_FINEST = 1_000_000
+#: So many steps since the scale moved can be multiplied by `_FINEST` in int64.
+COMPARABLE_STEPS = 2**42
+
 #: The fields of a state that count steps, in the order in which tensors hold them.
 COUNTERS = LossScaleState._fields[3:9]
 
@@ -291,4 +296,5 @@ def tolerated(tolerance: float) -> tuple[int, int]:
         >>> tolerated(0.05)  # one of twenty
         (1, 20)
     """
-    return Fraction(tolerance).limit_denominator(1_000_000).as_integer_ratio()
+    ratio = Fraction(tolerance).limit_denominator(_FINEST)
+    return min(ratio, Fraction(_FINEST - 1, _FINEST)).as_integer_ratio()

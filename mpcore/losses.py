@@ -26,6 +26,12 @@ if TYPE_CHECKING:
     from mpcore.backward_passes import BackwardPasses
 
 
+def new_alarm(scaling: LossScale, overflows_at_min: int) -> SkipAlarm:
+    """Returns an alarm that does what a loss scale wants, for a state that has that counter."""
+    at_min = scaling.at_min if isinstance(scaling, DynamicLossScale) else "clamp"
+    return SkipAlarm(at_min, overflows_at_min=overflows_at_min)
+
+
 @dataclass
 class Losses:
     """The losses of an optimizer that have a scale of their own.
@@ -119,8 +125,7 @@ class ScaledLoss:
 
     def watch(self, overflows_at_min: int) -> None:
         """Starts a new alarm, for a state that has that counter."""
-        at_min = self.scaling.at_min if isinstance(self.scaling, DynamicLossScale) else "clamp"
-        self.alarm = SkipAlarm(at_min, overflows_at_min=overflows_at_min)
+        self.alarm = new_alarm(self.scaling, overflows_at_min)
 
     def backward(
         self,

@@ -139,10 +139,8 @@ class Masters:
             backend: Rounds.
         """
         for param, value in pairs:
-            master = self._master_of[param]
-            master.copy_(value)
-            zero = torch.zeros((), dtype=torch.int32, device=param.device)
-            backend.cast_into([master], [param.detach()], zero, zero.long())
+            self._master_of[param].copy_(value)
+            self._round_into(param.detach(), param, backend)
             self._seen[id(param)] = _writes(param)
 
     def stale(self, backend: Backend) -> list[Tensor]:
@@ -152,13 +150,17 @@ class Masters:
     @torch.no_grad()
     def _is_stale(self, param: Tensor, backend: Backend) -> bool:
         weight, rounded = param.detach(), param.detach().clone()
-        zero = torch.zeros((), dtype=torch.int32, device=param.device)
-        backend.cast_into([self._master_of[param]], [rounded], zero, zero.long())
+        self._round_into(rounded, param, backend)
         # a NaN may have any bits
         same = (rounded.view(torch.int16) == weight.view(torch.int16)) | (
             rounded.isnan() & weight.isnan()
         )
         return not bool(same.all())
+
+    def _round_into(self, weight: Tensor, param: Tensor, backend: Backend) -> None:
+        """Overwrites a tensor with what the weight of `param` has to be."""
+        zero = torch.zeros((), dtype=torch.int32, device=param.device)
+        backend.cast_into([self._master_of[param]], [weight], zero, zero.long())
 
     def note_weights(self) -> None:
         """Notes that all weights are their rounded masters now; no host sync."""

@@ -7,7 +7,7 @@ Every function returns a new dictionary and changes nothing. `load_state_dict` o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,16 +56,15 @@ def from_torch(
         >>> torch.equal(optimizer.state[half]["master"], weight)
         True
     """
-    params = _params(optimizer)
+    params = optimizer._params()
     if masters is not None and len(masters) != len(params):
         raise ArgumentError(
             f"masters: expected {len(params)} tensors, one for each parameter, got {len(masters)}."
         )
-    held = None if masters is None else iter(masters)
-    scale = tracker = None
-    if scaler:
-        scale, tracker = scaler.get("scale"), scaler.get("_growth_tracker")
-    return _assembled(optimizer, saved, _where_halves(params, held), scale, tracker)
+    pairs = zip(params, [None] * len(params) if masters is None else masters, strict=True)
+    held = [master if param.dtype in SIXTEEN_BIT else None for param, master in pairs]
+    scaler = scaler or {}
+    return _assembled(optimizer, saved, held, scaler.get("scale"), scaler.get("_growth_tracker"))
 
 
 def from_apex(optimizer: MixedPrecisionOptimizer, saved: Mapping[str, Any]) -> State:
@@ -81,7 +80,11 @@ def from_apex(optimizer: MixedPrecisionOptimizer, saved: Mapping[str, Any]) -> S
     """
     inner, masters = _taken(saved, "optimizer_state_dict", "fp32_from_fp16")
     scaler = saved.get("loss_scaler")
-    scale = scaler.get("cur_scale") if isinstance(scaler, Mapping) else _attribute(scaler)
+    scale = (
+        scaler.get("cur_scale")
+        if isinstance(scaler, Mapping)
+        else getattr(scaler, "cur_scale", None)
+    )
     return _assembled(optimizer, inner, _flattened(optimizer, masters), scale, None)
 
 
@@ -133,7 +136,7 @@ def from_deepspeed(optimizer: MixedPrecisionOptimizer, saved: Mapping[str, Any])
         index += len(sizes)
     masters = [piece.pop("master") for piece in state.values()]
     expected = {"state": state, "param_groups": new_groups}
-    return _assembled(optimizer, expected, iter(masters), saved.get("cur_scale"), None)
+    return _assembled(optimizer, expected, masters, saved.get("cur_scale"), None)
 
 
 def to_torch(optimizer: MixedPrecisionOptimizer) -> State:
@@ -180,10 +183,6 @@ def float32_state_dict(model: nn.Module, optimizer: MixedPrecisionOptimizer) -> 
     return values
 
 
-def _params(optimizer: MixedPrecisionOptimizer) -> list[Tensor]:
-    return [param for group in optimizer.param_groups for param in group["params"]]
-
-
 def _taken(saved: Mapping[str, Any], *keys: str) -> tuple[Any, ...]:
     for key in keys:
         if key not in saved:
@@ -191,25 +190,11 @@ def _taken(saved: Mapping[str, Any], *keys: str) -> tuple[Any, ...]:
     return tuple(saved[key] for key in keys)
 
 
-def _attribute(scaler: Any) -> float | None:
-    """Returns the scale of an Apex scaler that was pickled as an object."""
-    return getattr(scaler, "cur_scale", None)
-
-
-def _where_halves(
-    params: Sequence[Tensor], masters: Iterator[Tensor] | None
-) -> Iterator[Tensor | None]:
-    """Yields for each parameter its master, None for those that have none."""
-    for param in params:
-        master = None if masters is None else next(masters)
-        yield master if param.dtype in SIXTEEN_BIT else None
-
-
 def _flattened(
     optimizer: MixedPrecisionOptimizer, masters: Sequence[Sequence[Tensor]]
-) -> Iterator[Tensor | None]:
+) -> list[Tensor | None]:
     """Returns masters that came in lists for each group, for each parameter in turn."""
-    params = _params(optimizer)
+    params = optimizer._params()
     flat = [master for group in masters for master in group]
     wanted = sum(param.dtype in SIXTEEN_BIT for param in params)
     if len(flat) != wanted:
@@ -217,7 +202,7 @@ def _flattened(
             f"masters: expected {wanted}, one for each 16-bit parameter, got {len(flat)}."
         )
     held = iter(flat)
-    return iter([next(held) if param.dtype in SIXTEEN_BIT else None for param in params])
+    return [next(held) if param.dtype in SIXTEEN_BIT else None for param in params]
 
 
 def _cut_up(
@@ -242,7 +227,7 @@ def _cut_up(
 def _assembled(
     optimizer: MixedPrecisionOptimizer,
     inner: Mapping[str, Any],
-    masters: Iterator[Tensor | None],
+    masters: Sequence[Tensor | None],
     scale: Any,
     tracker: Any,
 ) -> State:
@@ -251,7 +236,7 @@ def _assembled(
         if key not in inner:
             raise ArgumentError(f"saved: expected the key {key!r}, got {list(inner)}.")
     indices = [index for group in inner["param_groups"] for index in group["params"]]
-    params = _params(optimizer)
+    params = optimizer._params()
     if len(indices) != len(params):
         raise ArgumentError(f"saved: expected {len(params)} parameters, got {len(indices)}.")
     state = {}

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mpcore.loss_scale import COUNTERS
 from mpcore.losses import Losses
-from mpcore.scale_tensors import LossScaleTensors
+from mpcore.scale_tensors import LossScaleTensors, counter
 
 
 class Readings:
@@ -39,7 +38,7 @@ class Readings:
     def _count(self, name: str) -> int:
         totals = self._losses.totals
         counters = self._scale.counters if totals is None else totals
-        return int(counters.unbind()[COUNTERS.index(name)])
+        return int(counter(counters, name))
 
     @property
     def saturated(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +15,7 @@ from mpcore._checks import LARGEST_SCALE, SMALLEST_SCALE
 from mpcore._scaler_arguments import (
     EXTRAS,
     LARGEST_INT32,
+    NAMES,
     check_bounds,
     check_choices,
     check_count,
@@ -25,17 +27,18 @@ from mpcore._scaler_arguments import (
 )
 from mpcore.backends import Backend, ScaleMove, reference
 from mpcore.backends._scale import count_step_
-from mpcore.headroom import HeadroomLossScale, ScaleAndPeaks, advance_headroom_
+from mpcore.headroom import HeadroomLossScale
 from mpcore.loss_scale import (
     REFILLS,
     DynamicLossScale,
     LossScale,
+    LossScaleState,
     NoLossScale,
     StaticLossScale,
     tolerated,
 )
+from mpcore.scale_tensors import LossScaleTensors
 from mpcore.scaler_checks import GradChecker
-from mpcore.scaler_counters import NAMES, ScalerCounters, Values, new_values
 from mpcore.skip_alarm import SkipAlarm
 
 _T = TypeVar("_T", bound="ScaleCourse")
@@ -70,7 +73,7 @@ class ScaleCourse(torch.amp.GradScaler):
         self._headroom: HeadroomLossScale | None = None
         self._checker = GradChecker()
         self._alarm = SkipAlarm(at_min)
-        self._counts: ScalerCounters | None = None  # made with the scale
+        self._state: LossScaleTensors | None = None  # made with the scale
         if not self._enabled:
             return
         self._min_scale, self._max_scale = float(min_scale), float(max_scale)
@@ -81,7 +84,7 @@ class ScaleCourse(torch.amp.GradScaler):
         check_factor("backoff factor", backoff_factor, 0.0, 1.0)
         self._growth_interval = check_count("growth interval", growth_interval)
         self._hysteresis = check_count("hysteresis", hysteresis)
-        self._init_counters = new_values(self._hysteresis)
+        self._init_state = LossScaleState(float(init_scale), 0, self._hysteresis, 0, 0)
         check_choices(refill, tolerance, at_min)
 
     def _forget_steps(self) -> None:
@@ -143,7 +146,7 @@ class ScaleCourse(torch.amp.GradScaler):
 
     def _lazy_init_scale_growth_tracker(self, dev: torch.device) -> None:
         super()._lazy_init_scale_growth_tracker(dev)
-        self._counts = ScalerCounters(self._init_counters, dev)
+        self._state = LossScaleTensors.from_state(self._init_state, dev)
 
     def scale(self, outputs: Any) -> Any:
         """Multiplies outputs by the scale, 16-bit ones in float32; no host sync.
@@ -189,27 +192,26 @@ class ScaleCourse(torch.amp.GradScaler):
         self._move(scale, tracker, torch.stack(found).any().int())
         self._per_optimizer_states = defaultdict(_refresh_per_optimizer_state)
         self._checks_done()
-        if self._counts is not None:
-            self._alarm.note(self._counts.counters)  # last: it may raise
+        if self._state is not None:
+            self._alarm.note(self._state.counters)  # last: it may raise
 
     def _checks_done(self) -> None:
         """Ends an iteration: for the part that knows optimizers."""
 
     def _move(self, scale: Tensor, tracker: Tensor, found_inf: Tensor) -> None:
-        if self._counts is None:  # somebody made the scale without scale()
-            self._counts = ScalerCounters(self._init_counters, scale.device)
-        counts = self._counts
+        if self._state is None:  # somebody made the scale without scale()
+            self._state = LossScaleTensors.from_state(self._init_state, scale.device)
+        # these two are torch's, which others read and write
+        state = self._state = replace(self._state, scale=scale, growth_tracker=tracker)
         if self._headroom is not None:
-            state = ScaleAndPeaks(scale, tracker, counts.peak, counts.peak_before)
             largest = self._largest_gradient(scale.device)
-            advance_headroom_(self._headroom, state, found_inf, largest)
-            count_step_(counts.counters, found_inf)
+            state.advance_(self._headroom, found_inf, largest=largest)
         elif self._moves:
             move = ScaleMove(
                 scale=scale,
                 growth_tracker=tracker,
-                overflows_left=counts.left,
-                counters=counts.counters,
+                overflows_left=state.overflows_left,
+                counters=state.counters,
                 growth_factor=self._growth_factor,
                 backoff_factor=self._backoff_factor,
                 growth_interval=min(self._growth_interval, LARGEST_INT32),
@@ -222,7 +224,7 @@ class ScaleCourse(torch.amp.GradScaler):
             backend = self._backend_for(scale.device)
             backend.update_scale_(**move.arguments(), found_inf=found_inf)
         else:
-            count_step_(counts.counters, found_inf)
+            count_step_(state.counters, found_inf)
 
     def _largest_gradient(self, device: torch.device) -> Tensor:
         """Returns the largest one of the iteration: for the part that knows optimizers."""
@@ -236,24 +238,23 @@ class ScaleCourse(torch.amp.GradScaler):
     @property
     def steps(self) -> int:
         """Iterations that `update` has counted; syncs."""
-        return int(self._counters()[1])
+        return self._reading().steps
 
     @property
     def skipped_steps(self) -> int:
         """Iterations in which an optimizer was skipped; syncs."""
-        return int(self._counters()[2])
+        return self._reading().skipped_steps
 
     @property
     def skips_in_a_row(self) -> int:
         """The last of them, without a clean one between; syncs."""
-        return int(self._counters()[3])
+        return self._reading().skips_in_a_row
 
-    def _counters(self) -> Values:
+    def _reading(self) -> LossScaleState:
+        """Returns counters and peaks as numbers; syncs."""
         if not self._enabled:
-            return new_values(0)
-        if self._counts is None:
-            return self._init_counters
-        return self._counts.values()
+            return LossScaleState(1.0, 0, 0, 0, 0)
+        return self._init_state if self._state is None else self._state.to_state()
 
     def set_growth_factor(self, new_factor: float) -> None:
         """Sets the growth factor, a finite number above 1."""
@@ -281,7 +282,7 @@ class ScaleCourse(torch.amp.GradScaler):
         if not self._enabled:
             return {}
         extras = {name: getattr(self, f"_{name}") for name in EXTRAS}
-        counters = dict(zip(NAMES, self._counters(), strict=True))
+        counters = dict(zip(NAMES, self._reading()[2:], strict=True))
         return {**super().state_dict(), **extras, **counters}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -308,20 +309,20 @@ class ScaleCourse(torch.amp.GradScaler):
         super().load_state_dict(loaded)
         for name in EXTRAS:
             setattr(self, f"_{name}", loaded[name])
-        self._init_counters = tuple(loaded[name] for name in NAMES)
-        self._alarm = _new_alarm(self._at_min, self._init_counters)
-        if self._counts is not None:
-            self._counts.fill_(self._init_counters)
+        of_torch = (loaded["scale"], loaded["_growth_tracker"])
+        self._init_state = LossScaleState(*of_torch, *(loaded[name] for name in NAMES))
+        self._alarm = self._new_alarm(self._init_state)
+        if self._state is not None:
+            self._state.assign_(self._init_state)
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns what is pickled: tensors are made again with the next loss."""
         state: dict[str, Any] = super().__getstate__()
         if self._enabled:
-            state["_init_counters"] = counters = self._counters()
-            state["_alarm"] = _new_alarm(self._at_min, counters)
+            state["_init_state"] = reading = self._reading()
+            state["_alarm"] = self._new_alarm(reading)
         checker = GradChecker(self._checker.finds_largest)
-        return {**state, "_counts": None, "_checker": checker}
+        return {**state, "_state": None, "_checker": checker}
 
-
-def _new_alarm(at_min: str, counters: Values) -> SkipAlarm:
-    return SkipAlarm(at_min, overflows_at_min=int(counters[NAMES.index("_overflows_at_min")]))
+    def _new_alarm(self, state: LossScaleState) -> SkipAlarm:
+        return SkipAlarm(self._at_min, overflows_at_min=state.overflows_at_min)

@@ -20,6 +20,11 @@ from mpcore.loss_scale import (
 )
 
 
+def counter(counters: Tensor, name: str) -> Tensor:
+    """Returns the one of `COUNTERS` with that name, 0-d; no host sync."""
+    return counters.unbind()[COUNTERS.index(name)]
+
+
 @dataclass
 class LossScaleTensors:
     """A `LossScaleState` in tensors on one device.
@@ -75,7 +80,7 @@ class LossScaleTensors:
 
     def count(self, name: str) -> Tensor:
         """Returns one of the counters, 0-d; no host sync."""
-        return self.counters.unbind()[COUNTERS.index(name)]
+        return counter(self.counters, name)
 
     @torch.no_grad()
     def advance_(

@@ -16,11 +16,10 @@ from mpcore.backends._scale import count_step_
 from mpcore.errors import StageError
 from mpcore.gradients import StepGradients
 from mpcore.headroom import HeadroomLossScale
-from mpcore.loss_scale import DynamicLossScale, LossScale, NoLossScale
-from mpcore.losses import Losses, ScaledLoss
+from mpcore.loss_scale import LossScale, NoLossScale
+from mpcore.losses import Losses, ScaledLoss, new_alarm
 from mpcore.masters import Groups, Masters
 from mpcore.scale_tensors import LossScaleTensors
-from mpcore.skip_alarm import SkipAlarm
 from mpcore.step_plan import StepPlan
 from mpcore.step_result import StepResult
 
@@ -63,7 +62,7 @@ class Stage:
         self._losses = losses
         self._plan = plan
         self._outside_scale: Tensor | None = None
-        self._alarm = self._new_alarm(0)
+        self._alarm = new_alarm(loss_scaling, 0)
         self._sums: Accumulation | None = None
 
     @property
@@ -93,16 +92,22 @@ class Stage:
             return self.gradients
         self._masters.check_weights(self._backend, caller, self._name_of)
         if self._sums is not None:
-            self.gradients = self._summed(caller, external)
+            self.gradients = self._summed(self._sums, caller, external)
             return self.gradients
         self._check_scaled(caller, external, bool(params))
-        # all of them: some optimizers move parameters that have no gradient in this step
-        self._masters.create_for(p for g in self._groups for p in g["params"] if p.requires_grad)
         scale = self._tensors.scale if external is None else external.scale
         # an outside scale is any number and moves in place; our own follows from the coefficient
         self._outside_scale = None if external is None else scale.clone()
         self.gradients = self._gradients_of(params, scale, external)
         return self.gradients
+
+    def check_open(self, caller: str) -> None:
+        """Raises if gradients of this step were collected: those of another pass would get lost."""
+        if self.gradients is not None:
+            raise StageError(
+                f"{caller}: expected to be called before unscale_() or clip_grad_norm_() of the "
+                "same step, got a call after. Run all backward passes first, or call zero_grad()."
+            )
 
     def accumulate(self, caller: str, loss: ScaledLoss | None = None) -> None:
         """Adds the gradients that are there to float32 sums and drops them; no host sync.
@@ -111,11 +116,7 @@ class Stage:
             caller: The method that asks, for messages.
             loss: Whose gradients they are; None: the optimizer's own.
         """
-        if self.gradients is not None:
-            raise StageError(
-                f"{caller}: expected to be called before unscale_() or clip_grad_norm_() of the "
-                "same step, got a call after. Run all backward passes first, or call zero_grad()."
-            )
+        self.check_open(caller)
         params = with_gradient(self._groups, self._device_of, self._masters)
         if not params:
             return
@@ -130,7 +131,7 @@ class Stage:
         finds_largest = isinstance(scaling, HeadroomLossScale)
         self._sums.add(params, scale.reciprocal(), name, finds_largest)
 
-    def _summed(self, caller: str, external: External | None) -> StepGradients:
+    def _summed(self, sums: Accumulation, caller: str, external: External | None) -> StepGradients:
         """Returns the sums as the gradients of this step."""
         if external is not None:
             raise StageError(
@@ -138,15 +139,11 @@ class Stage:
                 "accumulate() has unscaled. Use the optimizer's own loss scale instead."
             )
         self.accumulate(caller)  # what has come since
-        sums, self._sums = self._sums, None
-        if sums is None:
-            raise RuntimeError("the sums vanished")
+        self._sums, self._outside_scale = None, None
         summed = set(sums.hand_over())
         params = [p for group in self._groups for p in group["params"] if p in summed]
-        self._masters.create_for(p for g in self._groups for p in g["params"] if p.requires_grad)
         gradients = self._gradients_of(params, self._tensors.scale, None)
         gradients.take_sums(sums)
-        self._outside_scale = None
         return gradients
 
     def collect_evaluation(self, external: External | None) -> StepGradients:
@@ -180,6 +177,8 @@ class Stage:
         self, params: list[Tensor], scale: Tensor, external: External | None
     ) -> StepGradients:
         self._masters.create_for(params)
+        # and all others: some optimizers move parameters that have no gradient in this step
+        self._masters.create_for(p for g in self._groups for p in g["params"] if p.requires_grad)
         found_inf = None if external is None else external.found_inf
         # the reciprocal of a power of two is exact; outside scalers use other numbers as well
         exact = scale if external is None else scale.double()
@@ -273,12 +272,7 @@ class Stage:
         """Drops what belongs to a state that was replaced, by one with that counter."""
         self.forget()
         self.scaled = False
-        self._alarm = self._new_alarm(overflows_at_min)
-
-    def _new_alarm(self, overflows_at_min: int) -> SkipAlarm:
-        scaling = self._loss_scaling
-        at_min = scaling.at_min if isinstance(scaling, DynamicLossScale) else "clamp"
-        return SkipAlarm(at_min, overflows_at_min=overflows_at_min)
+        self._alarm = new_alarm(self._loss_scaling, overflows_at_min)
 
     def forget(self) -> None:
         """Drops gradients that were collected and not stepped."""

@@ -15,22 +15,11 @@ import torch
 from torch import nn
 
 from mpcore_testing.bits import same_bits
+from mpcore_testing.scalers import train, weight
 
 THEIRS, OURS = torch.amp.GradScaler, mpcore.GradScaler
 INF, NAN = float("inf"), float("nan")
 HALVES = [torch.float16, torch.bfloat16]
-
-
-def weight(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
-    return nn.Parameter(torch.ones(shape, dtype=dtype))
-
-
-def train(scaler: Any, optimizer: Any, param: nn.Parameter, factors: list[float]) -> None:
-    for factor in factors:
-        optimizer.zero_grad()
-        scaler.scale((param * factor).sum()).backward()
-        scaler.step(optimizer)
-        scaler.update()
 
 
 def test_flags_of_several_devices_are_not_added_up() -> None:

@@ -9,22 +9,11 @@ import mpcore
 import pytest
 import torch
 from mpcore.loss_scale import initial_state, next_state
-from torch import nn
+
+from mpcore_testing.scalers import train, weight
 
 INF = float("inf")
 OURS = mpcore.GradScaler
-
-
-def weight(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
-    return nn.Parameter(torch.ones(shape, dtype=dtype))
-
-
-def train(scaler: Any, optimizer: Any, param: nn.Parameter, factors: list[float]) -> None:
-    for factor in factors:
-        optimizer.zero_grad()
-        scaler.scale((param * factor).sum()).backward()
-        scaler.step(optimizer)
-        scaler.update()
 
 
 @pytest.mark.parametrize(

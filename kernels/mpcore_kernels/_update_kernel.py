@@ -30,7 +30,7 @@ WARPS = 8
 # what masked bodies take at a time: see _table.ROUND
 ROUND = 512
 
-# what moves with the loss scale: itself, two counters and two more
+# what moves with the loss scale: itself, tracker, hysteresis and six counters
 _SCALE = (torch.float32, torch.int32, torch.int32, *(torch.int64,) * 6)
 
 ROW = 8

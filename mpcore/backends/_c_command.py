@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -100,13 +101,11 @@ def build_levels(folder: Path) -> list[Path]:
     """
     known = list(levels(platform.machine()).values())
     libraries = [folder / f"passes-{name}-{identity()}.so" for name, _ in known]
+    flags = [processor for _, processor in known]
     for compiler in find_compilers():
-
-        def attempt(number: int, compiler: str = compiler) -> str | None:
-            return build(compiler, SOURCE, libraries[number], known[number][1])
-
         with ThreadPoolExecutor() as pool:
-            refusals = list(pool.map(attempt, range(len(known))))
+            attempts = pool.map(build, repeat(compiler), repeat(SOURCE), libraries, flags)
+            refusals = list(attempts)
         built = [path for path, why in zip(libraries, refusals, strict=True) if why is None]
         if built:
             return built

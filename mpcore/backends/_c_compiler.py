@@ -15,7 +15,7 @@ from mpcore.errors import BackendError
 
 @cache
 def passes() -> ctypes.CDLL:
-    """Returns `_passes.c` as a library: the one in the package, else compiled now, in two seconds.
+    """Returns `_passes.c` as a library: the one in the package, else compiled now: a second.
 
     Raises:
         BackendError: It is not in the package, and cannot be compiled.
@@ -40,10 +40,13 @@ def find_built() -> Path | None:
 @cache
 def comes_built() -> bool:
     """Whether a library came with the package that this system can load."""
+    if find_built() is None:
+        return False
     try:
-        return find_built() is not None and passes() is not None
+        passes()
     except BackendError:
         return False
+    return True
 
 
 def check_can_run() -> None:

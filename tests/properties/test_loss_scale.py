@@ -21,6 +21,7 @@ from mpcore.loss_scale import (
     check_loss_scale,
     initial_state,
     next_state,
+    tolerated,
 )
 from mpcore.scale_tensors import LossScaleTensors
 
@@ -301,6 +302,13 @@ def test_a_dynamic_scale_rejects_an_init_outside_its_bounds(arguments: dict[str,
 def test_a_tolerance_is_a_share(value: float) -> None:
     with pytest.raises(ArgumentError, match=r"^tolerance: expected a share from 0 to below 1, got"):
         DynamicLossScale(tolerance=value)
+
+
+@pytest.mark.parametrize("value", [1 - 2.0**-53, 0.9999999, 1e-9, 0.0, 1 / 3])
+def test_a_tolerance_in_whole_numbers_is_one_that_kernels_take(value: float) -> None:
+    few, of_steps = tolerated(value)
+    assert 0 <= few < of_steps <= 10**6
+    assert abs(few / of_steps - value) <= 1e-6
 
 
 @pytest.mark.parametrize("value", ["x", "", None, True])
