@@ -18,7 +18,14 @@ def own_memory(param: Tensor, grad: Tensor) -> Tensor:
 
     Nothing can be written to an expanded gradient, and fused kernels read behind its end.
     """
-    shape = zip(grad.shape, grad.stride(), strict=True)
+    here = held_here(grad)
+    shape = zip(here.shape, here.stride(), strict=True)
     if any(stride == 0 and size > 1 for size, stride in shape):
-        grad = param.grad = grad.contiguous()
+        grad = param.grad = grad.clone(memory_format=torch.contiguous_format)
     return grad
+
+
+def held_here(tensor: Tensor) -> Tensor:
+    """Returns what this rank holds of a DTensor, whatever its placement; others as they are."""
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local

@@ -14,7 +14,7 @@ from mpcore._checks import SIXTEEN_BIT
 from mpcore.optimizer import MixedPrecisionOptimizer
 from mpcore.scale_course import ScaleCourse
 from mpcore.scaler_checks import GradCheck
-from mpcore.scaler_ranks import any_rank, process_groups
+from mpcore.scaler_ranks import largest_of_ranks, process_groups
 from mpcore.scaler_step import ScalerStep
 
 
@@ -128,14 +128,12 @@ class GradScaler(ScaleCourse):
         self, optimizer: torch.optim.Optimizer, check: GradCheck, home: torch.device
     ) -> dict[torch.device, Tensor]:
         self._checks[id(optimizer)] = check
-        self._largest += check.largest.values()
         ranks = process_groups(optimizer, self._process_group)
+        if self._headroom is not None:
+            self._largest.append(largest_of_ranks(check.largest_gradient(home), ranks))
         if not check.params and not ranks:
             return {}
-        found_inf = check.found_inf(home)
-        for group in ranks:
-            found_inf = any_rank(found_inf, group)
-        return {home: found_inf}
+        return {home: largest_of_ranks(check.found_inf(home), ranks)}
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
         """Unscales unless that is done, and steps or skips; syncs unless the optimizer is fused.

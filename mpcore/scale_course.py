@@ -91,7 +91,14 @@ class ScaleCourse(torch.amp.GradScaler):
         """Makes what is no part of a checkpoint: for the part that knows optimizers."""
 
     @classmethod
-    def of(cls: type[_T], loss_scale: LossScale, device: str = "cuda", enabled: bool = True) -> _T:
+    def of(
+        cls: type[_T],
+        loss_scale: LossScale,
+        device: str = "cuda",
+        enabled: bool = True,
+        *,
+        process_group: Any = None,
+    ) -> _T:
         """Returns a scaler whose scale moves as a native loss scale does, or stays.
 
         Args:
@@ -101,6 +108,7 @@ class ScaleCourse(torch.amp.GradScaler):
                 passes make those of float32 parameters in 16 bits.
             device: As for the constructor.
             enabled: Likewise.
+            process_group: Likewise.
 
         Example:
             >>> from mpcore import DynamicLossScale, GradScaler
@@ -121,6 +129,7 @@ class ScaleCourse(torch.amp.GradScaler):
                 refill=loss_scale.refill,
                 tolerance=loss_scale.tolerance,
                 at_min=loss_scale.at_min,
+                process_group=process_group,
             )
         if isinstance(loss_scale, HeadroomLossScale):
             scaler = cls(
@@ -130,6 +139,7 @@ class ScaleCourse(torch.amp.GradScaler):
                 enabled=enabled,
                 min_scale=loss_scale.min_scale,
                 max_scale=loss_scale.max_scale,
+                process_group=process_group,
             )
             scaler._headroom = loss_scale
             scaler._checker = GradChecker(finds_largest=True)
@@ -140,7 +150,7 @@ class ScaleCourse(torch.amp.GradScaler):
                 f"NoLossScale, got {type(loss_scale).__name__}."
             )
         scale = loss_scale.scale if isinstance(loss_scale, StaticLossScale) else 1.0
-        scaler = cls(device, scale, enabled=enabled)
+        scaler = cls(device, scale, enabled=enabled, process_group=process_group)
         scaler._moves = False
         return scaler
 

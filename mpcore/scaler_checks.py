@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mpcore._checks import SIXTEEN_BIT
-from mpcore._layouts import own_memory
+from mpcore._layouts import held_here, own_memory
 from mpcore._parameters import name_of
 from mpcore.backends import Backend, resolve
 from mpcore.masters import Groups
@@ -37,6 +37,12 @@ class GradCheck:
         found = [flags.any().to(home, non_blocking=True) for flags in self.flags.values()]
         none = torch.zeros((), dtype=torch.bool, device=home)
         return torch.stack([none, *found]).any().float()
+
+    def largest_gradient(self, home: torch.device) -> Tensor:
+        """Returns the largest unscaled magnitude, 0 if nobody looked, 0-d float64; no host sync."""
+        none = torch.zeros((), dtype=torch.float64, device=home)
+        seen = [largest.to(home, non_blocking=True) for largest in self.largest.values()]
+        return torch.stack([none, *seen]).amax()
 
     def overflowed(self, groups: Groups) -> list[str]:
         """Returns the names of the parameters whose gradient was not finite, in order; syncs."""
@@ -133,11 +139,8 @@ def _each_device(
 
 def _values(param: Tensor, grad: Tensor) -> Tensor:
     """Returns the values that a gradient stores here, to be read or written."""
-    if hasattr(grad, "to_local"):  # a DTensor: what this rank holds, whatever its placement
-        grad = grad.to_local()
-        return grad if grad.is_contiguous() else own_memory(param, grad)
     if not grad.is_sparse:
-        return own_memory(param, grad)
+        return held_here(own_memory(param, grad))
     if grad.dtype in SIXTEEN_BIT and not grad.is_coalesced():
         # values of one index are added, in 16 bits: the sum may overflow where they do not
         grad = param.grad = grad.coalesce()

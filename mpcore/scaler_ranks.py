@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def process_groups(optimizer: torch.optim.Optimizer, given: Any) -> list[Any]:
-    """Returns the groups of ranks that share parameters of an optimizer, without doubles.
+    """Returns the groups of ranks that share parameters of an optimizer, each mesh's once.
 
     Args:
         optimizer: Its parameters may be DTensors, of any meshes and placements. Those without a
@@ -26,20 +26,26 @@ def process_groups(optimizer: torch.optim.Optimizer, given: Any) -> list[Any]:
     return found if given is None else [given, *found]
 
 
-def any_rank(found_inf: Tensor, group: Any) -> Tensor:
-    """Returns 1 on all ranks of a group if it is 1 on any of them; waits for the others.
+def largest_of_ranks(value: Tensor, groups: list[Any]) -> Tensor:
+    """Returns the largest value that any rank of these groups has; waits for the others.
 
     Args:
-        found_inf: 0-d float32, 0 or 1.
-        group: A `torch.distributed.ProcessGroup`.
+        value: 0-d.
+        groups: `torch.distributed.ProcessGroup`s, the same ones in the same order on all ranks.
     """
+    for group in groups:
+        value = _largest_of_group(value, group)
+    return value
+
+
+def _largest_of_group(value: Tensor, group: Any) -> Tensor:
     from torch import distributed
 
-    device = found_inf.device
+    device = value.device
     if distributed.get_backend(group) in ("gloo", "mpi"):
         device = torch.device("cpu")
     elif device.type == "cpu":  # NCCL and its like know accelerators only
         device = torch.device("cuda", torch.cuda.current_device())
-    flag = found_inf.to(device, copy=True)
-    distributed.all_reduce(flag, distributed.ReduceOp.MAX, group)
-    return flag.to(found_inf.device)
+    shared = value.to(device, copy=True)
+    distributed.all_reduce(shared, distributed.ReduceOp.MAX, group)
+    return shared.to(value.device)

@@ -78,9 +78,33 @@ def idle(rank: int, bad: bool, fused: bool, unscales: bool) -> list[Any]:
     return [scaler.get_scale(), scaler.last_step.skipped]
 
 
+def expanded(rank: int, bad: bool, fused: bool, unscales: bool) -> list[Any]:
+    """Gradients that are one value, repeated: nothing can be written to them as they are."""
+    mesh = init_device_mesh("cpu", (2,))
+    param = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))
+    value = torch.tensor(INF if bad and rank == 1 else 8.0).expand(2)
+    grad = DTensor.from_local(value, mesh, [Shard(0)])
+    return scaled_step(mpcore.GradScaler("cpu", init_scale=8.0), [param], [grad], fused, unscales)
+
+
+def computed(rank: int, mode: str) -> float:
+    """The scale that is computed from gradients of which rank 1 has the largest one."""
+    group = distributed.group.WORLD if mode == "group" else None
+    rule = mpcore.HeadroomLossScale(8.0, spare_bits=2)
+    scaler = mpcore.GradScaler.of(rule, "cpu", process_group=group)
+    grad = torch.full((2,), 8.0 * 2.0 ** -(10 - 4 * rank))
+    param: Any = torch.ones(2)
+    if mode == "dtensor":
+        mesh = init_device_mesh("cpu", (2,))
+        param = DTensor.from_local(param, mesh, [Shard(0)])
+        grad = DTensor.from_local(grad, mesh, [Shard(0)])
+    scaled_step(scaler, [nn.Parameter(param)], [grad], False, False)
+    return scaler.get_scale()
+
+
 CASES = [
     (case, bad, fused, unscales)
-    for case in (plain, mixed, idle)
+    for case in (plain, mixed, idle, expanded)
     for bad in (False, True)
     for fused in (False, True)
     for unscales in (False, True)
@@ -92,14 +116,17 @@ def work(rank: int, folder: str) -> None:
     distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     torch.set_num_threads(1)
     results = [case(rank, *options) for case, *options in CASES]
-    torch.save(results, f"{folder}/rank{rank}.pt")
+    scales = [computed(rank, mode) for mode in ("dtensor", "group")]
+    torch.save((results, scales), f"{folder}/rank{rank}.pt")
     distributed.destroy_process_group()
 
 
 def test_ranks_agree_whoever_overflows_and_step_as_one(tmp_path: Path) -> None:
     multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
-    for (case, bad, *_), *results in zip(CASES, *ranks, strict=True):
+    for _, scales in ranks:  # 2^(16 - 2) over the power of two above 2^-6
+        assert scales == [2.0**19] * 2
+    for (case, bad, *_), *results in zip(CASES, *(cases for cases, _ in ranks), strict=True):
         for scale, skipped, *params in results:
             assert (scale, skipped) == ((4.0, True) if bad else (8.0, False)), case
             expected = 1.0 if bad else 0.5
