@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mpcore._bulk import devices_of, dtypes_of, grads_of
 from mpcore._checks import SIXTEEN_BIT
 from mpcore._layouts import laid_out_like, own_memory
 from mpcore.backends import Backend, Inspection
@@ -117,11 +118,13 @@ class StepGradients:
         # what must not be forgotten besides the flags: 0-d, non-zero means overflow
         self._found_before = external_found_inf
         self._found: Tensor | None = None
-        devices = {p.device: None for p in params}
+        devices = devices_of(params)
         self._buckets = [self._bucket(device, len(devices) == 1) for device in devices]
 
     def _bucket(self, device: torch.device, only: bool) -> _Bucket:
         here = self.params if only else [p for p in self.params if p.device == device]
+        if dtypes_of(here).issubset(SIXTEEN_BIT):
+            return _Bucket(device, list(here), [])
         halves = [p for p in here if p.dtype in SIXTEEN_BIT]
         return _Bucket(device, halves, [p for p in here if p.dtype not in SIXTEEN_BIT])
 
@@ -144,10 +147,10 @@ class StepGradients:
             first, rest = flags.tensor_split([len(bucket.with_master)])
             if not self.applied:
                 buffers = [torch.empty_like(self._masters.of(p)) for p in bucket.with_master]
-                halves = [_grad(p) for p in bucket.with_master]
+                halves = grads_of(bucket.with_master)
                 grads = [laid_out_like(b, g) for b, g in zip(buffers, halves, strict=True)]
-                for param in bucket.without:
-                    grad = own_memory(param, _grad(param))
+                for param, grad in zip(bucket.without, grads_of(bucket.without), strict=True):
+                    grad = own_memory(param, grad)
                     if grad.stride() != param.stride():
                         param.grad = laid_out_like(param, grad)
                 self._backend.unscale_into(grads, buffers, coefficient, first)
@@ -229,7 +232,7 @@ class StepGradients:
 
     def _stored(self, bucket: _Bucket) -> list[Tensor]:
         """Returns the gradients as they are: scaled ones of the model, or those `apply` made."""
-        return self._grads(bucket.params) if self.applied else [_grad(p) for p in bucket.params]
+        return self._grads(bucket.params) if self.applied else grads_of(bucket.params)
 
     @property
     def coefficient(self) -> Tensor:
@@ -262,7 +265,7 @@ class StepGradients:
         home = self.unscaled_by.device
         peaks = [torch.zeros((), dtype=torch.float64, device=home)]
         for bucket in self._buckets:
-            grads = [_grad(p) for p in bucket.with_master if p.dtype == torch.float16]
+            grads = grads_of(p for p in bucket.with_master if p.dtype == torch.float16)
             if grads and bucket.largest is not None and len(grads) == len(bucket.with_master):
                 peak = bucket.largest[: len(grads)].amax().double()
                 peaks.append(peak.to(home, non_blocking=True))
@@ -279,10 +282,11 @@ class StepGradients:
         """Returns the gradients of `params` as they are, each with the strides of its master."""
         if self.applied:
             return self._grads(params)
-        grads = [param.grad for param in params]
-        if all(map(_is_contiguous, grads)) and all(map(Tensor.is_contiguous, params)):
-            return grads  # type: ignore[return-value]
-        return [laid_out_like(self._masters.of(p), _grad(p)) for p in params]
+        grads = grads_of(params)
+        if all(map(Tensor.is_contiguous, grads)) and all(map(Tensor.is_contiguous, params)):
+            return grads
+        pairs = zip(params, grads, strict=True)
+        return [laid_out_like(self._masters.of(param), grad) for param, grad in pairs]
 
     def flags(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields (parameter, 0-d int32 flag) for every gradient, in the order of `params`."""
@@ -331,19 +335,8 @@ class StepGradients:
                     param.grad = None
 
     def _grads(self, params: Sequence[Tensor]) -> list[Tensor]:
-        return [_grad(self._masters.of(param)) for param in params]
+        return grads_of(map(self._masters.of, params))
 
 
 def _any_float64(params: Sequence[Tensor]) -> bool:
-    return any(param.dtype == torch.float64 for param in params)
-
-
-def _is_contiguous(grad: Tensor | None) -> bool:
-    return grad is not None and grad.is_contiguous()
-
-
-def _grad(tensor: Tensor) -> Tensor:
-    grad = tensor.grad
-    if grad is None:  # the caller collected parameters that have one
-        raise RuntimeError("a gradient vanished between the check and the step")
-    return grad
+    return torch.float64 in dtypes_of(params)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpcore._bulk import writes_to
 from mpcore._checks import SIXTEEN_BIT
 from mpcore.backends import Backend
 from mpcore.errors import StageError
@@ -31,11 +32,6 @@ def upcast(value: Any) -> Any:
     return value
 
 
-def _writes(param: Tensor) -> int:
-    """Returns how often a tensor was written to, as far as autograd knows."""
-    return -1 if param.is_inference() else param._version
-
-
 class Masters:
     """The FP32 masters of 16-bit parameters, and the optimizer state that goes with them.
 
@@ -51,8 +47,10 @@ class Masters:
         self._inner = inner
         self._outer_state = outer_state
         self._master_of: dict[Tensor, Tensor] = {}
-        self._known: set[int] = set()  # ids of the keys, which keeps them valid
-        self._seen: dict[int, int] = {}  # by id: writes that a weight had when its master fitted
+        #: by id of the key, which keeps it valid: its place in the order of creation
+        self._place: dict[int, int] = {}
+        #: in that order, the writes that a weight had when its master fitted; -2: it never did
+        self._seen: list[int] = []
         #: counts what replaces tensors: plans made of older ones are stale
         self.version = 0
         self.link_state(param for group in inner.param_groups for param in group["params"])
@@ -76,8 +74,8 @@ class Masters:
             return
         master = param.detach().float() if value is None else value.detach()
         self._master_of[param] = master
-        self._known.add(id(param))
-        self._seen[id(param)] = _writes(param)
+        self._place[id(param)] = len(self._place)
+        self._seen += writes_to([param])
         self.version += 1
         if param in self._inner.state:
             self._inner.state[master] = upcast(self._inner.state.pop(param))
@@ -85,7 +83,7 @@ class Masters:
 
     def create_for(self, params: Iterable[Tensor]) -> None:
         """Makes the masters of the 16-bit ones among `params` that have none; no host sync."""
-        known = self._known  # by identity: hashing a tensor takes longer
+        known = self._place  # by identity: hashing a tensor takes longer
         for param in params:
             if id(param) not in known and param.dtype in SIXTEEN_BIT:
                 self.create(param)
@@ -110,17 +108,18 @@ class Masters:
         """
         self.version += 1
         self._master_of.clear()
-        self._known.clear()
-        self._seen.clear()  # the weights that go with these masters are still to come, or there
+        self._place.clear()
         self._inner.state.clear()
         self._outer_state.clear()
         for param, state in states.items():
             rest = {key: value for key, value in state.items() if key != "master"}
             if "master" in state:
                 self._master_of[param] = state["master"]
-                self._known.add(id(param))
+                self._place[id(param)] = len(self._place)
             if rest:
                 self._inner.state[self.of(param)] = rest
+        # the weights that go with these masters are still to come, or there
+        self._seen = [-2] * len(self._place)
         self.link_state(states)
 
     @torch.no_grad()
@@ -141,7 +140,7 @@ class Masters:
         for param, value in pairs:
             self._master_of[param].copy_(value)
             self._round_into(param.detach(), param, backend)
-            self._seen[id(param)] = _writes(param)
+            self._seen[self._place[id(param)]] = writes_to([param])[0]
 
     def stale(self, backend: Backend) -> list[Tensor]:
         """Returns the weights that are not their rounded masters; syncs with the host."""
@@ -164,8 +163,7 @@ class Masters:
 
     def note_weights(self) -> None:
         """Notes that all weights are their rounded masters now; no host sync."""
-        for param in self._master_of:
-            self._seen[id(param)] = _writes(param)
+        self._seen = writes_to(self._master_of)
 
     def check_weights(
         self, backend: Backend, caller: str, name_of: Callable[[Tensor], str]
@@ -177,8 +175,11 @@ class Masters:
             caller: The method that asks, for messages.
             name_of: Names a parameter.
         """
-        seen = self._seen
-        written = [param for param in self._master_of if seen.get(id(param)) != _writes(param)]
+        writes = writes_to(self._master_of)
+        if writes == self._seen:
+            return
+        counted = zip(self._master_of, writes, self._seen, strict=True)
+        written = [param for param, now, then in counted if now != then]
         stale = [param for param in written if self._is_stale(param, backend)]
         if stale:
             names = ", ".join(map(name_of, stale[:3]))
@@ -189,8 +190,7 @@ class Masters:
                 "loaded without the model's. Call sync_masters_from_model() to go on from the "
                 "weights, or load the weights that go with the masters."
             )
-        for param in written:
-            seen[id(param)] = _writes(param)
+        self._seen = writes
 
     @contextmanager
     def in_groups(self) -> Iterator[None]:

@@ -178,7 +178,9 @@ class Stage:
     ) -> StepGradients:
         self._masters.create_for(params)
         # and all others: some optimizers move parameters that have no gradient in this step
-        self._masters.create_for(p for g in self._groups for p in g["params"] if p.requires_grad)
+        if len(params) != sum(len(group["params"]) for group in self._groups):
+            every = [param for group in self._groups for param in group["params"]]
+            self._masters.create_for(param for param in every if param.requires_grad)
         found_inf = None if external is None else external.found_inf
         # the reciprocal of a power of two is exact; outside scalers use other numbers as well
         exact = scale if external is None else scale.double()
@@ -195,6 +197,8 @@ class Stage:
     ) -> None:
         known = set(map(id, gradients.params))
         summed = gradients.accumulated is not None
+        if not summed and known.issuperset(map(id, params)):
+            return
         for param in params:
             if id(param) not in known or (summed and param.dtype in SIXTEEN_BIT):
                 raise StageError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import is_
 from typing import Any
 
 import torch
@@ -69,8 +70,11 @@ class HeldState:
 
     def __init__(self, inner_state: dict[Tensor, dict[str, Any]]) -> None:
         self._inner_state = inner_state
-        self._states: list[tuple[Tensor, dict[str, Any]]] = []
-        self._moments: list[tuple[dict[str, Any], str, Tensor]] = []
+        self._entries: list[tuple[Tensor, dict[str, Any]]] = []
+        self._entry_ids: list[int] = []
+        self._holders: list[dict[str, Any]] = []  # the state that each moment is in,
+        self._names: list[str] = []  # its name there,
+        self._moments: list[Tensor] = []  # and itself
         self._tensors: list[Tensor] = []
         self._addresses: list[int] = []
 
@@ -78,20 +82,27 @@ class HeldState:
         self, masters: Sequence[Tensor], states: Sequence[dict[str, Any]], names: tuple[str, ...]
     ) -> None:
         """Adds masters, and the moments of these names in their states."""
-        self._states += [pair for pair in zip(masters, states, strict=True) if pair[1]]
-        moments = [(state, name, state[name]) for state in states for name in names]
+        self._holders += [state for state in states for _ in names]
+        self._names += names * len(states)
+        moments = [state[name] for state in states for name in names]
         self._moments += moments
-        tensors = [*masters, *(moment for _, _, moment in moments)]
+        tensors = [*masters, *moments]
         self._tensors += tensors
         self._addresses += map(Tensor.data_ptr, tensors)
+        self._entries = list(self._inner_state.items())  # which keeps the ids valid
+        self._entry_ids = self._ids()
+
+    def _ids(self) -> list[int]:
+        return [*map(id, self._inner_state), *map(id, self._inner_state.values())]
 
     @property
     def is_current(self) -> bool:
         """Whether these are still the state, and where they were: `.data = other` moves them."""
         return (
             list(map(Tensor.data_ptr, self._tensors)) == self._addresses
-            and all(state.get(name) is moment for state, name, moment in self._moments)
-            and all(self._inner_state.get(master) is state for master, state in self._states)
+            # loops in C, and no hash of a tensor: this is asked at every step
+            and all(map(is_, map(dict.get, self._holders, self._names), self._moments))
+            and self._ids() == self._entry_ids
         )
 
 

@@ -72,6 +72,17 @@ def memory_order(tensor: Tensor) -> Tensor:
     return tensor.permute(order[::-1]).reshape(-1)
 
 
+def all_in_memory_order(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Returns the same of many, where only those that need it are made into other tensors.
+
+    Args:
+        tensors: Contiguous ones come back as they are, of any shape.
+    """
+    if all(map(Tensor.is_contiguous, tensors)):
+        return list(tensors)
+    return [memory_order(tensor) for tensor in tensors]
+
+
 def cut(flat: Sequence[Tensor], block: Sequence[Piece]) -> list[Tensor]:
     """Returns the pieces of a block as views."""
     return [

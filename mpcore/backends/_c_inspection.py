@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mpcore.backends import _cpu_inspection, _inspection, _update
-from mpcore.backends._blocks import memory_order
+from mpcore.backends._blocks import all_in_memory_order
 from mpcore.backends._c_compiler import passes
 from mpcore.backends._c_work import Work, by_dtype, cut_chunks, run
 from mpcore.backends._inspection import Inspection
@@ -36,7 +36,7 @@ def inspect(
         _update.prepare_(plan, hyper)
     if statistics:
         return _inspection.inspect(grads, coefficient, max_norm, statistics=True)
-    flat = [memory_order(grad) for grad in grads]
+    flat = all_in_memory_order(grads)
     chunks, sums = _square_sums(flat)
     return _cpu_inspection.conclude(flat, chunks, sums, coefficient, limit)
 

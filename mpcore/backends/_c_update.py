@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
+from mpcore._bulk import dtypes_of
 from mpcore._checks import SIXTEEN_BIT
 from mpcore.backends import _update
-from mpcore.backends._blocks import memory_order
+from mpcore.backends._blocks import all_in_memory_order
 from mpcore.backends._c_compiler import passes
 from mpcore.backends._c_source import STEPS
 from mpcore.backends._c_work import DTYPES, Table, Work, by_dtype, run
@@ -20,6 +22,7 @@ from mpcore.updates import Batch
 
 # 16-bit weights of this many elements fill the last cache before the next forward pass reads them
 _STREAMING = 2**24
+_SHAPE = attrgetter("shape")
 
 
 @dataclass(kw_only=True)
@@ -92,13 +95,16 @@ def _checked(batch: Batch, grads: Sequence[Tensor]) -> list[Tensor]:
         raise ArgumentError(
             f"grads: expected one for each of {len(batch.masters)} masters, got {len(grads)}."
         )
+    shapes = list(map(_SHAPE, grads)) == list(map(_SHAPE, batch.masters))
+    if shapes and dtypes_of(grads) <= DTYPES.keys():
+        return all_in_memory_order(grads)
     for index, (grad, master) in enumerate(zip(grads, batch.masters, strict=True)):
         if grad.shape != master.shape or grad.dtype not in (*SIXTEEN_BIT, torch.float32):
             raise ArgumentError(
                 f"grads[{index}]: expected {list(master.shape)} in float16, bfloat16 or float32, "
                 f"got {list(grad.shape)} in {grad.dtype}."
             )
-    return [memory_order(grad) for grad in grads]
+    return all_in_memory_order(grads)
 
 
 def _shared_work(

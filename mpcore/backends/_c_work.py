@@ -51,7 +51,7 @@ class Table:
 
 def addresses_of(tensors: Sequence[Tensor]) -> Tensor:
     """Returns where tensors lie in memory, int64 `[tensors]`."""
-    return torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64)
+    return torch.tensor(list(map(Tensor.data_ptr, tensors)), dtype=torch.int64)
 
 
 def cut_chunks(sizes: Sequence[int]) -> Tensor:

@@ -75,7 +75,7 @@ def conclude(
     """Returns what the sums of squares of all chunks tell; looks again at those that tell nothing.
 
     Args:
-        flat: Gradients as they lie in memory.
+        flat: Gradients whose elements lie in memory in their order.
         chunks: int64 `[chunks, 3]`, in order: tensor, first element, end.
         sums: float64 `[chunks]`. A sum of float32 squares, in any order.
         coefficient: 0-d float32.
@@ -116,7 +116,7 @@ class _Found:
 def _look_again(flat: list[Tensor], chunk: list[int], coefficient: Tensor, found: _Found) -> float:
     """Returns the sum of squares of a chunk, unscaled; notes what is not finite."""
     index, start, stop = chunk
-    values, factor = flat[index][start:stop], float(coefficient)
+    values, factor = memory_order(flat[index])[start:stop], float(coefficient)
     square = _wide_square_sum(values)
     length = math.sqrt(square) * abs(factor)
     if (square == 0.0 and math.isfinite(factor)) or _SHORTEST < length < _LONGEST:

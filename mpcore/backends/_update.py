@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -39,6 +40,10 @@ class Plan:
     batches: Sequence[Batch]
     hyper: Hyper | None = None
     scalars: list[Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        #: per batch its step counts as one tensor, if they lie in one in this order
+        self.counts = [_in_order(batch.steps) for batch in self.batches]
 
 
 def plan_update(rule: str, batches: Sequence[Batch]) -> Plan:
@@ -70,33 +75,40 @@ def prepare_(plan: Plan, hyper: Hyper) -> None:
         hyper: Hyper-parameters of all param groups. Step counts are read, not advanced.
     """
     plan.hyper = hyper
-    plan.scalars = [_scalars(plan.rule, batch, hyper) for batch in plan.batches]
+    counted = zip(plan.batches, plan.counts, strict=True)
+    plan.scalars = [_scalars(plan.rule, batch, counts, hyper) for batch, counts in counted]
 
 
-def _scalars(rule: UpdateRule, batch: Batch, hyper: Hyper) -> Tensor:
-    """Returns the scalars of each tensor, computed for all tensors of a param group at once."""
-    members: dict[int, list[int]] = {}
-    for index, group in enumerate(batch.groups):
-        members.setdefault(group, []).append(index)
+def _in_order(steps: Sequence[Tensor] | None) -> Tensor | None:
+    base = shared_base(steps) if steps else None
+    if steps is None or base is None or not base.is_contiguous():
+        return None
+    first, size = base.data_ptr(), base.element_size()
+    if [step.data_ptr() for step in steps] != [first + size * i for i in range(len(steps))]:
+        return None
+    return base.view(-1)
+
+
+def _scalars(rule: UpdateRule, batch: Batch, counts: Tensor | None, hyper: Hyper) -> Tensor:
+    """Returns the scalars of each tensor, computed at once for neighbours of one param group."""
     device = batch.masters[0].device if batch.masters else None
-    scalars: list[Tensor] = [torch.empty(0)] * len(batch.groups)
-    for group, indices in members.items():
-        like = torch.ones(len(indices), dtype=torch.float64, device=device)
+    rows, stop = [], 0
+    for group, members in groupby(batch.groups):
+        start, stop = stop, stop + len(list(members))
+        like = torch.ones(stop - start, dtype=torch.float64, device=device)
         # filled on the device: numbers that were copied there could wait for it
         numbers = [torch.full_like(like, number) for number in hyper.numbers[group]]
         lr = hyper.lrs[group]
         if lr is not None:
             numbers[0] = lr.reshape(()).double().expand_as(like)
         t = like
-        if batch.steps is not None:
-            t = torch.stack([batch.steps[index] for index in indices]).double() + 1
+        if counts is not None:
+            t = counts[start:stop].double() + 1
+        elif batch.steps is not None:
+            t = torch.stack(list(batch.steps[start:stop])).double() + 1
         columns = [value.expand_as(like).float() for value in rule.scalars(numbers, t)]
-        rows = torch.stack(columns, dim=1)
-        if len(members) == 1:
-            return rows
-        for index, row in zip(indices, rows.unbind(), strict=True):
-            scalars[index] = row
-    return torch.stack(scalars) if scalars else torch.empty(0, len(rule.columns), device=device)
+        rows.append(torch.stack(columns, dim=1))
+    return torch.cat(rows) if rows else torch.empty(0, len(rule.columns), device=device)
 
 
 @torch.no_grad()

@@ -1,0 +1,62 @@
+"""Attributes of many tensors at once, read by C loops: a step asks each of thousands every time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import repeat
+from operator import attrgetter, is_
+
+import torch
+from torch import Tensor
+
+_DTYPE = attrgetter("dtype")
+_DEVICE = attrgetter("device")
+_LAYOUT = attrgetter("layout")
+_GRAD = attrgetter("grad")
+_VERSION = attrgetter("_version")
+
+
+def dtypes_of(tensors: Iterable[Tensor]) -> set[torch.dtype]:
+    """Returns every dtype that occurs; no host sync."""
+    return set(map(_DTYPE, tensors))
+
+
+def devices_of(tensors: Iterable[Tensor]) -> list[torch.device]:
+    """Returns every device that occurs, in order of appearance; no host sync."""
+    devices = list(map(_DEVICE, tensors))
+    if devices and devices.count(devices[0]) == len(devices):
+        return devices[:1]  # usually; to hash each takes three times as long
+    return list(dict.fromkeys(devices))
+
+
+def layouts_of(tensors: Iterable[Tensor]) -> set[torch.layout]:
+    """Returns every layout that occurs; no host sync."""
+    return set(map(_LAYOUT, tensors))
+
+
+def with_gradient(params: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[Tensor]]:
+    """Returns the parameters that have a gradient, and their gradients; no host sync."""
+    grads: list[Tensor | None] = list(map(_GRAD, params))
+    if any(map(is_, grads, repeat(None))):
+        params = [p for p, grad in zip(params, grads, strict=True) if grad is not None]
+    return params, [grad for grad in grads if grad is not None]
+
+
+def grads_of(params: Iterable[Tensor]) -> list[Tensor]:
+    """Returns the gradients of parameters that are known to have one; no host sync."""
+    grads: list[Tensor | None] = list(map(_GRAD, params))
+    if any(map(is_, grads, repeat(None))):  # the caller collected those that have one
+        raise RuntimeError("a gradient vanished between the check and the step")
+    return grads  # type: ignore[return-value]
+
+
+def writes_to(tensors: Iterable[Tensor]) -> list[int]:
+    """Returns how often each tensor was written to, as far as autograd knows; no host sync.
+
+    Nobody counts for tensors made in inference mode: -1.
+    """
+    tensors = list(tensors)
+    try:
+        return list(map(_VERSION, tensors))
+    except RuntimeError:
+        return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
