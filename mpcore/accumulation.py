@@ -43,25 +43,38 @@ class MicroBatch:
 
     Attributes:
         loss: The name of the loss.
-        parts: Its gradients, some parameters each; what was found in them is kept.
+        found_inf: 0-d bool: whether a gradient was not finite.
+        largest: 0-d float64, the largest magnitude of its float16 gradients; None: nobody looked.
+        flags: By parameter 0-d int32, not 0 if its gradient was not finite.
     """
 
     loss: str
-    parts: tuple[StepGradients, ...]
+    found_inf: Tensor
+    largest: Tensor | None
+    flags: dict[Tensor, Tensor]
 
-    def found_inf(self) -> Tensor:
-        """Returns 0-d bool: whether a gradient was not finite; no host sync."""
-        return torch.stack([part.found_inf() != 0 for part in self.parts]).any()
+    @staticmethod
+    def of(loss: str, parts: Sequence[StepGradients]) -> MicroBatch:
+        """Returns what was found in gradients, some parameters each; no host sync."""
+        seen = [part.largest for part in parts if part.largest is not None]
+        return MicroBatch(
+            loss,
+            torch.stack([part.found_inf() != 0 for part in parts]).any(),
+            torch.stack(seen).amax() if seen else None,
+            {param: flag for part in parts for param, flag in part.flags()},
+        )
 
-    def largest(self) -> Tensor | None:
-        """Returns the largest magnitude of its float16 gradients, None if nobody looked."""
-        seen = [part.largest for part in self.parts if part.largest is not None]
-        return torch.stack(seen).amax() if seen else None
 
-    def flags(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields (parameter, 0-d int32 flag)."""
-        for part in self.parts:
-            yield from part.flags()
+class Accumulated(NamedTuple):
+    """What the backward passes of a step have left so far.
+
+    Attributes:
+        sums: By parameter, float32 (float64 for float64 parameters).
+        micro_batches: In order.
+    """
+
+    sums: dict[Tensor, Tensor]
+    micro_batches: list[MicroBatch]
 
 
 class Accumulation:
@@ -70,13 +83,15 @@ class Accumulation:
     Args:
         masters: Where the masters are.
         backend: Unscales.
+        before: What there is already.
     """
 
-    def __init__(self, masters: Masters, backend: Backend) -> None:
-        self.micro_batches: list[MicroBatch] = []
+    def __init__(
+        self, masters: Masters, backend: Backend, before: Accumulated | None = None
+    ) -> None:
+        self.sums, self.micro_batches = Accumulated({}, []) if before is None else before
         self._masters = masters
         self._backend = backend
-        self._sums: dict[Tensor, Tensor] = {}
 
     @torch.no_grad()
     def add(
@@ -103,7 +118,7 @@ class Accumulation:
             for param in some:
                 param.grad = None
             parts.append(part)
-        self.micro_batches.append(MicroBatch(loss, tuple(parts)))
+        self.micro_batches.append(MicroBatch.of(loss, parts))
 
     def _own(self, param: Tensor) -> None:
         """Gives a gradient that would be unscaled in place memory of its own.
@@ -116,16 +131,20 @@ class Accumulation:
     def _add(self, part: StepGradients) -> None:
         old, new = [], []
         for param, grad in zip(part.params, part.final(), strict=True):
-            held = self._sums.setdefault(param, grad)
+            held = self.sums.setdefault(param, grad)
             if held is not grad:
                 old.append(held)
                 new.append(grad)
         if old:
             torch._foreach_add_(old, new)
 
+    def so_far(self) -> Accumulated:
+        """Returns what there is; not copied."""
+        return Accumulated(self.sums, self.micro_batches)
+
     def hand_over(self) -> list[Tensor]:
         """Makes the sums the gradients of masters, and of parameters without; returns whose."""
-        sums, self._sums = self._sums, {}
+        sums, self.sums = self.sums, {}
         for param, total in sums.items():
             self._masters.of(param).grad = total
         return list(sums)
@@ -140,15 +159,15 @@ class Accumulation:
         Both are where the masters' decisions are made: on the device of its first gradient.
         """
         own = [micro_batch for micro_batch in self.micro_batches if micro_batch.loss == loss]
-        found = torch.stack([micro_batch.found_inf() for micro_batch in own]).any().int()
-        seen = [largest for largest in map(MicroBatch.largest, own) if largest is not None]
+        found = torch.stack([micro_batch.found_inf for micro_batch in own]).any().int()
+        seen = [micro_batch.largest for micro_batch in own if micro_batch.largest is not None]
         return found, torch.stack(seen).amax() if seen else None
 
     def overflows(self, name_of: Callable[[Tensor], str]) -> list[Overflow]:
         """Returns which micro-batches were not finite, and where; syncs with the host."""
         found = []
         for number, micro_batch in enumerate(self.micro_batches):
-            names = tuple(name_of(param) for param, flag in micro_batch.flags() if int(flag))
+            names = tuple(name_of(param) for param, flag in micro_batch.flags.items() if int(flag))
             if names:
                 found.append(Overflow(number, micro_batch.loss, names))
         return found
@@ -157,7 +176,7 @@ class Accumulation:
         """Returns for each parameter whether any of its gradients was not finite, 0-d int32."""
         found: dict[Tensor, Tensor] = {}
         for micro_batch in self.micro_batches:
-            for param, flag in micro_batch.flags():
+            for param, flag in micro_batch.flags.items():
                 found[param] = found[param] | flag if param in found else flag
         return found
 

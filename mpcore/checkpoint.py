@@ -3,7 +3,11 @@
     {"state": {0: {"master": ..., "exp_avg": ...}, ...},      # as torch.optim, plus the masters
      "param_groups": [...],                                   # as torch.optim
      "mpcore": {"version": 1, "loss_scale": {...}, "saturated": 0,
-                "losses": {"gan": {...}}, "totals": [...]}}         # if add_loss was called
+                "losses": {"gan": {...}}, "totals": [...],          # if add_loss was called
+                "accumulated": {...}}}                              # within a step
+
+The section is in each param group once more, under the same key and without "accumulated":
+`torch.distributed.checkpoint` keeps nothing that is in neither a state nor a group.
 
 Plain tensors, numbers and strings only, so it loads with `weights_only=True`. torch's own
 `load_state_dict` would round float32 masters and moments to the parameter's 16 bits
@@ -19,6 +23,7 @@ from mpcore._checks import check_scale
 from mpcore.errors import ArgumentError
 from mpcore.loss_scale import COMPARABLE_STEPS, COUNTERS, LossScaleState
 from mpcore.losses import Losses
+from mpcore.wrapper import SECTION
 
 VERSION = 1
 
@@ -59,7 +64,7 @@ def section(loss_scale: LossScaleState, saturated: int, losses: Losses) -> State
 
 def read_section(state_dict: State, losses: Losses) -> Section:
     """Returns what `section` was made from; raises `ArgumentError` if it is not all there."""
-    found = state_dict.get("mpcore")
+    found = section_in(state_dict)
     version = found.get("version") if isinstance(found, dict) else None
     if not isinstance(found, dict) or not isinstance(version, int) or version != VERSION:
         got = found.get("version") if isinstance(found, dict) else "none"
@@ -84,6 +89,13 @@ def read_section(state_dict: State, losses: Losses) -> Section:
         )
     checked = [_read_count(where, "totals", count) for count in totals]
     return Section(own, saturated, states, tuple(checked))
+
+
+def section_in(state_dict: State) -> Any:
+    """Returns the `"mpcore"` section, or the first copy of it in a param group."""
+    groups = state_dict.get("param_groups")
+    copies = [g.get(SECTION) for g in groups if isinstance(g, dict)] if groups else []
+    return next((s for s in (state_dict.get(SECTION), *copies) if s is not None), None)
 
 
 def _read_scale(where: str, numbers: Any) -> LossScaleState:

@@ -12,8 +12,11 @@ from mpcore._checks import SIXTEEN_BIT
 from mpcore.errors import ArgumentError
 from mpcore.masters import Groups
 from mpcore.updates import UpdateRule, rule_of
+from mpcore.wrapper import SECTION
 
 State = dict[str, Any]
+# what else is in a param group
+_NO_OPTIONS = ("params", "param_names", SECTION)
 
 
 class Saved(NamedTuple):
@@ -22,13 +25,15 @@ class Saved(NamedTuple):
     Attributes:
         options: New options of each param group; copies.
         states: Per parameter its state, on its device and in the saved dtypes; copies.
+        param_of: The parameters by their number, or whatever stands for it, in the state_dict.
     """
 
     options: list[State]
     states: dict[Tensor, State]
+    param_of: dict[Any, Tensor]
 
 
-def read_states(state_dict: State, inner: torch.optim.Optimizer) -> Saved:
+def read_states(state_dict: State, inner: torch.optim.Optimizer, *, stepped: bool = False) -> Saved:
     """Returns the states and options of a state_dict, checked; no host sync.
 
     Parameters that have names on both sides are matched by name, whatever their order and groups;
@@ -37,6 +42,7 @@ def read_states(state_dict: State, inner: torch.optim.Optimizer) -> Saved:
     Args:
         state_dict: As from `MixedPrecisionOptimizer.state_dict()`.
         inner: The wrapped optimizer. States of one that has an update rule are checked key by key.
+        stepped: Whether steps were taken, so that somewhere there have to be moments.
 
     Raises:
         ArgumentError: Something is missing, foreign, or of another shape or dtype; the message
@@ -67,7 +73,16 @@ def read_states(state_dict: State, inner: torch.optim.Optimizer) -> Saved:
         raise ArgumentError(
             f'state_dict["state"]: expected states of the parameters of its groups, got {foreign}.'
         )
-    return Saved(options, states)
+    if stepped:
+        moments = set() if rule is None else {n for group in groups for n in rule.moments(group)}
+        _check_not_left_out(states, moments)
+    pairs = zip(groups, matches, strict=True)
+    param_of = {
+        index: param
+        for group, (indices, _) in pairs
+        for param, index in zip(group["params"], indices, strict=True)
+    }
+    return Saved(options, states, param_of)
 
 
 def _checked_layout(state_dict: State) -> tuple[list[State], dict[Any, State]]:
@@ -85,8 +100,12 @@ def _checked_layout(state_dict: State) -> tuple[list[State], dict[Any, State]]:
                 f'state_dict["param_groups"][{number}]: expected a dictionary with a list "params".'
             )
     indices = [index for group in groups for index in group["params"]]
-    if not all(type(index) is int for index in indices) or len(set(indices)) < len(indices):
-        raise ArgumentError('state_dict["param_groups"]: expected each parameter once, by number.')
+    # torch.distributed.checkpoint puts names in the place of numbers
+    plain = all(type(index) in (int, str) for index in indices)
+    if not plain or len(set(indices)) < len(indices):
+        raise ArgumentError(
+            'state_dict["param_groups"]: expected each parameter once, by number or name.'
+        )
     for index, state in states.items():
         if not isinstance(state, dict):
             raise ArgumentError(
@@ -96,7 +115,7 @@ def _checked_layout(state_dict: State) -> tuple[list[State], dict[Any, State]]:
     return groups, states
 
 
-def _matched(groups: Groups, saved_groups: list[State]) -> list[tuple[list[int], int]]:
+def _matched(groups: Groups, saved_groups: list[State]) -> list[tuple[list[Any], int]]:
     """Returns for each group the saved indices of its parameters, and the group it comes from."""
     if all("param_names" in group for group in (*groups, *saved_groups)):
         return _matched_by_name(groups, saved_groups)
@@ -109,8 +128,8 @@ def _matched(groups: Groups, saved_groups: list[State]) -> list[tuple[list[int],
     return [(group["params"], number) for number, group in enumerate(saved_groups)]
 
 
-def _matched_by_name(groups: Groups, saved_groups: list[State]) -> list[tuple[list[int], int]]:
-    place: dict[str, tuple[int, int]] = {}
+def _matched_by_name(groups: Groups, saved_groups: list[State]) -> list[tuple[list[Any], int]]:
+    place: dict[str, tuple[Any, int]] = {}
     for number, group in enumerate(saved_groups):
         names = group["param_names"]
         usable = isinstance(names, list) and all(isinstance(name, str) for name in names)
@@ -146,7 +165,11 @@ def _read_options(where: str, saved: State, group: State, defaults: State) -> St
             raise ArgumentError(
                 f"{where}[{name!r}]: expected something like {current!r}, got {value!r}."
             )
-    return copy.deepcopy({k: v for k, v in saved.items() if k not in ("params", "param_names")})
+    options = copy.deepcopy({k: v for k, v in saved.items() if k not in _NO_OPTIONS})
+    for name, value in options.items():
+        if isinstance(value, list) and isinstance(group.get(name), tuple):
+            options[name] = tuple(value)  # torch.distributed.checkpoint makes lists of tuples
+    return options
 
 
 def _kind(value: Any) -> Any:
@@ -204,6 +227,22 @@ def _check_complete(
     missing = [name for name in wanted if saved.get(name) is None]
     if missing and len(missing) < len(wanted):
         raise ArgumentError(f"{where}: expected the keys {wanted}, got none for {missing}.")
+
+
+def _check_not_left_out(states: dict[Tensor, State], moments: set[str]) -> None:
+    """Raises if no parameter has masters or moments that there must be after a step."""
+    found = {name for state in states.values() for name, v in state.items() if v is not None}
+    wanted = {"master"} if any(param.dtype in SIXTEEN_BIT for param in states) else set()
+    if states and not moments & found:
+        wanted |= moments
+    missing = sorted(wanted - found)
+    if missing:
+        raise ArgumentError(
+            f'state_dict["state"]: expected {", ".join(missing)} after the steps that were taken, '
+            f"got {', '.join(sorted(found))} alone. torch.distributed.checkpoint reads what the "
+            "optimizer has already: let it create its state before, by one step() over gradients "
+            "of zeros."
+        )
 
 
 def _moved(value: Any, device: torch.device, keep_device: bool) -> Any:

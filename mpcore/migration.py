@@ -20,6 +20,7 @@ from mpcore.loss_scale import initial_state
 from mpcore.masters import upcast
 from mpcore.optimizer import MixedPrecisionOptimizer
 from mpcore.updates import rule_of
+from mpcore.wrapper import SECTION
 
 State = dict[str, Any]
 
@@ -154,7 +155,8 @@ def to_torch(optimizer: MixedPrecisionOptimizer) -> State:
             rule.hand_over(plain)
         if plain:
             state[index] = plain
-    return {"state": state, "param_groups": saved["param_groups"]}
+    groups = [{k: v for k, v in group.items() if k != SECTION} for group in saved["param_groups"]]
+    return {"state": state, "param_groups": groups}
 
 
 def float32_state_dict(model: nn.Module, optimizer: MixedPrecisionOptimizer) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from mpcore._parameters import check_inner
 from mpcore._scaling import External
 from mpcore.backward_passes import BackwardPasses
 from mpcore.checkpoint_states import read_states
+from mpcore.checkpoint_sums import read_sums, sums_section
 from mpcore.errors import ArgumentError, StageError
 from mpcore.gradients import StepGradients
 from mpcore.loss_scale import (
@@ -29,7 +30,7 @@ from mpcore.readings import Readings
 from mpcore.scale_tensors import LossScaleTensors
 from mpcore.stage import Stage
 from mpcore.step_result import StepResult
-from mpcore.wrapper import OptimizerWrapper
+from mpcore.wrapper import SECTION, OptimizerWrapper
 
 
 class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
@@ -269,7 +270,10 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
         saved = checkpoint.read_section(state_dict, self._losses)
-        options, states = read_states(state_dict, self.inner)
+        stepped = saved.loss_scale.steps > saved.loss_scale.skipped_steps
+        options, states, param_of = read_states(state_dict, self.inner, stepped=stepped)
+        sums = checkpoint.section_in(state_dict).get("accumulated")
+        accumulated = read_sums(sums, param_of, self._losses.each, self._scale.scale.device)
         for group, saved_options in zip(self.param_groups, options, strict=True):
             group.update(saved_options)
         self._masters.replace_state(states)
@@ -277,15 +281,22 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
         self._scale.assign_(resumed)
         self._saturated.fill_(saved.saturated)
         self._stage.start_anew(resumed.overflows_at_min)
+        self._stage.resume(accumulated)
         self._losses.resume(saved.losses, saved.totals)
         self._began = True
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_accumulated": self._stage.accumulated}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        accumulated = state.pop("_accumulated", None)
         super().__setstate__(state)
         self._start()
         self._stage.start_anew(int(self._scale.count("overflows_at_min")))
+        self._stage.resume(accumulated)
 
     def __repr__(self) -> str:
         paths = ", ".join(f"{i}: {path}" for i, path in enumerate(self.path))
@@ -301,6 +312,12 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
 
 def _add_section(optimizer: Any, saved: dict[str, Any]) -> None:
     """A hook of `state_dict`: adds what torch's does not know of; syncs with the host."""
-    saved["mpcore"] = checkpoint.section(
+    section = checkpoint.section(
         optimizer._scale.to_state(), optimizer.saturated, optimizer._losses
     )
+    for group in saved["param_groups"]:
+        group[SECTION] = section
+    accumulated = optimizer._stage.accumulated
+    if accumulated is not None:
+        section = {**section, "accumulated": sums_section(accumulated, optimizer._params())}
+    saved[SECTION] = section

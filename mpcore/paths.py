@@ -212,6 +212,8 @@ class Paths:
     def initialise_state(self, gradients: StepGradients) -> None:
         """Makes the optimizer's state and changes no weight."""
         self._general.initialise_state(gradients)
+        if (fused := self._now()) is not None:
+            fused.plan(gradients.params)  # makes what only its steps need
 
     def step_with_closure(
         self,

@@ -10,7 +10,7 @@ from torch import Tensor
 from mpcore._checks import SIXTEEN_BIT
 from mpcore._parameters import name_of, with_gradient
 from mpcore._scaling import External
-from mpcore.accumulation import Accumulation
+from mpcore.accumulation import Accumulated, Accumulation
 from mpcore.backends import Backend, ScaleMove
 from mpcore.backends._scale import count_step_
 from mpcore.errors import StageError
@@ -130,6 +130,16 @@ class Stage:
         name = "" if loss is None else loss.name
         finds_largest = isinstance(scaling, HeadroomLossScale)
         self._sums.add(params, scale.reciprocal(), name, finds_largest)
+
+    @property
+    def accumulated(self) -> Accumulated | None:
+        """What was added up for the next step, None if nothing was."""
+        return None if self._sums is None else self._sums.so_far()
+
+    def resume(self, accumulated: Accumulated | None) -> None:
+        """Goes on from what was added up elsewhere."""
+        if accumulated is not None:
+            self._sums = Accumulation(self._masters, self._backend, accumulated)
 
     def _summed(self, sums: Accumulation, caller: str, external: External | None) -> StepGradients:
         """Returns the sums as the gradients of this step."""

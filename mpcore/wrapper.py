@@ -14,6 +14,11 @@ from mpcore.errors import ArgumentError, BackendError
 from mpcore.masters import Masters
 
 
+#: The key of a state_dict for what torch.optim has no place for. Param groups have it as well:
+#: `torch.distributed.checkpoint` carries their keys, those that are there, and nothing beside them.
+SECTION = "mpcore"
+
+
 class OptimizerWrapper(torch.optim.Optimizer):
     """A `torch.optim.Optimizer` around another one, with FP32 masters for 16-bit parameters.
 
@@ -36,10 +41,15 @@ class OptimizerWrapper(torch.optim.Optimizer):
         super().__init__([{"params": []}], {})
         self.inner = optimizer
         self.param_groups = optimizer.param_groups
+        self._mark_groups()
         self.defaults = optimizer.defaults
         self._device_of = {param: param.device for param in self._params()}
         self._masters = Masters(optimizer, self.state)
         self._choose_backend(backend)
+
+    def _mark_groups(self) -> None:
+        for group in self.param_groups:
+            group.setdefault(SECTION, None)
 
     def _choose_backend(self, asked: str) -> None:
         params = self._params()
@@ -76,6 +86,7 @@ class OptimizerWrapper(torch.optim.Optimizer):
                 f"that need {name!r}. Wrap with backend={name!r}."
             )
         self.inner.add_param_group(group)
+        self._mark_groups()
         self._device_of.update({param: param.device for param in params})
         self._masters.link_state(params)
 

@@ -11,6 +11,7 @@ import mpcore
 import numpy as np
 import pytest
 import torch
+from mpcore.gradients import StepGradients
 from torch import nn
 
 from mpcore_testing.bits import same_bits
@@ -219,13 +220,21 @@ def test_a_closure_may_accumulate(engine: Engine) -> None:
 def test_large_parameters_are_added_in_slices(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    sizes: list[list[int]] = []
+
+    class Spy(StepGradients):
+        def __init__(self, params: Any, *rest: Any, **options: Any) -> None:
+            sizes.append([param.numel() for param in params])
+            super().__init__(params, *rest, **options)
+
     monkeypatch.setattr("mpcore.accumulation._AT_ONCE", 10)
+    monkeypatch.setattr("mpcore.accumulation.StepGradients", Spy)
     params = [nn.Parameter(torch.zeros(n).half()) for n in (3, 8, 30, 0, 1)]
     optimizer = engine.wrap(torch.optim.SGD(params, lr=1.0), mpcore.StaticLossScale(4.0))
     for _ in range(3):
         optimizer.backward(sum(param.float().sum() for param in params))
         optimizer.accumulate()
-    assert len(optimizer._stage._sums.micro_batches[0].parts) == 3
+    assert sizes == [[3, 8], [30], [0, 1]] * 3
     optimizer.step()
     assert all((param == -3.0).all() for param in params)
 
@@ -261,7 +270,7 @@ def test_the_result_of_a_step_keeps_no_sums_alive(engine: Engine) -> None:
     optimizer = engine.wrap(torch.optim.SGD([param], lr=1.0), mpcore.StaticLossScale(8.0))
     optimizer.backward(param.float().sum())
     optimizer.accumulate()
-    total = weakref.ref(optimizer._stage._sums._sums[param])
+    total = weakref.ref(optimizer._stage.accumulated.sums[param])
     optimizer.step()
     gc.collect()
     assert total() is None

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mpcore import checkpoint_file
+from mpcore.loss_scale import LossScaleState
 from torch import nn
 
 from mpcore_testing.bits import same_bits
@@ -136,7 +137,14 @@ def damage(saved: Any, number: int) -> None:
 
 
 def loaded_exactly(optimizer: Any, saved: Any) -> bool:
-    now = copy.deepcopy(optimizer.state_dict())
+    now, saved = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(saved)
+    first = next(g["mpcore"] for g in (saved, *saved["param_groups"]) if g.get("mpcore"))
+    # what files from before its time lack
+    numbers = {**LossScaleState._field_defaults, **first["loss_scale"]}
+    for group in (now, *now["param_groups"]):
+        assert group["mpcore"] == {**first, "loss_scale": numbers}
+    for group in (*now["param_groups"], *saved["param_groups"]):
+        group.pop("mpcore", None)  # copies, for when the first one is gone
     for group, own in zip(saved["param_groups"], now["param_groups"], strict=True):
         if "param_names" not in group:  # matched by position
             del own["param_names"]

@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 import torch
 from mpcore.demo import regimes
-from mpcore.demo.measure import UpdateTally, accumulators, count_lost, resident_bytes
+from mpcore.demo.measure import (
+    SubnormalTally,
+    UpdateTally,
+    accumulators,
+    count_lost,
+    resident_bytes,
+)
 from mpcore.demo.regimes import AdamWSettings, prepare
 
 ADAMW = AdamWSettings(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
@@ -91,3 +97,22 @@ def test_resident_bytes_are_those_counted_by_hand(regime, weights, masters):
     assert resident.masters == masters / PARAMETERS
     assert resident.moments == 8.0
     assert resident.total == (2 * weights + masters) / PARAMETERS + 8.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_subnormal_tally_agrees_with_an_exhaustive_table(dtype):
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    weight = torch.nn.Parameter(bits.view(dtype).clone())
+    weight.grad = bits.view(dtype)
+    tally = SubnormalTally()
+    tally.count([weight, torch.nn.Parameter(torch.ones(2))])
+    fraction = {torch.float16: 10, torch.bfloat16: 7}[dtype]  # bits of the fraction, two signs
+    assert (tally.subnormal, tally.values) == (2 * (2**fraction - 1), 2**16)
+
+
+def test_subnormal_tally_of_float32_gradients_says_nothing():
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.grad = torch.full_like(weight, 1e-40)
+    tally = SubnormalTally()
+    tally.count([weight])
+    assert tally.fraction is None

@@ -40,7 +40,8 @@ def test_regime_starts_from_the_rounded_weights_of_fp32(regime):
 @pytest.mark.parametrize("regime", regimes.GPT_REGIMES, ids=lambda regime: regime.key)
 def test_regime_scales_the_loss_only_if_it_says_so(regime):
     _, engine = prepared(regime)
-    assert engine.loss_scale == (2.0**10 if regime.scaled else 1.0)
+    shared = 2.0**10 if regime.own_scale is None else regime.own_scale.init
+    assert engine.loss_scale == (shared if regime.scaled else 1.0)
 
 
 def test_fp32_regime_is_the_plain_torch_optimizer():

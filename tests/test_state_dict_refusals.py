@@ -27,7 +27,7 @@ def put(saved: Any, value: Any, *path: Any) -> Any:
 
 SCALE_KEY = ("mpcore", "loss_scale", "scale")
 BROKEN: dict[str, Any] = {
-    "no mpcore": lambda d: without(d, "mpcore"),
+    "no mpcore": lambda d: [without(part, "mpcore") for part in (d, *d["param_groups"])],
     "newer version": lambda d: put(d, 2, "mpcore", "version"),
     "no state": lambda d: without(d, "state"),
     "no groups": lambda d: without(d, "param_groups"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from threading import Thread
 from typing import Any
 
@@ -57,10 +57,17 @@ def addresses_of(tensors: Sequence[Tensor]) -> Tensor:
 def cut_chunks(sizes: Sequence[int]) -> Tensor:
     """Returns chunks of tensors of these sizes, int64 `[chunks, 3]`: tensor, first element, end.
 
+    To be read only: the same sizes give the same tensor.
+
     Example:
         >>> cut_chunks([5, 0, 2**16 + 1]).tolist()
         [[0, 0, 5], [2, 0, 65536], [2, 65536, 65537]]
     """
+    return _cut(tuple(sizes))
+
+
+@lru_cache(maxsize=16)  # of a model they are the same at every step
+def _cut(sizes: tuple[int, ...]) -> Tensor:
     size = torch.tensor(sizes, dtype=torch.int64)
     pieces = (size + CHUNK - 1) // CHUNK
     tensor = torch.repeat_interleave(torch.arange(len(size)), pieces)

@@ -17,6 +17,7 @@ from mpcore.demo.regimes import (
     AUTOCAST,
     BF16_MASTERS,
     BF16_ROUNDED,
+    FP16_HEADROOM,
     FP16_MASTERS,
     FP16_ROUNDED,
     FP16_UNSCALED,
@@ -33,6 +34,7 @@ _STYLES: dict[Regime, tuple[str, str, float]] = {
     FP16_UNSCALED: ("#D55E00", "-", 1.4),
     FP32: ("#000000", "-", 2.0),
     FP16_MASTERS: ("#0072B2", "-", 1.2),
+    FP16_HEADROOM: ("#B5A300", "-.", 1.2),
     BF16_MASTERS: ("#009E73", "--", 1.2),
     AUTOCAST: ("#CC79A7", ":", 1.4),
 }

@@ -1,12 +1,14 @@
-"""What the tables report besides losses: updates lost to rounding, and resident bytes."""
+"""What tables report besides losses: lost updates, subnormal gradients, resident bytes."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from mpcore._checks import SIXTEEN_BIT
 from mpcore.demo.regimes import Engine
 
 
@@ -105,6 +107,38 @@ class UpdateTally:
                 self.lost += lost
                 self.updates += updates
         return False
+
+
+class SubnormalTally:
+    """Adds up 16-bit gradients that are subnormal, where digits are lost. Syncs at every step.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(4, dtype=torch.float16))
+        >>> weight.grad = torch.tensor([1.0, 2.0**-15, 0.0, 1.0], dtype=torch.float16)
+        >>> tally = SubnormalTally()
+        >>> tally.count([weight])
+        >>> tally.fraction
+        0.25
+    """
+
+    def __init__(self) -> None:
+        self.subnormal = 0
+        self.values = 0
+
+    @property
+    def fraction(self) -> float | None:
+        """Subnormal values over all values, zeros included; None if there was no 16-bit one."""
+        return self.subnormal / self.values if self.values else None
+
+    def count(self, params: Iterable[Tensor]) -> None:
+        """Counts the gradients that are there."""
+        for param in params:
+            grad = param.grad
+            if grad is not None and grad.dtype in SIXTEEN_BIT:
+                size = grad.abs()
+                small = (size > 0) & (size < torch.finfo(grad.dtype).tiny)
+                self.subnormal += int(small.sum())
+                self.values += size.numel()
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mpcore.cast_model import cast_model
 from mpcore.demo.rounded import RoundedAdamW
+from mpcore.headroom import HeadroomLossScale
 from mpcore.loss_scale import LossScale, NoLossScale
 from mpcore.optimizer import MixedPrecisionOptimizer
 
@@ -31,6 +32,7 @@ class Regime:
         masters: Whether updates accumulate in FP32.
         scaled: Whether the loss is scaled dynamically.
         autocast: Dtype that FP32 weights are cast to where they are used; None for no autocast.
+        own_scale: Its loss scale; None for the one that all scaled regimes share.
     """
 
     key: str
@@ -39,6 +41,7 @@ class Regime:
     masters: bool
     scaled: bool
     autocast: torch.dtype | None = None
+    own_scale: LossScale | None = None
 
     @property
     def keeps_masters(self) -> bool:
@@ -62,6 +65,14 @@ FP32 = Regime("fp32", "FP32", torch.float32, masters=True, scaled=False)
 FP16_MASTERS = Regime(
     "fp16-masters", "FP16 + masters + scaling", torch.float16, masters=True, scaled=True
 )
+FP16_HEADROOM = Regime(
+    "fp16-headroom",
+    "FP16 + masters + headroom",
+    torch.float16,
+    masters=True,
+    scaled=True,
+    own_scale=HeadroomLossScale(init=2.0**28, max_scale=2.0**40),
+)
 BF16_MASTERS = Regime("bf16-masters", "BF16 + masters", torch.bfloat16, masters=True, scaled=False)
 AUTOCAST = Regime(
     "autocast",
@@ -84,6 +95,7 @@ BF16_ROUNDED = Regime(
 GPT_REGIMES = (
     FP32,
     FP16_MASTERS,
+    FP16_HEADROOM,
     BF16_MASTERS,
     AUTOCAST,
     FP16_UNSCALED,
@@ -156,7 +168,7 @@ def prepare(
         model: FP32 model. Its weights are cast in place.
         regime: How to store and scale.
         adamw: Settings of the update.
-        scale: The loss scale of the regimes that have one.
+        scale: The loss scale of the scaled regimes that have none of their own.
 
     Returns:
         The model to call, and its optimizer.
@@ -170,7 +182,7 @@ def prepare(
         >>> model.weight.dtype, engine.loss_scale
         (torch.bfloat16, 1.0)
     """
-    loss_scale: LossScale = scale if regime.scaled else NoLossScale()
+    loss_scale: LossScale = (regime.own_scale or scale) if regime.scaled else NoLossScale()
     if not regime.masters:
         model = cast_model(model, regime.weights)
         return model, RoundedAdamW(

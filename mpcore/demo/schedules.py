@@ -17,6 +17,7 @@ from mpcore.demo.digits import (
     load_split,
     summed_loss,
 )
+from mpcore.demo.measure import SubnormalTally
 from mpcore.demo.regimes import FP16_MASTERS, prepare
 from mpcore.emulate import emulate_tensor_cores
 from mpcore.headroom import HeadroomLossScale
@@ -29,7 +30,6 @@ SCHEDULES: dict[str, LossScale] = {
     "HeadroomLossScale()": HeadroomLossScale(),
 }
 SPIKE, EVERY = 256.0, 97
-_SMALLEST_NORMAL = 2.0**-14
 
 
 @dataclass(frozen=True)
@@ -74,17 +74,14 @@ def run_schedule(
         SideBySideMLP(sizes, settings.seeds), FP16_MASTERS, settings.adamw, scale
     )
     generators = [torch.Generator().manual_seed(seed) for seed in settings.seeds]
-    small = values = steps = 0
+    tally, steps = SubnormalTally(), 0
     for _ in range(settings.epochs):
         orders = torch.stack([torch.randperm(len(images), generator=g) for g in generators])
         for chosen in torch.split(orders, settings.batch, dim=1):
             factor = weight * (SPIKE if spikes and steps % EVERY == EVERY - 1 else 1.0)
             with emulate_tensor_cores():
                 engine.backward(summed_loss(model(images[chosen]), labels[chosen]) * factor)
-            for param in model.parameters():
-                size = torch.zeros(0) if param.grad is None else param.grad.abs()
-                small += int(((size > 0) & (size < _SMALLEST_NORMAL)).sum())
-                values += size.numel()
+            tally.count(model.parameters())
             engine.step()
             engine.zero_grad()
             steps += 1
@@ -93,7 +90,7 @@ def run_schedule(
         logits = model(test_images.expand(seeds, -1, -1))
     hits = (logits.argmax(dim=2) == test_labels).float().mean()
     loss = summed_loss(logits, test_labels.expand(seeds, -1)) / seeds
-    return ScheduleRun(small / values, engine.skipped_steps, steps, float(hits), float(loss))
+    return ScheduleRun(tally.fraction or 0.0, engine.skipped_steps, steps, float(hits), float(loss))
 
 
 def main(settings: DigitsSettings) -> None:

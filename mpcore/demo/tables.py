@@ -24,6 +24,7 @@ def gpt_table(result: DemoResult) -> Table:
             "vs FP32",
             "Skipped steps",
             "Final scale",
+            "Subnormal gradients",
             "Updates lost",
             "Bytes per param",
         ),
@@ -39,8 +40,10 @@ def gpt_table(result: DemoResult) -> Table:
             f"arithmetic the weight changes nothing (in FP32 not one bit). It makes gradients as "
             f"small as a mean over {round(1 / gpt.loss_weight):,} times more characters would.",
             f"Scaled regimes start at {power_of_two(gpt.scale.init)}, which is too high on "
-            f"purpose, and double after {gpt.scale.growth_interval} clean steps. Unscaled ones "
-            f"use 1.",
+            f"purpose, and double after {gpt.scale.growth_interval} clean steps; the one with "
+            f"headroom computes its scale from the largest gradients instead. Unscaled ones use 1. "
+            f"Subnormal gradients: share of the 16-bit gradient values that are so small that "
+            f"they lost digits; those that became 0 are not among them.",
             "Without masters, moments and update are FP32 all the same; only the result is "
             "rounded to 16 bits. Layer norms keep FP32 parameters in every regime.",
             "Updates lost: share of the non-zero updates that left the stored value (the master, "
@@ -53,12 +56,14 @@ def gpt_table(result: DemoResult) -> Table:
 
 def _gpt_row(result: DemoResult, regime: Regime) -> tuple[str, ...]:
     runs = result.of(regime)
+    shares = [run.subnormal for run in runs if run.subnormal is not None]
     return (
         regime.label,
         over_seeds([run.validation_loss for run in runs], "{:.4f}"),
         "" if regime == FP32 else percent(relative_to_fp32(result, regime)),
         over_seeds([len(run.skipped) for run in runs], "{:g}"),
         " ".join(sorted({power_of_two(run.final_scale) for run in runs})),
+        f"{mean(shares):.2%}" if shares else "",
         f"{mean([run.lost_updates for run in runs]):.1%}",
         f"{runs[0].resident.total:.1f}",
     )

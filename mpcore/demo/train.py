@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mpcore.demo.data import VOCABULARY, Corpus, draw_offsets, spread_offsets, windows_at
-from mpcore.demo.measure import Resident, UpdateTally, resident_bytes
+from mpcore.demo.measure import Resident, SubnormalTally, UpdateTally, resident_bytes
 from mpcore.demo.model import GPT, GPTConfig, language_loss
 from mpcore.demo.regimes import AdamWSettings, Engine, Regime, prepare
 from mpcore.emulate import emulate_tensor_cores
@@ -37,7 +37,7 @@ class GPTSettings:
         eps: AdamW's, before it is multiplied by the loss weight.
         weight_decay: AdamW's.
         loss_weight: A power of two.
-        scale: The loss scale of the regimes that have one.
+        scale: The loss scale of the scaled regimes that have none of their own.
         validation_windows: Windows of held-out text, always the same.
         validations: How often they are evaluated, the last time after the last step.
     """
@@ -93,6 +93,7 @@ class Run:
         skipped: The steps, counted from 0, that an overflow cancelled.
         final_scale: The scale after the last step.
         lost_updates: Share of the non-zero updates that rounding lost.
+        subnormal: Share of 16-bit gradient values that are subnormal; None if there are none.
         resident: Bytes per parameter.
         parameters: Number of parameters.
         seconds: Wall-clock time.
@@ -106,6 +107,7 @@ class Run:
     skipped: tuple[int, ...]
     final_scale: float
     lost_updates: float
+    subnormal: float | None
     resident: Resident
     parameters: int
     seconds: float
@@ -153,6 +155,7 @@ def train_gpt(
         skipped=tuple(loop.skipped),
         final_scale=loop.engine.loss_scale,
         lost_updates=loop.tally.fraction,
+        subnormal=loop.gradients.fraction,
         resident=loop.resident,
         parameters=sum(p.numel() for p in loop.model.parameters()),
         seconds=time.perf_counter() - started,
@@ -172,6 +175,7 @@ class _Loop:
             GPT(settings.config, seed), regime, settings.adamw, settings.scale
         )
         self.tally = UpdateTally(self.engine)
+        self.gradients = SubnormalTally()
         context = settings.config.context
         self.offsets = draw_offsets(
             len(corpus.train), settings.steps, settings.batch, context, seed
@@ -192,6 +196,7 @@ class _Loop:
             loss = self._loss(self.corpus.train, self.offsets[step])
             self.engine.backward(loss * self.settings.loss_weight)
         self.train_losses.append(loss.item())
+        self.gradients.count(self.model.parameters())
         for group in self.engine.param_groups:
             group["lr"] = self.settings.lr_at(step)
         if self.tally.step():

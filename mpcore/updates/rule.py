@@ -140,10 +140,16 @@ def power(base: Tensor, exponent: Tensor) -> Tensor:
         tensor(0.1250, dtype=torch.float64)
     """
     bits = exponent.to(torch.int64)
-    # reading a CPU's tensor waits for nothing; squares beyond the highest bit are never used
-    needed = int(bits.max()).bit_length() if bits.device.type == "cpu" and bits.numel() else 32
     result = torch.ones_like(base)
+    needed, same = 32, None
+    if bits.device.type == "cpu" and bits.numel():  # whose tensors can be read without waiting
+        highest = int(bits.max())
+        # squares beyond the highest bit are never used
+        needed, same = highest.bit_length(), highest if int(bits.min()) == highest else None
     for bit in range(needed):
-        result = torch.where((bits >> bit) & 1 != 0, result * base, result)
+        if same is None:
+            result = torch.where((bits >> bit) & 1 != 0, result * base, result)
+        elif (same >> bit) & 1:
+            result = result * base
         base = base * base
     return result

@@ -51,16 +51,27 @@ class Run:
         self.optimizer = engine.wrap(INNERS[kind]([{"params": chosen}]), scale)
         self.scheduler = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.9)
 
-    def step(self, number: int, batches: int, bad: int | None, sums: bool, clips: bool) -> None:
-        for batch in range(batches):
-            generator = torch.Generator().manual_seed(10 * number + batch)
-            noise = [torch.randn(p.shape, generator=generator) for p in self.params]
-            if bad == batch:
-                noise[-1][0] = torch.inf
-            pairs = zip(self.params, noise, strict=True)
-            self.optimizer.backward(torch.stack([(p.float() * n).sum() for p, n in pairs]).sum())
-            if sums:
-                self.optimizer.accumulate()
+    def grow(self) -> None:
+        """Adds a param group, half of it in 16 bits."""
+        added = [nn.Parameter(torch.linspace(0, 1, 5).to(d)) for d in (torch.float16, torch.float)]
+        self.params += added
+        named = "param_names" in self.optimizer.param_groups[0]
+        params = [(f"added{i}", p) for i, p in enumerate(added)] if named else added
+        self.optimizer.add_param_group({"params": params, "lr": 0.02})
+        # schedulers know the groups they were made with
+        self.scheduler = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.9)
+
+    def micro_batch(self, seed: int, bad: bool, sums: bool) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        noise = [torch.randn(p.shape, generator=generator) for p in self.params]
+        if bad:
+            noise[-1][0] = torch.inf
+        pairs = zip(self.params, noise, strict=True)
+        self.optimizer.backward(torch.stack([(p.float() * n).sum() for p, n in pairs]).sum())
+        if sums:
+            self.optimizer.accumulate()
+
+    def step(self, clips: bool) -> None:
         if clips:
             self.optimizer.clip_grad_norm_(1.0)
         self.optimizer.step()
@@ -94,11 +105,19 @@ class Run:
     dtypes=DTYPES,
     scale=SCALES,
     steps=st.lists(STEP, min_size=2, max_size=7),
-    stops=st.sets(st.integers(0, 6), min_size=1),
+    stops=st.sets(st.tuples(st.integers(0, 6), st.integers(0, 2)), min_size=1),
     flags=st.tuples(*[st.booleans()] * 3),
+    grows=st.none() | st.integers(0, 5),
 )
 def test_stopping_anywhere_any_number_of_times_shows_in_no_bit(
-    engine: Engine, kind: str, dtypes: Any, scale: Any, steps: Any, stops: Any, flags: Any
+    engine: Engine,
+    kind: str,
+    dtypes: Any,
+    scale: Any,
+    steps: Any,
+    stops: Any,
+    flags: Any,
+    grows: int | None,
 ) -> None:
     if engine.fused and not can_fuse(INNERS[kind]):
         engine = Engine(engine.backend, "general")
@@ -106,10 +125,19 @@ def test_stopping_anywhere_any_number_of_times_shows_in_no_bit(
     straight = Run(engine, kind, dtypes, scale, named)
     stopped = Run(engine, kind, dtypes, scale, named)
     for number, (batches, bad) in enumerate(steps):
-        if number in stops:
-            saved = stopped.saved()
-            stopped = Run(engine, kind, dtypes, scale, named)
-            stopped.load(saved)
+        if number == grows:
+            straight.grow()
+            stopped.grow()
+        for batch in range(batches):
+            # within a step what was added up is saved, and gradients in `p.grad` are not
+            if (number, batch) in stops and (batch == 0 or sums):
+                saved = stopped.saved()
+                stopped = Run(engine, kind, dtypes, scale, named)
+                if grows is not None and number >= grows:
+                    stopped.grow()
+                stopped.load(saved)
+            for run in (straight, stopped):
+                run.micro_batch(10 * number + batch, bad == batch, sums)
         for run in (straight, stopped):
-            run.step(number, batches, bad, sums, clips)
+            run.step(clips)
     assert same_bits(stopped.everything(), straight.everything())
