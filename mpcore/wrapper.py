@@ -13,7 +13,6 @@ from mpcore.backends import resolve
 from mpcore.errors import ArgumentError, BackendError
 from mpcore.masters import Masters
 
-
 #: The key of a state_dict for what torch.optim has no place for. Param groups have it as well:
 #: `torch.distributed.checkpoint` carries their keys, those that are there, and nothing beside them.
 SECTION = "mpcore"

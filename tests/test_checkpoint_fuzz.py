@@ -141,6 +141,8 @@ def loaded_exactly(optimizer: Any, saved: Any) -> bool:
     first = next(g["mpcore"] for g in (saved, *saved["param_groups"]) if g.get("mpcore"))
     # what files from before its time lack
     numbers = {**LossScaleState._field_defaults, **first["loss_scale"]}
+    hysteresis = optimizer.loss_scaling.hysteresis
+    numbers["overflows_left"] = min(numbers["overflows_left"], hysteresis)  # settings win
     for group in (now, *now["param_groups"]):
         assert group["mpcore"] == {**first, "loss_scale": numbers}
     for group in (*now["param_groups"], *saved["param_groups"]):
