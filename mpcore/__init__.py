@@ -19,6 +19,7 @@ from mpcore.policy import Policy as Policy
 from mpcore.policy_scope import global_policy as global_policy
 from mpcore.policy_scope import set_global_policy as set_global_policy
 from mpcore.policy_scope import use_policy as use_policy
+from mpcore.schedulers import step_scheduler as step_scheduler
 from mpcore.step_result import StepResult as StepResult
 
 __version__ = "0.1.0"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ class Masters:
         self._place: dict[int, int] = {}
         #: in that order, the writes that a weight had when its master fitted; -2: it never did
         self._seen: list[int] = []
+        self._shown: list[int] = []  # ids of the values in `outer_state` when it was linked
         #: counts what replaces tensors: plans made of older ones are stale
         self.version = 0
         self.link_state(param for group in inner.param_groups for param in group["params"])
@@ -80,6 +82,7 @@ class Masters:
         if param in self._inner.state:
             self._inner.state[master] = upcast(self._inner.state.pop(param))
         self._outer_state[param] = {"master": master, **self._inner.state.get(master, {})}
+        self._shown = self._ids_shown()
 
     def create_for(self, params: Iterable[Tensor]) -> None:
         """Makes the masters of the 16-bit ones among `params` that have none; no host sync."""
@@ -99,6 +102,29 @@ class Masters:
                 self._outer_state[param].update(shown)
             elif param in inner_state:
                 self._outer_state[param] = inner_state[param]
+        self._shown = self._ids_shown()
+
+    def _ids_shown(self) -> list[int]:
+        return list(map(id, chain.from_iterable(map(dict.values, self._outer_state.values()))))
+
+    def take_over_edits(self) -> None:
+        """Hands what somebody put into `outer_state`, or took out, to the inner optimizer.
+
+        Values edited in place are the same tensors anyway. A master that was taken out stays. No
+        host sync.
+        """
+        if self._ids_shown() == self._shown:
+            return
+        for param, master in list(self._master_of.items()):
+            shown = self._outer_state.get(param, {})
+            state = {key: value for key, value in shown.items() if key != "master"}
+            new = shown.get("master", master)
+            self._master_of[param] = new
+            self._inner.state.pop(master, None)
+            if state:
+                self._inner.state[new] = state
+        self.version += 1
+        self.link_state(self._master_of)
 
     def replace_state(self, states: dict[Tensor, dict[str, Any]]) -> None:
         """Makes `states` the whole optimizer state, masters included.

@@ -90,6 +90,7 @@ class Stage:
                 params = [p for p in self.gradients.params if self._masters.of(p).grad is not None]
             self.gradients.keep(params)
             return self.gradients
+        self._masters.take_over_edits()
         self._masters.check_weights(self._backend, caller, self._name_of)
         if self._sums is not None:
             self.gradients = self._summed(self._sums, caller, external)

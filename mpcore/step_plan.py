@@ -156,6 +156,8 @@ def make_plan(
         batches = []
         for (names, half), members in by_key.items():
             held = [masters.of(param) for param in members]
+            if half is not None:
+                _lay_out_like(members, held)
             states = [_complete(inner_state, master, names, rule) for master in held]
             counts = rule.counts_steps(names)
             if counts:
@@ -174,6 +176,17 @@ def make_plan(
         devices.append(DevicePlan(device, list(by_key.values()), plan, rule, groups))
     masters.link_state(params)
     return StepPlan(tuple(devices), tuple(params), everything)
+
+
+def _lay_out_like(weights: Sequence[Tensor], masters: Sequence[Tensor]) -> None:
+    """Gives masters the strides of their weights, which may have changed: kernels count on it.
+
+    A state that was loaded has those of where it was saved, and `model.to(memory_format=...)`
+    leaves masters behind.
+    """
+    for weight, master in zip(weights, masters, strict=True):
+        if master.stride() != weight.stride():
+            master.data = torch.empty_like(weight, dtype=master.dtype).copy_(master)
 
 
 def _complete(
