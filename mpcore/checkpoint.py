@@ -34,6 +34,8 @@ _LIMITS = {
     **dict.fromkeys(("steps_since_move", "overflows_since_move"), COMPARABLE_STEPS),
 }
 
+_KEYS = {"version", "loss_scale", "saturated", "losses", "totals", "accumulated"}
+
 State = dict[str, Any]
 
 
@@ -73,6 +75,8 @@ def read_section(state_dict: State, losses: Losses) -> Section:
             "Was it saved by MixedPrecisionOptimizer.state_dict()?"
         )
     where = 'state_dict["mpcore"]'
+    if not set(found) <= _KEYS:
+        raise ArgumentError(f"{where}: expected keys of {sorted(_KEYS)}, got {list(found)}.")
     own = _read_scale(f'{where}["loss_scale"]', found.get("loss_scale"))
     saturated = _read_count(where, "saturated", found.get("saturated"))
     saved = found.get("losses", {})
@@ -94,7 +98,8 @@ def read_section(state_dict: State, losses: Losses) -> Section:
 def section_in(state_dict: State) -> Any:
     """Returns the `"mpcore"` section, or the first copy of it in a param group."""
     groups = state_dict.get("param_groups")
-    copies = [g.get(SECTION) for g in groups if isinstance(g, dict)] if groups else []
+    groups = groups if isinstance(groups, list) else []
+    copies = [group.get(SECTION) for group in groups if isinstance(group, dict)]
     return next((s for s in (state_dict.get(SECTION), *copies) if s is not None), None)
 
 

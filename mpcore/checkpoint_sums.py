@@ -79,7 +79,7 @@ def read_sums(
 
 
 def _param(where: str, number: Any, param_of: Mapping[Any, Tensor]) -> Tensor:
-    if number not in param_of:
+    if type(number) not in (int, str) or number not in param_of:
         raise ArgumentError(f"{where}: expected numbers of parameters, got {number!r}.")
     return param_of[number]
 
@@ -101,7 +101,7 @@ def _read_micro_batch(
     if not isinstance(saved, dict) or set(saved) != keys:
         raise ArgumentError(f"{where}: expected the keys {sorted(keys)}, got {saved!r}.")
     loss, largest, flags = saved["loss"], saved["largest"], saved["flags"]
-    if loss not in losses:
+    if not isinstance(loss, str) or loss not in losses:
         raise ArgumentError(f'{where}["loss"]: expected one of {sorted(losses)}, got {loss!r}.')
     # NaN is what looking at gradients that overflowed may give
     sized = isinstance(largest, float) and (largest >= 0 or math.isnan(largest))

@@ -20,11 +20,11 @@ def gpt_table(result: DemoResult) -> Table:
         title=f"A small GPT on Python source: {gpt.steps} steps, {seeds_text(result)}",
         header=(
             "Regime",
-            "Validation loss",
+            "Loss",
             "vs FP32",
             "Skipped steps",
             "Final scale",
-            "Subnormal gradients",
+            "Tiny grads",
             "Updates lost",
             "Bytes per param",
         ),
@@ -42,7 +42,7 @@ def gpt_table(result: DemoResult) -> Table:
             f"Scaled regimes start at {power_of_two(gpt.scale.init)}, which is too high on "
             f"purpose, and double after {gpt.scale.growth_interval} clean steps; the one with "
             f"headroom computes its scale from the largest gradients instead. Unscaled ones use 1. "
-            f"Subnormal gradients: share of the 16-bit gradient values that are so small that "
+            f"Tiny grads: share of the 16-bit gradient values that are subnormal, so small that "
             f"they lost digits; those that became 0 are not among them.",
             "Without masters, moments and update are FP32 all the same; only the result is "
             "rounded to 16 bits. Layer norms keep FP32 parameters in every regime.",
