@@ -141,7 +141,7 @@ def test_gpt_table_has_one_row_per_regime_with_what_was_measured(result):
         if regime.weights == torch.float32:
             assert (shares, row[5]) == ([None, None], "")
         else:
-            assert float(row[5][:-1]) == pytest.approx(100 * np.mean(shares), abs=0.0051)
+            assert float(row[5][:-1]) == pytest.approx(100 * np.mean(shares), abs=0.051)
         if regime != FP32:
             baseline = np.mean([run.validation_loss for run in result.of(FP32)])
             # a percentage with two decimals

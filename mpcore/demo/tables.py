@@ -22,7 +22,7 @@ def gpt_table(result: DemoResult) -> Table:
             "Regime",
             "Loss",
             "vs FP32",
-            "Skipped steps",
+            "Skips",
             "Final scale",
             "Tiny grads",
             "Updates lost",
@@ -63,7 +63,7 @@ def _gpt_row(result: DemoResult, regime: Regime) -> tuple[str, ...]:
         "" if regime == FP32 else percent(relative_to_fp32(result, regime)),
         over_seeds([len(run.skipped) for run in runs], "{:g}"),
         " ".join(sorted({power_of_two(run.final_scale) for run in runs})),
-        f"{mean(shares):.2%}" if shares else "",
+        f"{mean(shares):.1%}" if shares else "",
         f"{mean([run.lost_updates for run in runs]):.1%}",
         f"{runs[0].resident.total:.1f}",
     )
