@@ -14,6 +14,10 @@ from mpcore.loss_scale import DynamicLossScale as DynamicLossScale
 from mpcore.loss_scale import LossScale as LossScale
 from mpcore.loss_scale import NoLossScale as NoLossScale
 from mpcore.loss_scale import StaticLossScale as StaticLossScale
+from mpcore.monitoring.monitor import Monitor as Monitor
+from mpcore.monitoring.sinks import JsonLines as JsonLines
+from mpcore.monitoring.sinks import TensorBoard as TensorBoard
+from mpcore.monitoring.trace import trace_overflow as trace_overflow
 from mpcore.optimizer import MixedPrecisionOptimizer as MixedPrecisionOptimizer
 from mpcore.policy import Policy as Policy
 from mpcore.policy_scope import global_policy as global_policy

@@ -38,6 +38,8 @@ class BackwardPasses:
             StageError: Gradients of this step are already unscaled; more would get lost.
         """
         self._stage.check_open("scale()")
+        if self._stage.watcher is not None:
+            self._stage.watcher.see_loss(outputs)
         if not self._stage.needs_scale:
             return outputs
         scaled: Outputs = scale_outputs(outputs, self._scale.scale)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,60 +12,12 @@ from mpcore._bulk import devices_of, dtypes_of, grads_of
 from mpcore._checks import SIXTEEN_BIT
 from mpcore._layouts import laid_out_like, own_memory
 from mpcore.backends import Backend, Inspection
+from mpcore.gradient_buckets import Bucket, Look, tensor_norms
 from mpcore.masters import Masters
 from mpcore.step_plan import StepPlan
 
 if TYPE_CHECKING:
     from mpcore.accumulation import Accumulation
-
-
-@torch.no_grad()
-def tensor_norms(grads: Sequence[Tensor], coefficient: Tensor) -> Tensor:
-    """Returns the 2-norm of every `grad * coefficient`, computed in float64; no host sync.
-
-    For float64 gradients, which no backend inspects; their squares overflow above 1e154.
-
-    Args:
-        grads: Gradients of one device, any shape and floating dtype.
-        coefficient: 0-d float32.
-
-    Returns:
-        float64 of length `len(grads)`.
-    """
-    wide = torch.float32
-    return torch.stack(
-        [
-            torch.linalg.vector_norm(
-                g.to(torch.promote_types(g.dtype, wide)) * coefficient, dtype=torch.float64
-            )
-            for g in grads
-        ]
-    )
-
-
-@dataclass
-class _Bucket:
-    """The parameters of one device that have a gradient: those with a master first."""
-
-    device: torch.device
-    with_master: list[Tensor]
-    without: list[Tensor]
-    nonfinite: Tensor | None = None  # int32, non-zero flags overflow, in the order of `params`
-    largest: Tensor | None = None  # float32, magnitudes of unscaled gradients, if they were seen
-
-    @property
-    def params(self) -> list[Tensor]:
-        return self.with_master + self.without
-
-    def own_flags(self) -> Tensor:
-        """Returns flags that may be written to: those of an inspection belong to it."""
-        if self.nonfinite is None:
-            size = len(self.with_master) + len(self.without)
-            self.nonfinite = torch.zeros(size, dtype=torch.int32, device=self.device)
-        return self.nonfinite
-
-    def add_flags(self, flags: Tensor) -> None:
-        self.nonfinite = flags if self.nonfinite is None else self.nonfinite | flags
 
 
 class StepGradients:
@@ -84,6 +35,7 @@ class StepGradients:
         external_found_inf: What an outside scaler already found: 0-d, non-zero means overflow.
         plan: The fused update that will use them, to be prepared on the way; None: another path.
         finds_largest: Whether looking at them also finds `largest`.
+        statistics: Whether looking at them also counts values; None: nobody watches.
     """
 
     def __init__(
@@ -95,6 +47,7 @@ class StepGradients:
         external_found_inf: Tensor | None = None,
         plan: StepPlan | None = None,
         finds_largest: bool = False,
+        statistics: bool | None = None,
     ) -> None:
         self.params = list(params)
         self.applied = False  # whether the unscaled ones are the gradients of masters
@@ -108,6 +61,7 @@ class StepGradients:
         #: 0-d float64, the largest magnitude of float16 gradients, unscaled; None: nobody looked
         self.largest: Tensor | None = None
         self._finds_largest = finds_largest
+        self._statistics = statistics
         #: what was added up to make these, if several backward passes were
         self.accumulated: Accumulation | None = None
         self._inspected = False
@@ -121,12 +75,12 @@ class StepGradients:
         devices = devices_of(params)
         self._buckets = [self._bucket(device, len(devices) == 1) for device in devices]
 
-    def _bucket(self, device: torch.device, only: bool) -> _Bucket:
+    def _bucket(self, device: torch.device, only: bool) -> Bucket:
         here = self.params if only else [p for p in self.params if p.device == device]
         if dtypes_of(here).issubset(SIXTEEN_BIT):
-            return _Bucket(device, list(here), [])
+            return Bucket(device, list(here), [])
         halves = [p for p in here if p.dtype in SIXTEEN_BIT]
-        return _Bucket(device, halves, [p for p in here if p.dtype not in SIXTEEN_BIT])
+        return Bucket(device, halves, [p for p in here if p.dtype not in SIXTEEN_BIT])
 
     def take_sums(self, accumulated: Accumulation) -> None:
         """Makes these the sums that masters hold now: unscaled, and seen to be finite or not."""
@@ -141,6 +95,8 @@ class StepGradients:
         """Multiplies what is pending: 16-bit gradients into masters' `.grad`, others in place."""
         if not self._pending:
             return
+        if self._statistics is not None and not self._inspected and not self.applied:
+            self._look(None)
         for bucket in self._buckets:
             coefficient = self._coefficient.to(bucket.device, non_blocking=True)
             flags = torch.zeros_like(bucket.own_flags())
@@ -201,25 +157,34 @@ class StepGradients:
             self._pending = True
         return total.float()
 
-    def _inspection(self, bucket: _Bucket, max_norm: float | None) -> Inspection:
+    def _inspection(self, bucket: Bucket, max_norm: float | None) -> Inspection:
         coefficient = self.coefficient.to(bucket.device, non_blocking=True)
         grads = self._stored(bucket)
         here = None
         if self.plan is not None and not self.plan_is_stale:
             here = self.plan.on(bucket.device)
+        counts = bool(self._statistics) and bucket.found is None
         if here is None:
-            found = self._backend.inspect(grads, coefficient, max_norm)
+            found = self._backend.inspect(grads, coefficient, max_norm, statistics=counts)
         else:
             hyper = here.read_hyper()
             found = self._backend.inspect(
-                grads, coefficient, max_norm, plan=here.prepared_for(hyper), hyper=hyper
+                grads,
+                coefficient,
+                max_norm,
+                statistics=counts,
+                plan=here.prepared_for(hyper),
+                hyper=hyper,
             )
+        if self._statistics is not None and bucket.found is None:
+            layouts = tuple((grad.dtype, grad.stride()) for grad in grads)
+            bucket.found = Look(tuple(bucket.params), layouts, found)
         bucket.add_flags(found.kinds)
         if coefficient is self.unscaled_by:
             bucket.largest = found.largest
         return found
 
-    def _square_sum(self, bucket: _Bucket) -> Tensor:
+    def _square_sum(self, bucket: Bucket) -> Tensor:
         if not _any_float64(bucket.params):
             square_sum = self._inspection(bucket, None).square_sum.sum()
         else:
@@ -230,7 +195,7 @@ class StepGradients:
             square_sum = norms.square().sum()
         return square_sum.to(self._coefficient.device, non_blocking=True)
 
-    def _stored(self, bucket: _Bucket) -> list[Tensor]:
+    def _stored(self, bucket: Bucket) -> list[Tensor]:
         """Returns the gradients as they are: scaled ones of the model, or those `apply` made."""
         return self._grads(bucket.params) if self.applied else grads_of(bucket.params)
 
@@ -273,6 +238,10 @@ class StepGradients:
                 norms = torch.stack(torch._foreach_norm(grads, torch.inf)).amax().double()
                 peaks.append(norms.to(home, non_blocking=True) * self.unscaled_by)
         self.largest = torch.stack(peaks).amax()
+
+    def looks(self) -> list[Look]:
+        """Returns what the first look found on each device, if somebody watches."""
+        return [bucket.found for bucket in self._buckets if bucket.found is not None]
 
     def final(self) -> list[Tensor]:
         """Returns the unscaled gradients, in the order of `params`, after `apply`."""

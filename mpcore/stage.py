@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +23,19 @@ from mpcore.masters import Groups, Masters
 from mpcore.scale_tensors import LossScaleTensors
 from mpcore.step_plan import StepPlan
 from mpcore.step_result import StepResult
+
+
+class Watcher(Protocol):
+    """Somebody who wants to know what happens in each step: `mpcore.Monitor`."""
+
+    def see_loss(self, outputs: Any) -> None:
+        """Hears what is going to be scaled."""
+
+    def begin_step(self, params: Sequence[Tensor]) -> bool:
+        """Hears whose gradients are collected; returns whether their values shall be counted."""
+
+    def end_step(self, gradients: StepGradients, result: StepResult) -> None:
+        """Hears how the step ended, after the scale has moved."""
 
 
 class Stage:
@@ -64,6 +78,7 @@ class Stage:
         self._outside_scale: Tensor | None = None
         self._alarm = new_alarm(loss_scaling, 0)
         self._sums: Accumulation | None = None
+        self.watcher: Watcher | None = None
 
     @property
     def needs_scale(self) -> bool:
@@ -199,8 +214,10 @@ class Stage:
         coefficient = exact.reciprocal().float()
         plan = self._plan(params) if params else None
         headroom = external is None and isinstance(self._loss_scaling, HeadroomLossScale)
+        statistics = None if self.watcher is None else self.watcher.begin_step(params)
         return StepGradients(
-            params, self._masters, self._backend, coefficient, found_inf, plan, headroom
+            *(params, self._masters, self._backend, coefficient, found_inf, plan, headroom),
+            statistics=statistics,
         )
 
     def _check_no_newcomer(
@@ -248,6 +265,8 @@ class Stage:
         self.scaled = False
         # last: they may raise
         try:
+            if self.watcher is not None:
+                self.watcher.end_step(gradients, self.result)
             self._alarm.note(self._tensors.counters)
         finally:
             self._losses.note()

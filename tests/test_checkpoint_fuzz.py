@@ -138,7 +138,9 @@ def damage(saved: Any, number: int) -> None:
 
 def loaded_exactly(optimizer: Any, saved: Any) -> bool:
     now, saved = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(saved)
-    first = next(g["mpcore"] for g in (saved, *saved["param_groups"]) if g.get("mpcore") is not None)
+    first = next(
+        g["mpcore"] for g in (saved, *saved["param_groups"]) if g.get("mpcore") is not None
+    )
     # what files from before its time lack
     numbers = {**LossScaleState._field_defaults, **first["loss_scale"]}
     hysteresis = optimizer.loss_scaling.hysteresis

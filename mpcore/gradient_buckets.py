@@ -1,0 +1,78 @@
+"""The gradients of one device, and what is known about them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mpcore.backends import Inspection
+
+
+@torch.no_grad()
+def tensor_norms(grads: Sequence[Tensor], coefficient: Tensor) -> Tensor:
+    """Returns the 2-norm of every `grad * coefficient`, computed in float64; no host sync.
+
+    For float64 gradients, which no backend inspects; their squares overflow above 1e154.
+
+    Args:
+        grads: Gradients of one device, any shape and floating dtype.
+        coefficient: 0-d float32.
+
+    Returns:
+        float64 of length `len(grads)`.
+    """
+    wide = torch.float32
+    return torch.stack(
+        [
+            torch.linalg.vector_norm(
+                g.to(torch.promote_types(g.dtype, wide)) * coefficient, dtype=torch.float64
+            )
+            for g in grads
+        ]
+    )
+
+
+@dataclass(frozen=True)
+class Look:
+    """What an inspection found, for those who watch.
+
+    Attributes:
+        params: The parameters, in its order.
+        layouts: Dtype and strides of each gradient.
+        found: The rest.
+    """
+
+    params: tuple[Tensor, ...]
+    layouts: tuple[tuple[torch.dtype, tuple[int, ...]], ...]
+    found: Inspection
+
+
+@dataclass
+class Bucket:
+    """The parameters of one device that have a gradient: those with a master first."""
+
+    device: torch.device
+    with_master: list[Tensor]
+    without: list[Tensor]
+    nonfinite: Tensor | None = None  # int32, non-zero flags overflow, in the order of `params`
+    largest: Tensor | None = None  # float32, magnitudes of unscaled gradients, if they were seen
+    found: Look | None = None  # the first look at them, if somebody watches
+
+    @property
+    def params(self) -> list[Tensor]:
+        """All of them, in the order of flags."""
+        return self.with_master + self.without
+
+    def own_flags(self) -> Tensor:
+        """Returns flags that may be written to: those of an inspection belong to it."""
+        if self.nonfinite is None:
+            size = len(self.with_master) + len(self.without)
+            self.nonfinite = torch.zeros(size, dtype=torch.int32, device=self.device)
+        return self.nonfinite
+
+    def add_flags(self, flags: Tensor) -> None:
+        """Joins flags with those that are there."""
+        self.nonfinite = flags if self.nonfinite is None else self.nonfinite | flags

@@ -1,0 +1,1 @@
+"""Looking at the numbers of a training run: statistics, why a step overflowed, and where."""

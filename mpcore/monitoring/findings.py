@@ -1,0 +1,141 @@
+"""What one look at the gradients found, as plain numbers: unscaled, one record per parameter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpcore.backends import Inspection
+
+#: The bits of `Inspection.kinds`, in order.
+KINDS = ("NaN", "+inf", "-inf", "overflow when unscaled")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The gradient of one parameter.
+
+    Attributes:
+        name: Of the parameter.
+        shape: Of it.
+        dtype: Of its gradient, "float16" for example.
+        kinds: Which of `KINDS` were in it; empty if all is finite.
+        first_bad: Index of the first value, in the order of memory, that is not finite, or None.
+        norm: 2-norm of the unscaled values; not finite if one of them is not.
+        largest: Largest magnitude among the finite ones, unscaled; None if nobody looked.
+        headroom_bits: Doublings of the scale before the largest value overflows; None likewise.
+        zeros: Share of values that are 0; None without statistics, like the next two.
+        subnormal: Share of values that are subnormal in the gradient's format: digits are lost.
+        histogram: How many values have the exponent -24 + i before unscaling, for i = 0 to 39, the
+            exponents that float16 has; smaller ones count in the first, larger ones in the last.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    kinds: tuple[str, ...]
+    first_bad: tuple[int, ...] | None
+    norm: float
+    largest: float | None
+    headroom_bits: float | None
+    zeros: float | None = None
+    subnormal: float | None = None
+    histogram: tuple[int, ...] | None = None
+
+    @property
+    def finite(self) -> bool:
+        """Whether every value is finite."""
+        return not self.kinds
+
+
+#: Binary exponents of float16 values, subnormal ones included, that a histogram distinguishes.
+LOWEST, HIGHEST = -24, 15
+
+
+def findings_of(
+    params: Sequence[Tensor],
+    grads: Sequence[tuple[torch.dtype, tuple[int, ...]]],
+    found: Inspection,
+    scale: float,
+    name_of: Callable[[Tensor], str],
+) -> list[Finding]:
+    """Returns what was found in each gradient; syncs with the host.
+
+    Args:
+        params: The parameters, in the order of `found`.
+        grads: Dtype and strides of each gradient.
+        found: What `inspect` returned for them.
+        scale: The loss scale they have.
+        name_of: Names a parameter.
+    """
+    columns: list[list[Any]] = [
+        found.kinds.tolist(),
+        found.first_bad.tolist(),
+        found.square_sum.tolist(),
+        [None] * len(params) if found.largest is None else found.largest.tolist(),
+        [None] * len(params) if found.counts is None else found.counts.tolist(),
+        [None] * len(params) if found.histogram is None else found.histogram.tolist(),
+    ]
+    return [
+        _finding(param, dtype, strides, scale, name_of(param), *values)
+        for param, (dtype, strides), *values in zip(params, grads, *columns, strict=True)
+    ]
+
+
+def _finding(
+    param: Tensor,
+    dtype: torch.dtype,
+    strides: tuple[int, ...],
+    scale: float,
+    name: str,
+    kinds: int,
+    first_bad: int,
+    square_sum: float,
+    largest: float | None,
+    counts: list[int] | None,
+    histogram: list[int] | None,
+) -> Finding:
+    size = max(param.numel(), 1)
+    headroom = None
+    if largest:
+        headroom = math.log2(torch.finfo(dtype).max / (largest * scale))
+    return Finding(
+        name=name,
+        shape=tuple(param.shape),
+        dtype=str(dtype).removeprefix("torch."),
+        kinds=tuple(kind for bit, kind in enumerate(KINDS) if kinds >> bit & 1),
+        first_bad=None if first_bad < 0 else index_at(first_bad, param.shape, strides),
+        norm=math.sqrt(square_sum) if square_sum >= 0 else math.nan,
+        largest=largest,
+        headroom_bits=headroom,
+        zeros=None if counts is None else counts[3] / size,
+        subnormal=None if counts is None else counts[4] / size,
+        histogram=None if histogram is None else _folded(histogram, counts),
+    )
+
+
+def _folded(histogram: list[int], counts: list[int] | None) -> tuple[int, ...]:
+    """Returns the 40 bins of float16's exponents; zeros and what is not finite are in none."""
+    zeros = counts[3] if counts is not None else 0
+    low, high = 127 + LOWEST, 127 + HIGHEST
+    first = sum(histogram[: low + 1]) - zeros
+    return (first, *histogram[low + 1 : high], sum(histogram[high:255]))
+
+
+def index_at(place: int, shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
+    """Returns the index of the value at a place in the order of memory of a dense tensor.
+
+    Example:
+        >>> index_at(3, (2, 3), (3, 1)), index_at(3, (2, 3), (1, 2))
+        ((1, 0), (1, 1))
+    """
+    order = sorted(range(len(shape)), key=lambda d: (strides[d], shape[d]))
+    index = [0] * len(shape)
+    for dimension in order:
+        place, index[dimension] = divmod(place, max(shape[dimension], 1))
+    return tuple(index)

@@ -1,0 +1,238 @@
+"""`Monitor`: statistics of gradients every n steps, and a report on each step that was skipped."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpcore._checks import check_count
+from mpcore.errors import ArgumentTypeError
+from mpcore.gradients import StepGradients
+from mpcore.monitoring.findings import Finding, findings_of
+from mpcore.monitoring.history import History
+from mpcore.monitoring.model_state import large_weights, not_finite
+from mpcore.monitoring.reading import Reading, summed_up
+from mpcore.monitoring.report import OverflowReport
+from mpcore.monitoring.update_sample import UpdateSample
+from mpcore.monitoring.verdicts import Facts, verdict_on
+from mpcore.optimizer import MixedPrecisionOptimizer
+from mpcore.step_result import StepResult
+
+Record = Reading | OverflowReport
+_LOG = logging.getLogger("mpcore.monitor")
+
+
+class Monitor:
+    """Watches the steps of an optimizer; syncs with the host on reported steps alone.
+
+    Every `every` steps it counts the values of each gradient by exponent, in the pass that looks
+    for overflow, and makes a `Reading`. On a skipped step it makes an `OverflowReport`:
+    at once on a CPU, where looking costs nothing; on a GPU in reported steps, or when `report()` is
+    called. Both go to the sinks. Verdicts go to the logger "mpcore.monitor" too, one line each and
+    each kind once in `every` steps: INFO where nothing is wrong, else WARNING.
+
+    Copies and pickles of the optimizer are not watched.
+
+    Args:
+        optimizer: What to watch; one monitor at a time.
+        model: For names of parameters, and to look at its buffers when a step was skipped.
+        every: Steps from one reading to the next.
+        window: Steps that are remembered for verdicts.
+        sinks: Each is called with every record; `JsonLines`, `TensorBoard`, or any function.
+
+    Raises:
+        ArgumentTypeError: `optimizer` is no `MixedPrecisionOptimizer`, a count is no integer.
+        ArgumentError: A count is below 1.
+
+    Example:
+        >>> import torch, mpcore
+        >>> model = torch.nn.Linear(2, 1).half()
+        >>> optimizer = mpcore.MixedPrecisionOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+        >>> monitor = mpcore.Monitor(optimizer, model, every=1)
+        >>> optimizer.backward((model.weight.float() * 8).sum())  # 8 times 2^16 is too much
+        >>> optimizer.step()
+        >>> monitor.report().verdict.name, [f.name for f in monitor.report().overflowed]
+        ('search', ['weight'])
+    """
+
+    def __init__(
+        self,
+        optimizer: MixedPrecisionOptimizer,
+        model: nn.Module | None = None,
+        *,
+        every: int = 100,
+        window: int = 256,
+        sinks: Iterable[Callable[[Record], object]] = (),
+    ) -> None:
+        if not isinstance(optimizer, MixedPrecisionOptimizer):
+            raise ArgumentTypeError(
+                "optimizer: expected a mpcore.MixedPrecisionOptimizer, got "
+                f"{type(optimizer).__name__}."
+            )
+        self._every = check_count("every", every)
+        self._optimizer = optimizer
+        self._model = model
+        self._names = {} if model is None else {id(p): n for n, p in model.named_parameters()}
+        self._sinks = list(sinks)
+        self._device = optimizer._scale.scale.device
+        self._history = History(check_count("window", window), self._device)
+        self._loss: Tensor | None = None
+        self._sample: UpdateSample | None = None
+        self._largest: Tensor | None = None  # of the last clean step that was looked at
+        self._last: tuple[StepGradients, StepResult, Tensor | None] | None = None
+        self._report: OverflowReport | None = None
+        self._logged: dict[str, int] = {}
+        #: The last reading, None before the first.
+        self.reading: Reading | None = None
+        optimizer._stage.watcher = self
+
+    def close(self) -> None:
+        """Stops watching."""
+        if self._optimizer._stage.watcher is self:
+            self._optimizer._stage.watcher = None
+
+    def report(self) -> OverflowReport | None:
+        """Returns why the last step was skipped, None if it was not; syncs with the host."""
+        if self._last is None or not self._last[1].skipped:
+            return None
+        if self._report is None:
+            self._report = self._made_report(*self._last)
+        return self._report
+
+    def see_loss(self, outputs: Any) -> None:
+        """Hears what is going to be scaled; the optimizer calls it."""
+        if isinstance(outputs, Tensor) and outputs.numel() == 1:
+            loss, before = outputs.detach().reshape(()).double(), self._loss
+            # of several passes the one that is not finite
+            self._loss = loss if before is None else torch.where(before.isfinite(), loss, before)
+
+    def begin_step(self, params: Sequence[Tensor]) -> bool:
+        """Hears whose gradients are collected; the optimizer calls it."""
+        looks = self._history.steps % self._every == 0
+        self._sample = UpdateSample(params, self._optimizer._masters) if looks else None
+        return looks
+
+    @torch.no_grad()
+    def end_step(self, gradients: StepGradients, result: StepResult) -> None:
+        """Hears how a step ended; the optimizer calls it."""
+        sample, loss = self._sample, self._loss
+        self._sample = self._loss = self._report = None
+        largest_before = self._largest
+        self._last = (gradients, result, largest_before)
+        step, looks = self._history.steps, gradients.looks()
+        found_inf = gradients.found_inf()
+        squares = [look.found.square_sum.sum().to(self._device) for look in looks]
+        unknown = torch.full((), torch.nan, dtype=torch.float64, device=self._device)
+        norm = torch.stack(squares).sum().sqrt() if squares else unknown
+        scale = gradients.unscaled_by.double().reciprocal()
+        self._history.add(scale, found_inf, norm, loss)
+        self._note_largest(gradients, found_inf)
+        if sample is not None:
+            lost = sample.lost(self._optimizer._masters)
+            self.reading = self._made_reading(step, gradients, result, lost)
+            self._emit(self.reading)
+        if (sample is not None or self._device.type == "cpu") and result.skipped:
+            report = self.report()
+            if report is not None:
+                self._emit(report)
+                self._log(report)
+
+    def _note_largest(self, gradients: StepGradients, found_inf: Tensor) -> None:
+        seen = [look.found.largest for look in gradients.looks()]
+        if not seen or any(largest is None or not len(largest) for largest in seen):
+            return
+        peaks = [largest.amax().to(self._device) for largest in seen if largest is not None]
+        now = torch.stack(peaks)
+        before = torch.zeros_like(now[0]) if self._largest is None else self._largest
+        self._largest = torch.where(found_inf != 0, before, now.amax())
+
+    def _findings(self, gradients: StepGradients, scale: float) -> tuple[Finding, ...]:
+        by_param = {
+            id(param): finding
+            for look in gradients.looks()
+            for param, finding in zip(
+                look.params,
+                findings_of(look.params, look.layouts, look.found, scale, self._name_of),
+                strict=True,
+            )
+        }
+        order = [p for group in self._optimizer.param_groups for p in group["params"]]
+        if self._model is not None:
+            order = [*self._model.parameters(), *order]
+        return tuple(by_param[key] for key in dict.fromkeys(map(id, order)) if key in by_param)
+
+    def _name_of(self, param: Tensor) -> str:
+        return self._names.get(id(param)) or self._optimizer._name_of(param)
+
+    def _made_reading(
+        self, step: int, gradients: StepGradients, result: StepResult, lost: float | None
+    ) -> Reading:
+        past, loss = self._history.read()[-1]
+        return Reading(
+            step=step,
+            loss_scale=past.scale,
+            skipped=past.skipped,
+            loss=loss,
+            grad_norm=past.norm,
+            lost_updates=None if past.skipped else lost,
+            saturated=self._optimizer.saturated,
+            findings=(findings := self._findings(gradients, past.scale)),
+            **summed_up(findings),
+        )
+
+    def _made_report(
+        self, gradients: StepGradients, result: StepResult, largest: Tensor | None
+    ) -> OverflowReport:
+        *earlier, (now, loss) = self._history.read()
+        state = self._optimizer._scale.to_state()
+        findings = self._findings(gradients, now.scale)
+        scaling = self._optimizer.loss_scaling
+        weights = self._parameters()
+        facts = Facts(
+            findings=findings,
+            scaling=scaling,
+            scale=now.scale,
+            loss=loss,
+            past=[past for past, _ in earlier],
+            clean_before=state.steps - state.skipped_steps,
+            bad_weights=not_finite(weights),
+            large_weights=large_weights(weights),
+            bad_buffers=[] if self._model is None else not_finite(self._model.named_buffers()),
+        )
+        peak = 0.0 if largest is None else float(largest)
+        ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return OverflowReport(
+            step=self._history.steps - 1,
+            verdict=verdict_on(facts),
+            loss_scale=now.scale,
+            next_scale=state.scale,
+            loss=loss,
+            skips_in_a_row=state.skips_in_a_row,
+            skipped_steps=state.skipped_steps,
+            headroom_before=math.log2(65504 / (peak * now.scale)) if peak else None,
+            findings=findings,
+            passes=tuple(result.overflowed_in()),
+            rank=torch.distributed.get_rank() if ranks else None,
+        )
+
+    def _parameters(self) -> list[tuple[str, Tensor]]:
+        params = [p for group in self._optimizer.param_groups for p in group["params"]]
+        return [(self._name_of(param), param) for param in params]
+
+    def _emit(self, record: Record) -> None:
+        for sink in self._sinks:
+            sink(record)
+
+    def _log(self, report: OverflowReport) -> None:
+        """Logs a line unless one of its kind was logged less than `every` steps ago."""
+        name = report.verdict.name
+        last = self._logged.get(name)
+        if last is not None and report.step - last < self._every:
+            return
+        self._logged[name] = report.step
+        _LOG.log(logging.INFO if report.verdict.normal else logging.WARNING, report.one_line())

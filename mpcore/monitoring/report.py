@@ -1,0 +1,130 @@
+"""The report on a skipped step: which gradients, what kind, where, why, and what to do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mpcore.accumulation import Overflow
+from mpcore.monitoring.findings import Finding
+from mpcore.monitoring.verdicts import Verdict
+
+_SHOWN = 12  # finite gradients around those that are not, in text
+
+
+@dataclass(frozen=True)
+class OverflowReport:
+    """Why a step was skipped. `str(report)` is for people, `report.to_dict()` for programs.
+
+    Attributes:
+        step: Which one, counted from 0.
+        verdict: What happened and what to do.
+        loss_scale: Of the step.
+        next_scale: Of the step after it.
+        loss: Before scaling; None if nobody knows.
+        skips_in_a_row: This one included.
+        skipped_steps: Since the beginning.
+        headroom_before: Doublings of the scale of this step that the largest gradient of the last
+            clean steps would have had room for; None if no one looked then.
+        findings: Every gradient, in the order of the parameters: the last finite one stands next to
+            the layer that first went wrong.
+        passes: The backward passes that overflowed, if several were accumulated.
+        rank: Of this process, if there are several.
+    """
+
+    step: int
+    verdict: Verdict
+    loss_scale: float
+    next_scale: float
+    loss: float | None
+    skips_in_a_row: int
+    skipped_steps: int
+    headroom_before: float | None
+    findings: tuple[Finding, ...]
+    passes: tuple[Overflow, ...] = ()
+    rank: int | None = None
+
+    @property
+    def overflowed(self) -> list[Finding]:
+        """The gradients that were not finite."""
+        return [finding for finding in self.findings if not finding.finite]
+
+    def one_line(self) -> str:
+        """Returns the report in one line, for a log.
+
+        The numbers are those of the step: `step 12 skipped: probe; ...`.
+        """
+        bad = self.overflowed
+        first = f", {bad[0].name} {'/'.join(bad[0].kinds)}" if bad else ""
+        return (
+            f"step {self.step} skipped: {self.verdict.name}; loss scale {self.loss_scale:g} -> "
+            f"{self.next_scale:g}, {len(bad)} of {len(self.findings)} gradients{first}. "
+            f"{self.verdict.text}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain numbers and strings; what is not finite becomes a string, as JSON wants."""
+        return {"kind": "overflow", **plain(asdict(self))}
+
+    def __str__(self) -> str:
+        where = "" if self.rank is None else f" on rank {self.rank}"
+        lines = [
+            f"Step {self.step} was skipped{where}: {self.verdict}",
+            f"  loss scale {self.loss_scale:g} -> {self.next_scale:g}, "
+            f"{self.skips_in_a_row} skipped in a row, {self.skipped_steps} so far"
+            + ("" if self.loss is None else f", loss {self.loss:g}"),
+        ]
+        if self.headroom_before is not None:
+            lines.append(f"  headroom before: {self.headroom_before:.1f} doublings")
+        for one in self.passes:
+            name = f" of loss {one.loss!r}" if one.loss else ""
+            lines.append(f"  micro-batch {one.micro_batch}{name}: {', '.join(one.parameters)}")
+        lines += [f"  {row}" for row in _rows(self.findings)]
+        return "\n".join(lines)
+
+
+def _rows(findings: Sequence[Finding]) -> list[str]:
+    """Returns a line for each gradient that is not finite, and for its neighbours that are."""
+    near = {
+        i + shift
+        for i, finding in enumerate(findings)
+        if not finding.finite
+        for shift in (-1, 0, 1)
+    }
+    width = max((len(finding.name) for finding in findings), default=0)
+    rows, left_out = [], 0
+    for i, finding in enumerate(findings):
+        if i not in near and len(findings) > _SHOWN:
+            left_out += 1
+            continue
+        if left_out:
+            rows.append(f"... {left_out} finite")
+            left_out = 0
+        rows.append(f"{finding.name:<{width}}  {_described(finding)}")
+    return rows + ([f"... {left_out} finite"] if left_out else [])
+
+
+def _described(finding: Finding) -> str:
+    if not finding.finite:
+        at = "" if finding.first_bad is None else f" first at {list(finding.first_bad)}"
+        return f"{', '.join(finding.kinds)}{at}"
+    room = "" if finding.headroom_bits is None else f", {finding.headroom_bits:.1f} bits left"
+    return f"finite, norm {finding.norm:.3g}{room}"
+
+
+def plain(value: Any) -> Any:
+    """Returns what JSON can hold: tuples as lists, numbers that are not finite as strings.
+
+    Example:
+        >>> plain({"a": (1, math.inf), "b": None})
+        {'a': [1, 'inf'], 'b': None}
+    """
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

@@ -1,0 +1,58 @@
+"""Where readings and reports go."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+from mpcore.monitoring.reading import Reading
+from mpcore.monitoring.report import OverflowReport
+
+
+class JsonLines:
+    """Appends each record to a file as one line of JSON, at once.
+
+    Args:
+        path: The file; it is made if it is not there.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     sink = JsonLines(os.path.join(folder, "run.jsonl"))
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = Path(path)
+
+    def __call__(self, record: Reading | OverflowReport) -> None:
+        """Writes a record."""
+        line = json.dumps(record.to_dict(), allow_nan=False)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+class _Writer(Protocol):
+    def add_scalar(self, tag: str, scalar_value: Any, global_step: int) -> Any: ...
+
+    def add_text(self, tag: str, text_string: str, global_step: int) -> Any: ...
+
+
+class TensorBoard:
+    """Writes numbers as scalars and reports as text.
+
+    Args:
+        writer: A `torch.utils.tensorboard.SummaryWriter`, or what has its two methods.
+    """
+
+    def __init__(self, writer: _Writer) -> None:
+        self._writer = writer
+
+    def __call__(self, record: Reading | OverflowReport) -> None:
+        """Writes a record."""
+        if isinstance(record, OverflowReport):
+            self._writer.add_text("mpcore/overflow", f"```\n{record}\n```", record.step)
+            return
+        for name, value in record.numbers().items():
+            self._writer.add_scalar(f"mpcore/{name}", value, record.step)

@@ -1,0 +1,286 @@
+"""`mpcore.Monitor`: what it counts, what it costs, and where it sends what it finds."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import mpcore
+import numpy as np
+import pytest
+import torch
+from mpcore.monitoring.findings import index_at
+from torch import nn
+
+from mpcore_testing.bits import same_bits
+from mpcore_testing.engines import Engine
+from mpcore_testing.snapshots import snapshot
+
+SCALE = mpcore.StaticLossScale(2.0**10)
+
+
+def make(engine: Engine, scale: Any = SCALE) -> tuple[list[nn.Parameter], Any]:
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    params = [nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4).to(d)) for d in dtypes]
+    named = [(f"p{i}", param) for i, param in enumerate(params)]
+    return params, engine.wrap(torch.optim.AdamW(named, lr=0.01), scale)
+
+
+def set_gradients(params: Any, optimizer: Any, seed: int, *, spread: float = 1.0) -> list[Any]:
+    """Sets scaled gradients and returns them as float64, as they are stored."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = float(optimizer.scale(torch.ones(())))
+    stored = []
+    for param in params:
+        noise = torch.randn(param.shape, generator=generator)
+        noise = noise * (10.0 ** (-spread * torch.rand(param.shape, generator=generator)))
+        noise.view(-1)[1] = 0.0
+        param.grad = (noise * scale).to(param.dtype)
+        stored.append(param.grad.double().numpy().copy())
+    return stored
+
+
+def by_numpy(stored: Any, scale: float) -> dict[str, Any]:
+    """Statistics of float16 values, written down a second time."""
+    sizes = np.abs(stored)
+    exponents = np.floor(np.log2(sizes[sizes > 0])).astype(int)
+    return {
+        "norm": math.sqrt(float(((stored / scale) ** 2).sum())),
+        "largest": float(sizes.max()) / scale,
+        "zeros": float((sizes == 0).mean()),
+        "subnormal": float(((sizes > 0) & (sizes < 2.0**-14)).mean()),
+        "headroom_bits": math.log2(65504 / float(sizes.max())),
+        "histogram": tuple(int((exponents == e).sum()) for e in range(-24, 16)),
+    }
+
+
+@pytest.mark.parametrize("way", ["step", "clip", "unscale", "clip after unscale"])
+def test_a_reading_agrees_with_numpy(engine: Engine, way: str) -> None:
+    params, optimizer = make(engine)
+    monitor = mpcore.Monitor(optimizer, every=1)
+    for seed in range(3):
+        stored = set_gradients(params, optimizer, seed, spread=7.0)
+        if "unscale" in way:
+            optimizer.unscale_()
+        if "clip" in way:
+            optimizer.clip_grad_norm_(0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        reading = monitor.reading
+        assert (reading.step, reading.skipped, reading.loss_scale) == (seed, False, 2.0**10)
+        assert reading.loss == 1.0
+        for finding, values in zip(reading.findings, stored, strict=True):
+            expected = by_numpy(values, 2.0**10)
+            assert finding.norm == pytest.approx(expected["norm"], rel=2e-6)
+            assert finding.largest == pytest.approx(expected["largest"], rel=1e-7)
+            assert finding.zeros == pytest.approx(expected["zeros"])
+            if finding.dtype == "float16":
+                assert finding.headroom_bits == pytest.approx(expected["headroom_bits"])
+                assert finding.subnormal == pytest.approx(expected["subnormal"])
+                assert finding.histogram == expected["histogram"]
+                assert reading.histogram == expected["histogram"]
+        assert [finding.name for finding in reading.findings] == ["p0", "p1", "p2"]
+        norms = [by_numpy(values, 2.0**10)["norm"] for values in stored]
+        assert reading.grad_norm == pytest.approx(math.hypot(*norms), rel=2e-6)
+
+
+@pytest.mark.parametrize("doublings", [-12, -3, 0, 2, 5])
+def test_what_another_scale_would_do_is_what_it_does(doublings: int) -> None:
+    """Values of few bits, so that none is rounded anew when it becomes subnormal."""
+    engine = Engine("reference", "general")
+    generator = torch.Generator().manual_seed(0)
+    exponents = torch.randint(-22, 14, (4096,), generator=generator)
+    values = torch.ldexp(torch.ones(4096), exponents)
+    readings = []
+    for scale in (1.0, 2.0**doublings):
+        param = nn.Parameter(torch.zeros(4096).half())
+        optimizer = engine.wrap(torch.optim.SGD([param], lr=0.1), mpcore.StaticLossScale(scale))
+        monitor = mpcore.Monitor(optimizer, every=1)
+        optimizer.scale(torch.ones(()))
+        param.grad = (values * scale).half()
+        optimizer.step()
+        readings.append((monitor.reading, param.grad))
+    lost, over = readings[0][0].at_scale(doublings)
+    grad = readings[1][1]
+    # exactly half of the smallest number is rounded to 0
+    assert lost == float((grad == 0).float().mean())
+    assert over == float(grad.isinf().float().mean())
+
+
+def test_lost_updates_are_those_that_rounding_loses(engine: Engine) -> None:
+    weight = nn.Parameter(torch.full((64,), 1.0, dtype=torch.bfloat16))
+    optimizer = engine.wrap(torch.optim.SGD([weight], lr=1.0), SCALE)
+    monitor = mpcore.Monitor(optimizer, every=1)
+    optimizer.scale(torch.ones(()))
+    # below one, neighbours of bfloat16 are 2^-8 apart: half of that is rounded to even, which is 1
+    steps = torch.cat([torch.full((16,), 2.0**-9), torch.full((16,), 2.0**-9 * 1.25)])
+    steps = torch.cat([steps, torch.zeros(32)])
+    weight.grad = (steps * 2.0**10).bfloat16()
+    optimizer.step()
+    assert monitor.reading.lost_updates == 0.5
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_watching_changes_no_bit(engine: Engine, every: int) -> None:
+    runs = []
+    for watched in (False, True):
+        params, optimizer = make(engine, mpcore.DynamicLossScale(2.0**10, growth_interval=2))
+        if watched:
+            mpcore.Monitor(optimizer, every=every)
+        for seed in range(6):
+            set_gradients(params, optimizer, seed)
+            if seed == 3:
+                params[1].grad.view(-1)[2] = torch.inf
+            if seed % 2:
+                optimizer.clip_grad_norm_(1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append((snapshot(optimizer), optimizer.state_dict()))
+    assert same_bits(*runs)
+
+
+def test_readings_come_every_n_steps_and_after_closing_no_more(engine: Engine) -> None:
+    records: list[Any] = []
+    params, optimizer = make(engine)
+    monitor = mpcore.Monitor(optimizer, every=3, sinks=[records.append])
+    for seed in range(8):
+        set_gradients(params, optimizer, seed)
+        optimizer.step()
+    assert [record.step for record in records] == [0, 3, 6]
+    monitor.close()
+    set_gradients(params, optimizer, 8)
+    optimizer.step()
+    set_gradients(params, optimizer, 9)
+    optimizer.step()
+    assert len(records) == 3
+
+
+def overflow(params: Any, optimizer: Any, value: float = torch.inf) -> None:
+    set_gradients(params, optimizer, 0)
+    params[0].grad[1, 2] = value
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_a_report_names_what_where_and_the_finite_ones_too(engine: Engine) -> None:
+    params, optimizer = make(engine, mpcore.DynamicLossScale(2.0**10))
+    monitor = mpcore.Monitor(optimizer)
+    assert monitor.report() is None
+    set_gradients(params, optimizer, 0)
+    optimizer.step()
+    assert monitor.report() is None
+    set_gradients(params, optimizer, 1)
+    params[0].grad[1, 2] = -torch.inf
+    params[0].grad[2, 3] = torch.nan
+    params[2].grad[0, 1] = torch.inf
+    optimizer.step()
+    optimizer.zero_grad()
+    report = monitor.report()
+    assert report is not None
+    assert report is monitor.report()
+    kinds = {finding.name: finding.kinds for finding in report.findings}
+    assert kinds == {"p0": ("NaN", "-inf"), "p1": (), "p2": ("+inf",)}
+    places = {finding.name: finding.first_bad for finding in report.findings}
+    assert places == {"p0": (1, 2), "p1": None, "p2": (0, 1)}
+    assert (report.step, report.loss_scale, report.next_scale) == (1, 2.0**10, 2.0**9)
+    assert (report.loss, report.skips_in_a_row, report.skipped_steps) == (1.0, 1, 1)
+    text = str(report)
+    for part in ("p0", "NaN, -inf first at [1, 2]", "p1", "finite, norm", "1024 -> 512"):
+        assert part in text
+
+
+def test_the_pass_that_overflowed_is_in_the_report(engine: Engine) -> None:
+    params, optimizer = make(engine, mpcore.DynamicLossScale(2.0**10))
+    monitor = mpcore.Monitor(optimizer)
+    for number in range(3):
+        set_gradients(params, optimizer, number)
+        if number == 1:
+            params[1].grad[0, 0] = torch.nan
+        optimizer.accumulate()
+    optimizer.step()
+    report = monitor.report()
+    assert report is not None
+    assert [(p.micro_batch, p.parameters) for p in report.passes] == [(1, ("p1",))]
+    assert [finding.name for finding in report.overflowed] == ["p1"]
+    assert "micro-batch 1: p1" in str(report)
+
+
+def test_json_lines_hold_every_record_and_no_name_that_json_lacks(
+    engine: Engine, tmp_path: Path
+) -> None:
+    path = tmp_path / "run.jsonl"
+    params, optimizer = make(engine, mpcore.DynamicLossScale(2.0**10))
+    mpcore.Monitor(optimizer, every=2, sinks=[mpcore.JsonLines(path)])
+    overflow(params, optimizer)
+    set_gradients(params, optimizer, 1)
+    optimizer.step()
+    set_gradients(params, optimizer, 2)
+    optimizer.step()
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    lines = path.read_text().splitlines()
+    records = [json.loads(line, parse_constant=refuse) for line in lines]
+    assert [record["kind"] for record in records] == ["reading", "overflow", "reading"]
+    assert [record["step"] for record in records] == [0, 0, 2]
+    assert records[0]["grad_norm"] == "inf"
+    assert records[1]["verdict"]["name"] == "search"
+
+
+def test_tensorboard_gets_numbers_and_text(engine: Engine) -> None:
+    written: list[Any] = []
+
+    class Writer:
+        def add_scalar(self, tag: str, value: Any, step: int) -> None:
+            written.append((tag, value, step))
+
+        def add_text(self, tag: str, text: str, step: int) -> None:
+            written.append((tag, text, step))
+
+    params, optimizer = make(engine, mpcore.DynamicLossScale(2.0**10))
+    mpcore.Monitor(optimizer, every=1, sinks=[mpcore.TensorBoard(Writer())])
+    set_gradients(params, optimizer, 0)
+    optimizer.step()
+    overflow(params, optimizer)
+    tags = [tag for tag, _, step in written if step == 0]
+    assert {"mpcore/loss_scale", "mpcore/grad_norm", "mpcore/zeros", "mpcore/subnormal"} <= set(
+        tags
+    )
+    assert ("mpcore/loss_scale", 2.0**10, 0) in written
+    assert any(tag == "mpcore/overflow" and "Step 1 was skipped" in str(t) for tag, t, _ in written)
+
+
+def test_the_log_says_each_kind_of_thing_once_in_a_while(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    params, optimizer = make(engine, mpcore.DynamicLossScale(2.0**10))
+    mpcore.Monitor(optimizer, every=4)
+    with caplog.at_level(logging.INFO, "mpcore.monitor"):
+        for _ in range(6):
+            overflow(params, optimizer)
+    lines = [(r.levelname, r.getMessage().split(";")[0]) for r in caplog.records]
+    assert lines == [("INFO", "step 0 skipped: search"), ("INFO", "step 4 skipped: search")]
+
+
+@pytest.mark.parametrize("strides", [(4, 1), (1, 3)])
+def test_a_place_in_memory_is_an_index(strides: tuple[int, int]) -> None:
+    tensor = torch.arange(12).view(3, 4)
+    if strides == (1, 3):
+        tensor = tensor.t().contiguous().t()
+    in_memory = tensor.as_strided((12,), (1,))
+    for place in range(12):
+        index = index_at(place, tensor.shape, tensor.stride())
+        assert tensor[index] == in_memory[place]
+
+
+def test_what_cannot_be_watched_is_refused() -> None:
+    plain = torch.optim.SGD([nn.Parameter(torch.ones(1))])
+    with pytest.raises(mpcore.ArgumentTypeError, match="expected a mpcore"):
+        mpcore.Monitor(plain)  # type: ignore[arg-type]
+    optimizer = mpcore.MixedPrecisionOptimizer(plain)
+    with pytest.raises(mpcore.ArgumentError, match="every"):
+        mpcore.Monitor(optimizer, every=0)
