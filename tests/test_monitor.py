@@ -18,6 +18,7 @@ from torch import nn
 from mpcore_testing.bits import same_bits
 from mpcore_testing.engines import Engine
 from mpcore_testing.snapshots import snapshot
+from mpcore_testing.syncs import HostSyncError, fake_cuda
 
 SCALE = mpcore.StaticLossScale(2.0**10)
 
@@ -149,13 +150,13 @@ def test_readings_come_every_n_steps_and_after_closing_no_more(engine: Engine) -
     for seed in range(8):
         set_gradients(params, optimizer, seed)
         optimizer.step()
-    assert [record.step for record in records] == [0, 3, 6]
+    assert [record.step for record in records] == [2, 5]
     monitor.close()
     set_gradients(params, optimizer, 8)
     optimizer.step()
     set_gradients(params, optimizer, 9)
     optimizer.step()
-    assert len(records) == 3
+    assert len(records) == 2
 
 
 def overflow(params: Any, optimizer: Any, value: float = torch.inf) -> None:
@@ -214,10 +215,12 @@ def test_json_lines_hold_every_record_and_no_name_that_json_lacks(
     path = tmp_path / "run.jsonl"
     params, optimizer = make(engine, mpcore.DynamicLossScale(2.0**10))
     mpcore.Monitor(optimizer, every=2, sinks=[mpcore.JsonLines(path)])
-    overflow(params, optimizer)
     set_gradients(params, optimizer, 1)
     optimizer.step()
+    overflow(params, optimizer)
     set_gradients(params, optimizer, 2)
+    optimizer.step()
+    set_gradients(params, optimizer, 3)
     optimizer.step()
 
     def refuse(name: str) -> None:
@@ -226,9 +229,10 @@ def test_json_lines_hold_every_record_and_no_name_that_json_lacks(
     lines = path.read_text().splitlines()
     records = [json.loads(line, parse_constant=refuse) for line in lines]
     assert [record["kind"] for record in records] == ["reading", "overflow", "reading"]
-    assert [record["step"] for record in records] == [0, 0, 2]
+    assert [record["step"] for record in records] == [1, 1, 3]
     assert records[0]["grad_norm"] == "inf"
     assert records[1]["verdict"]["name"] == "search"
+    assert len(records[2]["histogram"]) == 40
 
 
 def test_tensorboard_gets_numbers_and_text(engine: Engine) -> None:
@@ -275,6 +279,33 @@ def test_a_place_in_memory_is_an_index(strides: tuple[int, int]) -> None:
     for place in range(12):
         index = index_at(place, tensor.shape, tensor.stride())
         assert tensor[index] == in_memory[place]
+
+
+# addresses of fake tensors say nothing; here they only tell whether a plan is still good
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize("path", ["general", "fused"])
+@pytest.mark.parametrize("way", ["step", "clip", "unscale"])
+def test_a_watched_step_never_asks_the_device_unless_it_is_reported(path: str, way: str) -> None:
+    with fake_cuda() as watch:
+        dtypes = (torch.float16, torch.bfloat16, torch.float32)
+        params = [nn.Parameter(torch.empty(4, 3, dtype=d, device="cuda")) for d in dtypes]
+        inner = torch.optim.AdamW(params, lr=0.1, fused=True)
+        optimizer = Engine("reference", path).wrap(inner)
+        monitor = mpcore.Monitor(optimizer, every=4)
+        for _ in range(3):
+            optimizer.scale(torch.empty((), device="cuda"))
+            for param in params:
+                param.grad = torch.empty_like(param)
+            if way == "clip":
+                optimizer.clip_grad_norm_(1.0)
+            elif way == "unscale":
+                optimizer.unscale_()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert watch.operations > 100
+        assert watch.reads == 0
+        with pytest.raises((HostSyncError, RuntimeError)):
+            monitor.report()
 
 
 def test_what_cannot_be_watched_is_refused() -> None:

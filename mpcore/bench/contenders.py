@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mpcore.bench.problem import ADAMW, MAX_NORM, Problem
 from mpcore.bench.tensors import tensors_in
 from mpcore.loss_scale import DynamicLossScale
+from mpcore.monitoring.monitor import Monitor
 from mpcore.optimizer import MixedPrecisionOptimizer
 
 
@@ -76,14 +77,23 @@ class Mpcore(Contender):
         dtype: Of the parameters.
         path: "fused" or "general".
         backend: As for `MixedPrecisionOptimizer`.
+        every: Steps from one reading of a `Monitor` to the next; None: no monitor.
     """
 
-    def __init__(self, problem: Problem, dtype: torch.dtype, path: str, backend: str) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        dtype: torch.dtype,
+        path: str,
+        backend: str,
+        every: int | None = None,
+    ) -> None:
         super().__init__(problem, dtype)
         # the general path calls this optimizer's own step: give it the fastest one there is
         inner = torch.optim.AdamW(self.params, **ADAMW, fused=path == "general")
         scale = DynamicLossScale(init=problem.scale)
         self._optimizer = MixedPrecisionOptimizer(inner, scale, path=path, backend=backend)
+        self._monitor = None if every is None else Monitor(self._optimizer, every=every)
         self._loss = torch.zeros((), device=problem.device)
 
     def before_step(self) -> None:

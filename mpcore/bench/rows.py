@@ -92,7 +92,7 @@ def own_rows(dtype: torch.dtype, backend: str, device: torch.device) -> tuple[Ro
 
     Example:
         >>> [row.key for row in own_rows(torch.float16, "auto", torch.device("cpu"))]
-        ['fused', 'cpu', 'general', 'amp-fused', 'amp-foreach', 'masters-loop']
+        ['fused', 'watched', 'read', 'cpu', 'general', 'amp-fused', 'amp-foreach', 'masters-loop']
     """
     half = "FP16" if dtype == torch.float16 else "BF16"
     masters = f"{half} weights and gradients, FP32 masters and moments"
@@ -116,7 +116,8 @@ def own_rows(dtype: torch.dtype, backend: str, device: torch.device) -> tuple[Ro
         missing=None if device.type == "cpu" else "runs on a CPU only",
     )
     fused, general = _mpcore_rows(dtype, backend, masters)
-    return (fused, blocks, general, *_amp_rows(), by_hand)
+    watched = _watched_rows(dtype, backend, masters)
+    return (fused, *watched, blocks, general, *_amp_rows(), by_hand)
 
 
 def _mpcore_rows(dtype: torch.dtype, backend: str, regime: str) -> tuple[Row, Row]:
@@ -139,6 +140,29 @@ def _mpcore_rows(dtype: torch.dtype, backend: str, regime: str) -> tuple[Row, Ro
         expected_bytes=20,
     )
     return fused, general
+
+
+def _watched_rows(dtype: torch.dtype, backend: str, regime: str) -> tuple[Row, Row]:
+    """Returns the fused step under a monitor: a step between readings, and one with a reading."""
+    between = Row(
+        key="watched",
+        label="mpcore, watched",
+        regime=regime,
+        make=lambda problem: Mpcore(problem, dtype, "fused", backend, every=10**9),
+        traffic=MPCORE_FUSED,
+        bound=FP32_BOUND,
+        expected_bytes=16,
+    )
+    reading = Row(
+        key="read",
+        label="mpcore, read each step",
+        regime=regime,
+        make=lambda problem: Mpcore(problem, dtype, "fused", backend, every=1),
+        traffic=MPCORE_FUSED,
+        bound=FP32_BOUND,
+        expected_bytes=20,
+    )
+    return between, reading
 
 
 def _amp_rows() -> tuple[Row, Row]:

@@ -41,7 +41,7 @@ class Monitor:
     Args:
         optimizer: What to watch; one monitor at a time.
         model: For names of parameters, and to look at its buffers when a step was skipped.
-        every: Steps from one reading to the next.
+        every: Steps from one reading to the next; the first comes after as many.
         window: Steps that are remembered for verdicts.
         sinks: Each is called with every record; `JsonLines`, `TensorBoard`, or any function.
 
@@ -113,7 +113,7 @@ class Monitor:
 
     def begin_step(self, params: Sequence[Tensor]) -> bool:
         """Hears whose gradients are collected; the optimizer calls it."""
-        looks = self._history.steps % self._every == 0
+        looks = (self._history.steps + 1) % self._every == 0
         self._sample = UpdateSample(params, self._optimizer._masters) if looks else None
         return looks
 
