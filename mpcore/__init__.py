@@ -15,6 +15,7 @@ from mpcore.loss_scale import LossScale as LossScale
 from mpcore.loss_scale import NoLossScale as NoLossScale
 from mpcore.loss_scale import StaticLossScale as StaticLossScale
 from mpcore.monitoring.monitor import Monitor as Monitor
+from mpcore.monitoring.preflight import preflight as preflight
 from mpcore.monitoring.report import OverflowReport as OverflowReport
 from mpcore.monitoring.sinks import JsonLines as JsonLines
 from mpcore.monitoring.sinks import TensorBoard as TensorBoard

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy
 import pytest
@@ -13,6 +14,7 @@ from mpcore.backends._blocks import CHUNK
 from mpcore.errors import ArgumentError
 from mpcore.updates import Batch, Hyper
 
+from mpcore_testing.bits import same_bits
 from mpcore_testing.inspections import (
     assert_same_inspection,
     expected_kinds,
@@ -195,13 +197,36 @@ def test_places_are_counted_in_the_order_of_memory(backend, dtype):
     assert backend.inspect([expanded], torch.tensor(1.0), None).square_sum.item() == 15.0
 
 
+STATISTICS = ("largest", "counts", "histogram")
+
+
+def assert_counted(backend, values, coefficient):
+    """The statistics are the reference's, and all else is as without them."""
+    found = backend.inspect(values, torch.tensor(coefficient), 1.0, statistics=True)
+    expected = reference.inspect(values, torch.tensor(coefficient), 1.0, statistics=True)
+    for name in STATISTICS:
+        assert same_bits(getattr(found, name), getattr(expected, name)), name
+    plain = backend.inspect(values, torch.tensor(coefficient), 1.0)
+    assert_same_inspection(replace(found, **dict.fromkeys(STATISTICS)), plain)
+
+
 @given(values=tensors(), bits=float32_bits())
 def test_statistics_are_those_of_the_reference_backend(backend, values, bits):
-    found = [
-        side.inspect(values, torch.tensor(float32(bits)), 1.0, statistics=True)
-        for side in (backend, reference)
-    ]
-    assert_same_inspection(*found)
+    assert_counted(backend, values, float32(bits))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("coefficient", [1.0, 2.0**-16, 3.0, 2.0**120, -0.5])
+def test_statistics_of_every_pattern_together_and_alone(backend, dtype, coefficient):
+    bits = torch.arange(-(2**15), 2**15).to(torch.int16)
+    if dtype == torch.float32:  # every exponent, both signs
+        bits = bits.to(torch.int32) << 16 | 0x1234
+    values = bits.view(dtype)
+    finite = values[values.isfinite()]
+    alone = [values[i * 997 : i * 997 + 1] for i in range(60)]
+    assert_counted(
+        backend, [values, finite, finite[:0], *alone, values.view(256, 256).t()], coefficient
+    )
 
 
 def test_the_same_bits_every_time_and_at_every_address(backend):

@@ -10,6 +10,7 @@ from torch import Tensor
 from mpcore.backends import _cpu_inspection, _inspection, _update
 from mpcore.backends._blocks import all_in_memory_order
 from mpcore.backends._c_compiler import passes
+from mpcore.backends._c_statistics import with_statistics
 from mpcore.backends._c_work import Work, by_dtype, cut_chunks, run
 from mpcore.backends._inspection import Inspection
 from mpcore.updates import Hyper
@@ -34,11 +35,10 @@ def inspect(
     _inspection.check_dtypes(grads)
     if plan is not None and hyper is not None:
         _update.prepare_(plan, hyper)
-    if statistics:
-        return _inspection.inspect(grads, coefficient, max_norm, statistics=True)
     flat = all_in_memory_order(grads)
     chunks, sums = _square_sums(flat)
-    return _cpu_inspection.conclude(flat, chunks, sums, coefficient, limit)
+    found = _cpu_inspection.conclude(flat, chunks, sums, coefficient, limit)
+    return with_statistics(found, flat, coefficient) if statistics else found
 
 
 def _square_sums(flat: list[Tensor]) -> tuple[Tensor, Tensor]:

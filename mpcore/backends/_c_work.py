@@ -16,6 +16,8 @@ from mpcore.backends._blocks import memory_order
 
 #: Elements that a thread takes at a time.
 CHUNK = 2**16
+#: What `count_values` writes for each chunk: counts by exponent, zeros, bits of the largest.
+COUNTS = 258
 #: What C calls dtypes.
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # below this, waking other threads takes longer than the work
@@ -91,7 +93,8 @@ class Work(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("next", "count")),
-        *((name, ctypes.c_void_p) for name in ("chunks", "grads", "sums", "masters", "moments")),
+        *((name, ctypes.c_void_p) for name in ("chunks", "grads", "sums", "counts")),
+        *((name, ctypes.c_void_p) for name in ("masters", "moments")),
         *((name, ctypes.c_void_p) for name in ("weights", "scalars", "saturated")),
         ("tensors", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("step", "grad_dtype", "weight_dtype")),

@@ -36,6 +36,7 @@ typedef struct {
     const chunk_t *chunks;
     const void *const *grads; /* of `grad_dtype` */
     double *sums;             /* of `square_sums`: [count] */
+    int64_t *counts;          /* of `count_values`: [count][COUNTS] */
     float *const *masters;    /* from here on of `update` */
     float *const *moments;    /* [moments][tensors] */
     uint16_t *const *weights; /* of `weight_dtype`; NULL: the masters are the weights */
@@ -181,6 +182,36 @@ void square_sums(work_t *work) {
             sum += block;
         }
         work->sums[k] = sum;
+    }
+}
+
+/* What `count_values` writes for a chunk: values by the exponent of float32, zeros, and the bits of
+ * the largest finite magnitude. */
+enum { ZEROS = 256, LARGEST, COUNTS };
+
+/* Counts the values of each chunk. */
+void count_values(work_t *work) {
+    for (int64_t k; (k = take(work)) < work->count;) {
+        const chunk_t chunk = work->chunks[k];
+        int64_t *counts = work->counts + COUNTS * k;
+        uint32_t tables[4][256] = {{0}}; /* in turn: a counter is not read just after it was written */
+        uint32_t zeros = 0, largest = 0;
+        for (int64_t at = chunk.start; at < chunk.stop; at += BLOCK) {
+            int64_t n = chunk.stop - at < BLOCK ? chunk.stop - at : BLOCK;
+            float room[BLOCK];
+            const float *grad = widened(work, chunk.tensor, at, n, room);
+            for (int64_t i = 0; i < n; i++) {
+                uint32_t magnitude = bits_of(grad[i]) & 0x7fffffffu;
+                uint32_t finite = magnitude & mask_of(magnitude < 0x7f800000u);
+                zeros += magnitude == 0;
+                largest = finite > largest ? finite : largest;
+            }
+            for (int64_t i = 0; i < n; i++) tables[i & 3][bits_of(grad[i]) >> 23 & 0xff]++;
+        }
+        for (int i = 0; i < 256; i++)
+            counts[i] = (int64_t)tables[0][i] + tables[1][i] + tables[2][i] + tables[3][i];
+        counts[ZEROS] = zeros;
+        counts[LARGEST] = largest;
     }
 }
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+
+from mpcore.monitoring.probe import run_and_visit
 
 _SHOWN = 8
 
@@ -96,41 +96,21 @@ def trace_overflow(
         >>> trace.first.phase, trace.first.module
         ('forward', '1')
     """
-    frames: list[Frame] = [_batch_frame(batch)]
-    with _left_alone(model), _watched(model, frames) as handles:
-        output = _call(model, batch)
-        loss = loss_of(output)
-        frames.append(_frame("loss", "loss_of", loss_of, _floating(output), _floating(loss)))
-        handles += _way_back("loss_of", loss_of, output, loss, frames)
-        (loss.float() * loss_scale).backward()  # type: ignore[no-untyped-call]
+    frames: list[Frame] = []
+
+    def visit(phase: str, name: str, what: Any, into: list[Tensor], out: list[Tensor]) -> None:
+        finite_in, largest_in = _look(into)
+        finite_out, largest_out = _look(out)
+        kind = getattr(what, "__name__", type(what).__name__)
+        frame = Frame(phase, name, kind, largest_in, largest_out, finite_in, finite_out)
+        frames.append(frame)
+
+    run_and_visit(model, batch, loss_of, visit, loss_scale=loss_scale)
     return Trace(tuple(frames), next(filter(_is_source, frames), None))
 
 
 def _is_source(frame: Frame) -> bool:
     return not frame.finite_out and (frame.finite_in or frame.phase == "batch")
-
-
-def _call(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, tuple) else model(batch)
-
-
-def _batch_frame(batch: Any) -> Frame:
-    finite, largest = _look(_floating(batch))
-    return Frame("batch", "batch", type(batch).__name__, largest, largest, finite, finite)
-
-
-def _frame(phase: str, name: str, what: Any, into: list[Tensor], out: list[Tensor]) -> Frame:
-    finite_in, largest_in = _look(into)
-    finite_out, largest_out = _look(out)
-    kind = getattr(what, "__name__", type(what).__name__)
-    return Frame(phase, name, kind, largest_in, largest_out, finite_in, finite_out)
-
-
-def _floating(value: Any) -> list[Tensor]:
-    leaves = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-    return [leaf.detach() for leaf in leaves if leaf.is_floating_point()]
 
 
 def _look(tensors: list[Tensor]) -> tuple[bool, float]:
@@ -144,66 +124,3 @@ def _look(tensors: list[Tensor]) -> tuple[bool, float]:
         finite = finite and bool(good.all())
         largest = max(largest, float(torch.where(good, sizes, 0.0).amax()))
     return finite, largest
-
-
-@contextmanager
-def _watched(model: nn.Module, frames: list[Frame]) -> Iterator[list[Any]]:
-    """Adds a frame for every call of a module, inner ones first, and for its way back."""
-    handles: list[Any] = []
-
-    def watch(name: str, module: nn.Module) -> Any:
-        def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            into = (args, kwargs)
-            frames.append(_frame("forward", name, module, _floating(into), _floating(output)))
-            handles.extend(_way_back(name, module, into, output, frames))
-
-        return module.register_forward_hook(after, with_kwargs=True)
-
-    handles += [watch(name, module) for name, module in model.named_modules()]
-    try:
-        yield handles
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _way_back(name: str, what: Any, into: Any, output: Any, frames: list[Frame]) -> list[Any]:
-    """Has a frame added when gradients have come back through it; returns the hooks."""
-    own = what.parameters() if isinstance(what, nn.Module) else ()
-    sources = [t for t in (*tree_leaves(into), *own) if _wants_gradient(t)]
-    results = [t for t in tree_leaves(output) if _wants_gradient(t)]
-    if not sources or not results:
-        return []
-    arrived: list[Tensor] = []
-
-    def leave(grads: Any) -> None:
-        left = [grad for grad in grads if grad is not None]
-        frames.append(_frame("backward", name, what, list(arrived), left))
-
-    return [
-        *(result.register_hook(arrived.append) for result in results),
-        torch.autograd.graph.register_multi_grad_hook(sources, leave),
-    ]
-
-
-def _wants_gradient(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad
-
-
-@contextmanager
-def _left_alone(model: nn.Module) -> Iterator[None]:
-    """Puts gradients, buffers and random number generators back."""
-    grads = [(param, param.grad) for param in model.parameters()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    devices = {param.device for param in model.parameters() if param.device.type == "cuda"}
-    for param, _ in grads:
-        param.grad = None
-    try:
-        with torch.random.fork_rng(devices=list(devices)), torch.enable_grad():
-            yield
-    finally:
-        for param, grad in grads:
-            param.grad = grad
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)

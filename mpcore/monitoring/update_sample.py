@@ -24,11 +24,11 @@ class UpdateSample:
 
     @torch.no_grad()
     def __init__(self, params: Sequence[Tensor], masters: Masters) -> None:
-        self._before = [
-            (param, _sample(masters.of(param)).clone())
-            for param in params
-            if param.dtype in SIXTEEN_BIT and param.numel()
-        ]
+        self._params: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for param in params:
+            if param.dtype in SIXTEEN_BIT and param.numel():
+                self._params.setdefault((param.device, param.dtype), []).append(param)
+        self._before = {key: _samples(some, masters) for key, some in self._params.items()}
 
     @torch.no_grad()
     def lost(self, masters: Masters) -> float | None:
@@ -37,18 +37,18 @@ class UpdateSample:
         A 16-bit weight that is updated itself starts from its rounded value: what it would become
         is the update added to that, rounded. Syncs with the host.
         """
-        lost, moved = [], []
-        for param, before in self._before:
-            after = _sample(masters.of(param))
-            weight = before.to(param.dtype)
-            alone = (weight.float() + (after - before)).to(param.dtype)
+        lost = moved = 0
+        for (device, dtype), before in self._before.items():
+            after = _samples(self._params[device, dtype], masters)
+            weight = before.to(dtype)
+            alone = (weight.float() + (after - before)).to(dtype)
             changed = after != before
-            moved.append(changed.sum())
-            lost.append((changed & (alone == weight)).sum())
-        total = sum(int(count) for count in moved)
-        return sum(int(count) for count in lost) / total if total else None
+            moved += int(changed.sum())
+            lost += int((changed & (alone == weight)).sum())
+        return lost / moved if moved else None
 
 
-def _sample(tensor: Tensor) -> Tensor:
-    flat = tensor.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // SAMPLE)]
+def _samples(params: Sequence[Tensor], masters: Masters) -> Tensor:
+    """Returns some of the masters of parameters in one tensor."""
+    flat = [masters.of(param).detach().reshape(-1) for param in params]
+    return torch.cat([master[:: max(1, master.numel() // SAMPLE)] for master in flat])

@@ -1,0 +1,68 @@
+"""The statistics of the compiled backend: one pass of C that counts, and sums over chunks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mpcore.backends import _inspection
+from mpcore.backends._c_compiler import passes
+from mpcore.backends._c_work import COUNTS, Work, by_dtype, cut_chunks, run
+from mpcore.backends._inspection import Inspection
+
+# biased float32 exponent of the smallest normal number, by dtype of 16 bits or float32
+_FIRST_NORMAL = {torch.float16: 113, torch.bfloat16: 1, torch.float32: 1}
+
+
+def with_statistics(found: Inspection, flat: list[Tensor], coefficient: Tensor) -> Inspection:
+    """Returns an inspection with `counts`, `histogram` and `largest`, bitwise the reference's.
+
+    Args:
+        found: What was found without them, which stays as it is.
+        flat: The gradients, elements in the order of memory.
+        coefficient: 0-d float32.
+    """
+    rows = torch.zeros(len(flat), COUNTS - 1, dtype=torch.int64)
+    largest = torch.zeros(len(flat), dtype=torch.int64)
+    chunks = cut_chunks([grad.numel() for grad in flat])
+    for dtype, of_dtype, addresses in by_dtype(flat, chunks):
+        counts = torch.empty(len(of_dtype), COUNTS, dtype=torch.int64)
+        work = Work()
+        work.take_up(dtype, of_dtype, addresses)
+        work.counts = counts.data_ptr()
+        run(passes().count_values, work)
+        rows.index_add_(0, of_dtype[:, 0], counts[:, :-1])
+        largest.scatter_reduce_(0, of_dtype[:, 0], counts[:, -1], "amax")
+    unscaled = largest.to(torch.int32).view(torch.float32) * coefficient.abs()
+    found = replace(
+        found,
+        largest=unscaled,
+        counts=_kinds(rows, [grad.dtype for grad in flat]),
+        histogram=rows[:, :256].contiguous(),
+    )
+    return _exceptions(found, flat, coefficient)
+
+
+def _kinds(rows: Tensor, dtypes: list[torch.dtype]) -> Tensor:
+    """Returns how many values are NaN, +inf, -inf (told apart later), 0, subnormal, normal."""
+    sums = rows[:, :256].cumsum(1)
+    first = torch.tensor([_FIRST_NORMAL[dtype] for dtype in dtypes], dtype=torch.int64)
+    small = sums.gather(1, first[:, None] - 1).squeeze(1)
+    zeros, finite, none = rows[:, 256], sums[:, 254], torch.zeros_like(small)
+    return torch.stack([none, none, none, zeros, small - zeros, finite - small], dim=1)
+
+
+def _exceptions(found: Inspection, flat: list[Tensor], coefficient: Tensor) -> Inspection:
+    """Looks again at the few gradients that are not finite, or are not when unscaled."""
+    assert found.counts is not None
+    assert found.histogram is not None
+    assert found.largest is not None
+    odd = (found.histogram[:, 255] > 0) | found.largest.isfinite().logical_not()
+    for i in odd.nonzero().flatten().tolist():
+        exact = _inspection.inspect([flat[i]], coefficient, None, statistics=True)
+        assert exact.counts is not None
+        assert exact.largest is not None
+        found.counts[i], found.largest[i] = exact.counts[0], exact.largest[0]
+    return found
