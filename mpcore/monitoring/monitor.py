@@ -148,7 +148,7 @@ class Monitor:
             return
         peaks = [largest.amax().to(self._device) for largest in seen if largest is not None]
         now = torch.stack(peaks)
-        before = torch.zeros_like(now[0]) if self._largest is None else self._largest
+        before = torch.zeros_like(now.amax()) if self._largest is None else self._largest
         self._largest = torch.where(found_inf != 0, before, now.amax())
 
     def _findings(self, gradients: StepGradients, scale: float) -> tuple[Finding, ...]:
