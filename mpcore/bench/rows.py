@@ -15,6 +15,7 @@ from mpcore.bench.traffic import (
     MASTERS_LOOP,
     MPCORE_FUSED,
     MPCORE_GENERAL,
+    MPCORE_READ,
     Traffic,
 )
 
@@ -158,7 +159,7 @@ def _watched_rows(dtype: torch.dtype, backend: str, regime: str) -> tuple[Row, R
         label="mpcore, read each step",
         regime=regime,
         make=lambda problem: Mpcore(problem, dtype, "fused", backend, every=1),
-        traffic=MPCORE_FUSED,
+        traffic=MPCORE_READ,
         bound=FP32_BOUND,
         expected_bytes=20,
     )

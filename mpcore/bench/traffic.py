@@ -41,6 +41,7 @@ _FOREACH_ADAMW = ("AdamW in 8 passes", 80)
 _AMP = (("unscale", 8), ("norm", 4), ("clip", 8))
 
 MPCORE_FUSED = Traffic((("inspect", 2), ("update", 28)))
+MPCORE_READ = Traffic((("inspect", 2), ("count", 2), ("update", 28)))
 MPCORE_GENERAL = Traffic((("inspect", 2), ("unscale", 6), _FUSED_ADAMW, ("cast", 6)))
 AMP_FUSED = Traffic((*_AMP, _FUSED_ADAMW))
 AMP_FOREACH = Traffic((*_AMP, _FOREACH_ADAMW))

@@ -139,7 +139,7 @@ def preflight(model: nn.Module, batch: Any, loss_of: Callable[[Any], Tensor]) ->
     def visit(phase: str, name: str, what: Any, into: list[Tensor], out: list[Tensor]) -> None:
         if phase == "forward":
             ranges.append(_range("activation", name, out))
-        elif phase == "backward":
+        elif phase == "backward" and what is not loss_of:  # whose gradient is always float32
             ranges.append(_range("gradient", name, into))
 
     def after() -> None:
