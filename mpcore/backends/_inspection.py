@@ -133,7 +133,7 @@ def inspect(
         found_inf=(everything.kinds != 0).int(),
         grad_norm=norm.float(),
         coefficient=(coefficient.double() * clip).float(),
-        counts=_counts(flat, device) if statistics else None,
+        counts=count_kinds(flat, device) if statistics else None,
         histogram=_histogram(flat, device) if statistics else None,
     )
 
@@ -220,7 +220,8 @@ def _square_sum(found: _Found) -> Tensor:
     return torch.where((found.kinds & 1) == 0, total, torch.nan)
 
 
-def _counts(flat: Sequence[Tensor], device: torch.device) -> Tensor:
+def count_kinds(flat: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Returns `Inspection.counts` of gradients on a device; no host sync."""
     rows = []
     for values in flat:
         magnitude, smallest = values.abs(), torch.finfo(values.dtype).tiny

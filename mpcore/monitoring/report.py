@@ -32,6 +32,14 @@ class OverflowReport:
             the layer that first went wrong.
         passes: The backward passes that overflowed, if several were accumulated.
         rank: Of this process, if there are several.
+
+    Example:
+        >>> finding = Finding("w", (2,), "float16", ("+inf",), (1,), math.inf, None, None)
+        >>> verdict = Verdict("search", True, "Too high.")
+        >>> print(OverflowReport(0, verdict, 8.0, 4.0, None, 1, 1, None, (finding,)))
+        Step 0 was skipped: Too high.
+          loss scale 8 -> 4, 1 skipped in a row, 1 so far
+          w  +inf first at [1]
     """
 
     step: int

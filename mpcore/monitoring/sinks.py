@@ -44,6 +44,11 @@ class TensorBoard:
 
     Args:
         writer: A `torch.utils.tensorboard.SummaryWriter`, or what has its two methods.
+
+    Example:
+        >>> class Writer:
+        ...     add_scalar = add_text = print
+        >>> sink = TensorBoard(Writer())
     """
 
     def __init__(self, writer: _Writer) -> None:
