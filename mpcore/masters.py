@@ -52,7 +52,8 @@ class Masters:
         self._place: dict[int, int] = {}
         #: in that order, the writes that a weight had when its master fitted; -2: it never did
         self._seen: list[int] = []
-        self._shown: list[int] = []  # ids of the values in `outer_state` when it was linked
+        #: ids of the values in `outer_state` when it was linked; None: not looked at since a change
+        self._shown: list[int] | None = []
         #: counts what replaces tensors: plans made of older ones are stale
         self.version = 0
         self.link_state(param for group in inner.param_groups for param in group["params"])
@@ -81,8 +82,12 @@ class Masters:
         self.version += 1
         if param in self._inner.state:
             self._inner.state[master] = upcast(self._inner.state.pop(param))
+        is_last = param not in self._outer_state
         self._outer_state[param] = {"master": master, **self._inner.state.get(master, {})}
-        self._shown = self._ids_shown()
+        if is_last and self._shown is not None:
+            self._shown += map(id, self._outer_state[param].values())
+        else:
+            self._shown = None  # to look at all of it here would be to do so for each parameter
 
     def create_for(self, params: Iterable[Tensor]) -> None:
         """Makes the masters of the 16-bit ones among `params` that have none; no host sync."""
@@ -113,12 +118,14 @@ class Masters:
         Values edited in place are the same tensors anyway. A master that was taken out stays. No
         host sync.
         """
-        if self._ids_shown() == self._shown:
+        shown = self._ids_shown()
+        if self._shown is None or shown == self._shown:
+            self._shown = shown
             return
         for param, master in list(self._master_of.items()):
-            shown = self._outer_state.get(param, {})
-            state = {key: value for key, value in shown.items() if key != "master"}
-            new = shown.get("master", master)
+            own = self._outer_state.get(param, {})
+            state = {key: value for key, value in own.items() if key != "master"}
+            new = own.get("master", master)
             self._master_of[param] = new
             self._inner.state.pop(master, None)
             if state:
