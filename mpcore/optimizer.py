@@ -102,6 +102,7 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
         self._saturated = torch.zeros((), dtype=torch.int64, device=home)
         self._began = False  # whether a step has counted
         self._start()
+        self._mark_groups()  # last: what was refused is as it was
 
     def _start(self) -> None:
         """Makes what does not outlive a step, or follows from the rest."""

@@ -40,7 +40,6 @@ class OptimizerWrapper(torch.optim.Optimizer):
         super().__init__([{"params": []}], {})
         self.inner = optimizer
         self.param_groups = optimizer.param_groups
-        self._mark_groups()
         self.defaults = optimizer.defaults
         self._device_of = {param: param.device for param in self._params()}
         self._masters = Masters(optimizer, self.state)

@@ -216,7 +216,7 @@ def test_statistics_are_those_of_the_reference_backend(backend, values, bits):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("coefficient", [1.0, 2.0**-16, 3.0, 2.0**120, -0.5])
+@pytest.mark.parametrize("coefficient", [1.0, 2.0**-16, 3.0, 2.0**120, -0.5, 0.0, math.inf])
 def test_statistics_of_every_pattern_together_and_alone(backend, dtype, coefficient):
     bits = torch.arange(-(2**15), 2**15).to(torch.int16)
     if dtype == torch.float32:  # every exponent, both signs

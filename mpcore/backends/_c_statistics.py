@@ -41,8 +41,9 @@ def with_statistics(found: Inspection, flat: list[Tensor], coefficient: Tensor) 
     odd = (rows[:, 255] > 0) | unscaled.isfinite().logical_not()
     for i in odd.nonzero().flatten().tolist():
         kinds[i] = _inspection.count_kinds([flat[i]], kinds.device)[0]
-        sizes = (flat[i].float() * coefficient).abs()
-        unscaled[i] = torch.where(sizes.isfinite(), sizes, 0.0).amax()
+        sizes = (flat[i].float() * coefficient).abs().reshape(-1)
+        finite = torch.where(sizes.isfinite(), sizes, 0.0)
+        unscaled[i] = finite.amax() if len(finite) else 0.0
     histogram = rows[:, :256].contiguous()
     return replace(found, largest=unscaled, counts=kinds, histogram=histogram)
 

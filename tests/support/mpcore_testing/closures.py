@@ -74,7 +74,11 @@ def contents(params: list[nn.Parameter], optimizer: Any) -> Any:
     ]
     masters = [patterns(optimizer.state.get(p, {}).get("master", p).float()) for p in params]
     groups = [
-        {k: list(map(id, v)) if k == "params" else flat(v) for k, v in group.items()}
+        {
+            k: list(map(id, v)) if k == "params" else flat(v)
+            for k, v in group.items()
+            if k != "mpcore"  # the wrapper's own
+        }
         for group in optimizer.param_groups
     ]
     return [patterns(p) for p in params], masters, states, groups

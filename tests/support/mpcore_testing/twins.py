@@ -167,7 +167,9 @@ class Twins:
 
     def _same_options(self) -> bool:
         def options(optimizer: torch.optim.Optimizer) -> list[dict[str, object]]:
-            return [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+            groups = optimizer.param_groups
+            # "mpcore" is the wrapper's own
+            return [{k: v for k, v in g.items() if k not in ("params", "mpcore")} for g in groups]
 
         return same_bits(options(self.wrapped), options(self.plain))
 
