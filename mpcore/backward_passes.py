@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -11,6 +12,7 @@ from torch import Tensor
 from mpcore._scaling import scale_outputs
 from mpcore.loss_scale import LossScale, check_loss_scale
 from mpcore.losses import Losses, ScaledLoss
+from mpcore.masters import Masters
 from mpcore.scale_tensors import LossScaleTensors
 from mpcore.stage import Stage
 
@@ -23,6 +25,8 @@ class BackwardPasses:
     _scale: LossScaleTensors
     _losses: Losses
     _stage: Stage
+    _masters: Masters
+    state: defaultdict[Tensor, Any]
     param_groups: list[dict[str, Any]]
 
     def scale(self, outputs: Outputs) -> Outputs:
@@ -75,6 +79,7 @@ class BackwardPasses:
         Raises:
             StageError: The gradients were never scaled, or this step's are unscaled already.
         """
+        self._masters.take_over_edits(self.state)
         self._stage.accumulate("accumulate()")
 
     @property

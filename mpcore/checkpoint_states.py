@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -75,7 +76,8 @@ def read_states(state_dict: State, inner: torch.optim.Optimizer, *, stepped: boo
         )
     if stepped:
         moments = set() if rule is None else {n for group in groups for n in rule.moments(group)}
-        _check_not_left_out(states, moments)
+        params = [param for group in groups for param in group["params"]]
+        _check_not_left_out(states, moments, params)
     pairs = zip(groups, matches, strict=True)
     param_of = {
         index: param
@@ -229,19 +231,22 @@ def _check_complete(
         raise ArgumentError(f"{where}: expected the keys {wanted}, got none for {missing}.")
 
 
-def _check_not_left_out(states: dict[Tensor, State], moments: set[str]) -> None:
+def _check_not_left_out(
+    states: dict[Tensor, State], moments: set[str], params: Sequence[Tensor]
+) -> None:
     """Raises if no parameter has masters or moments that there must be after a step."""
     found = {name for state in states.values() for name, v in state.items() if v is not None}
-    wanted = {"master"} if any(param.dtype in SIXTEEN_BIT for param in states) else set()
-    if states and not moments & found:
+    stepped = list(states) or params
+    wanted = {"master"} if any(param.dtype in SIXTEEN_BIT for param in stepped) else set()
+    if not moments & found:
         wanted |= moments
     missing = sorted(wanted - found)
     if missing:
         raise ArgumentError(
             f'state_dict["state"]: expected {", ".join(missing)} after the steps that were taken, '
-            f"got {', '.join(sorted(found))} alone. torch.distributed.checkpoint reads what the "
-            "optimizer has already: let it create its state before, by one step() over gradients "
-            "of zeros."
+            f"got {', '.join(sorted(found)) or 'nothing'} alone. torch.distributed.checkpoint "
+            "reads what the optimizer has already: let it create its state before, by one step() "
+            "over gradients of zeros."
         )
 
 

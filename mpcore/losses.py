@@ -152,6 +152,8 @@ class ScaledLoss:
         stage = self._optimizer._stage
         caller = f"backward() of {self.name!r}"
         stage.accumulate(caller)
+        if stage.watcher is not None:
+            stage.watcher.see_loss(loss)
         if not isinstance(self.scaling, NoLossScale):
             loss = scale_outputs(loss, self.tensors.scale)
         try:

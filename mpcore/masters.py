@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from mpcore._bulk import writes_to
 from mpcore._checks import SIXTEEN_BIT
 from mpcore.backends import Backend
 from mpcore.errors import StageError
+from mpcore.shown_state import ShownState
 
 Groups = list[dict[str, Any]]
 
@@ -52,8 +52,7 @@ class Masters:
         self._place: dict[int, int] = {}
         #: in that order, the writes that a weight had when its master fitted; -2: it never did
         self._seen: list[int] = []
-        #: ids of the values in `outer_state` when it was linked; None: not looked at since a change
-        self._shown: list[int] | None = []
+        self._shown = ShownState()
         #: counts what replaces tensors: plans made of older ones are stale
         self.version = 0
         self.link_state(param for group in inner.param_groups for param in group["params"])
@@ -84,10 +83,7 @@ class Masters:
             self._inner.state[master] = upcast(self._inner.state.pop(param))
         is_last = param not in self._outer_state
         self._outer_state[param] = {"master": master, **self._inner.state.get(master, {})}
-        if is_last and self._shown is not None:
-            self._shown += map(id, self._outer_state[param].values())
-        else:
-            self._shown = None  # to look at all of it here would be to do so for each parameter
+        self._shown.note_one(param, self._outer_state[param], is_last=is_last)
 
     def create_for(self, params: Iterable[Tensor]) -> None:
         """Makes the masters of the 16-bit ones among `params` that have none; no host sync."""
@@ -95,6 +91,7 @@ class Masters:
         for param in params:
             if id(param) not in known and param.dtype in SIXTEEN_BIT:
                 self.create(param)
+        self._shown.settle(self._outer_state)
 
     def link_state(self, params: Iterable[Tensor]) -> None:
         """Shows the inner optimizer's state of `params` in the outer state; no host sync."""
@@ -107,31 +104,26 @@ class Masters:
                 self._outer_state[param].update(shown)
             elif param in inner_state:
                 self._outer_state[param] = inner_state[param]
-        self._shown = self._ids_shown()
+        self._shown.note(self._outer_state)
 
-    def _ids_shown(self) -> list[int]:
-        return list(map(id, chain.from_iterable(map(dict.values, self._outer_state.values()))))
+    def take_over_edits(self, shown: dict[Tensor, Any]) -> None:
+        """Hands what somebody put into the wrapper's state, or took out, to the inner optimizer.
 
-    def take_over_edits(self) -> None:
-        """Hands what somebody put into `outer_state`, or took out, to the inner optimizer.
+        No host sync.
 
-        Values edited in place are the same tensors anyway. A master that was taken out stays. No
-        host sync.
+        Args:
+            shown: The wrapper's state; another dictionary than before if somebody replaced it.
         """
-        shown = self._ids_shown()
-        if self._shown is None or shown == self._shown:
-            self._shown = shown
-            return
-        for param, master in list(self._master_of.items()):
-            own = self._outer_state.get(param, {})
-            state = {key: value for key, value in own.items() if key != "master"}
-            new = own.get("master", master)
-            self._master_of[param] = new
-            self._inner.state.pop(master, None)
-            if state:
-                self._inner.state[new] = state
-        self.version += 1
-        self.link_state(self._master_of)
+        self._outer_state = shown
+        if self._shown.is_changed(shown):
+            self._shown.take_over(shown, self._inner.state, self._master_of)
+            self.version += 1
+            self.link_state([*self._master_of])
+
+    def after_copy(self) -> None:
+        """Sets right what a copy or a pickle has taken from its original: identities."""
+        self._place = {id(param): place for place, param in enumerate(self._master_of)}
+        self._shown.note(self._outer_state)
 
     def replace_state(self, states: dict[Tensor, dict[str, Any]]) -> None:
         """Makes `states` the whole optimizer state, masters included.
@@ -170,10 +162,10 @@ class Masters:
             pairs: (parameter, value of its master).
             backend: Rounds.
         """
-        for param, value in pairs:
+        for place, param, value in [(self._place[id(p)], p, value) for p, value in pairs]:
             self._master_of[param].copy_(value)
             self._round_into(param.detach(), param, backend)
-            self._seen[self._place[id(param)]] = writes_to([param])[0]
+            self._seen[place] = writes_to([param])[0]
 
     def stale(self, backend: Backend) -> list[Tensor]:
         """Returns the weights that are not their rounded masters; syncs with the host."""

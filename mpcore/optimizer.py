@@ -106,6 +106,7 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
 
     def _start(self) -> None:
         """Makes what does not outlive a step, or follows from the rest."""
+        self.register_state_dict_pre_hook(_take_over_edits)
         self.register_state_dict_post_hook(_add_section)
         backend = (self.backend, self._module)
         self._paths = Paths(self._path, self.inner, self._masters, backend, self._saturated)
@@ -207,6 +208,7 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
             raise
 
     def _step(self) -> None:
+        self._masters.take_over_edits(self.state)
         zeros = None if self._began or External.of(self) else self._stage.collect_zeros()
         if zeros is not None:
             self._paths.initialise_state(zeros)
@@ -228,8 +230,11 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
                 lambda: self._stage.collect_evaluation(External.of(self)),
                 self._stage.move(External.of(self)),
             )
-        finally:  # also of a closure that raised
+        except BaseException:
             self._stage.forget()
+            raise
+        finally:
+            self._stage.drop_gradients()
             self._stage.scaled = False
         self._finish(gradients, moved)
         return result
@@ -308,7 +313,13 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
         return f"{head}\n{super().__repr__()}"
 
     def _collect(self, caller: str) -> StepGradients:
+        self._masters.take_over_edits(self.state)
         return self._stage.collect(caller, External.of(self))
+
+
+def _take_over_edits(optimizer: Any) -> None:
+    """A hook before `state_dict`: a state that somebody replaced has its masters back."""
+    optimizer._masters.take_over_edits(optimizer.state)
 
 
 def _add_section(optimizer: Any, saved: dict[str, Any]) -> None:

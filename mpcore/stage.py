@@ -34,8 +34,11 @@ class Watcher(Protocol):
     def begin_step(self, params: Sequence[Tensor]) -> bool:
         """Hears whose gradients are collected; returns whether their values shall be counted."""
 
-    def end_step(self, gradients: StepGradients, result: StepResult) -> None:
-        """Hears how the step ended, after the scale has moved."""
+    def end_step(self, gradients: StepGradients, result: StepResult, *, own_scale: bool) -> None:
+        """Hears how the step ended, after the scale has moved, and whether that is our own."""
+
+    def forget(self, *, last_step: bool) -> None:
+        """Hears that passes were thrown away, and whether the last step is none any more."""
 
 
 class Stage:
@@ -100,12 +103,12 @@ class Stage:
         params = with_gradient(self._groups, self._device_of, self._masters)
         if self.gradients is not None:
             self._check_no_newcomer(caller, params, self.gradients)
+            self._masters.check_weights(self._backend, caller, self._name_of)
             self.gradients.plan_is_old = True
             if self.gradients.accumulated is not None:  # p.grad of 16-bit parameters is None by now
                 params = [p for p in self.gradients.params if self._masters.of(p).grad is not None]
             self.gradients.keep(params)
             return self.gradients
-        self._masters.take_over_edits()
         self._masters.check_weights(self._backend, caller, self._name_of)
         if self._sums is not None:
             self.gradients = self._summed(self._sums, caller, external)
@@ -260,13 +263,13 @@ class Stage:
             self._advance(gradients, external)
         if self._losses.totals is not None:
             count_step_(self._losses.totals, found_inf)
-        self.forget()
+        self.drop_gradients()
         gradients.release()
         self.scaled = False
         # last: they may raise
         try:
             if self.watcher is not None:
-                self.watcher.end_step(gradients, self.result)
+                self.watcher.end_step(gradients, self.result, own_scale=external is None)
             self._alarm.note(self._tensors.counters)
         finally:
             self._losses.note()
@@ -301,14 +304,24 @@ class Stage:
         """Ends a step that had no gradients: it counts as nothing."""
         self.forget()
         self.result, self.scaled = None, False
+        if self.watcher is not None:
+            self.watcher.forget(last_step=True)
 
     def start_anew(self, overflows_at_min: int) -> None:
         """Drops what belongs to a state that was replaced, by one with that counter."""
         self.forget()
         self.scaled = False
+        if self.watcher is not None:
+            self.watcher.forget(last_step=True)
         self._alarm = new_alarm(self._loss_scaling, overflows_at_min)
 
     def forget(self) -> None:
+        """Drops gradients that were collected and not stepped, and what was heard of their pass."""
+        self.drop_gradients()
+        if self.watcher is not None:
+            self.watcher.forget(last_step=False)
+
+    def drop_gradients(self) -> None:
         """Drops gradients that were collected and not stepped."""
         if self.gradients is not None:
             self.gradients.release()

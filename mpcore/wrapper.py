@@ -74,6 +74,7 @@ class OptimizerWrapper(torch.optim.Optimizer):
         if not hasattr(self, "inner"):  # torch's constructor, before the groups are shared
             super().add_param_group(param_group)
             return
+        self._masters.take_over_edits(self.state)
         group, params = check_group(param_group, self._params())
         everything = [*self._params(), *params]
         devices, dtypes = {p.device for p in everything}, {p.dtype for p in everything}
@@ -107,8 +108,10 @@ class OptimizerWrapper(torch.optim.Optimizer):
             )
         for param, original in pairs:
             check_original(param, original, self._device_of, self._masters)
+        self._masters.take_over_edits(self.state)
         for param, original in pairs:
             self._masters.create(param, original)
+        self._masters.create_for([])  # what was made is noted
 
     def sync_masters_from_model(self, weights: Mapping[str, Tensor] | None = None) -> None:
         """Overwrites every master with its weight, without a host sync.
@@ -160,4 +163,5 @@ class OptimizerWrapper(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._masters.after_copy()
         self._choose_backend(self._backend_asked)

@@ -11,57 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.checkpoint import checkpoint
 
 from mpcore_testing.bits import same_bits
+from mpcore_testing.blocks import SCALE, Blocks, make, train
 from mpcore_testing.engines import Engine
 from mpcore_testing.snapshots import snapshot
-
-SCALE = mpcore.DynamicLossScale(2.0**8, growth_interval=3)
-
-
-class Blocks(nn.Module):
-    """Three residual layers without matrix products, which are slow in 16 bits on some CPUs."""
-
-    def __init__(self, checkpoints: bool | None = None) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
-        self.norm = nn.LayerNorm(4)
-        self.checkpoints = checkpoints
-
-    def block(self, layer: Any, x: Tensor) -> Tensor:
-        return x + torch.tanh((x.unsqueeze(-2) * layer.weight).sum(-1) + layer.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            if self.checkpoints is None:
-                x = self.block(layer, x)
-            else:
-                x = checkpoint(self.block, layer, x, use_reentrant=self.checkpoints)
-        return self.norm(x.float())
-
-
-def make(engine: Engine, checkpoints: bool | None = None, **options: Any) -> tuple[Blocks, Any]:
-    model = Blocks(checkpoints).half()
-    model.norm.float()
-    inner = torch.optim.AdamW(model.named_parameters(), lr=0.05, **options)
-    return model, engine.wrap(inner, SCALE)
-
-
-def train(model: Any, optimizer: Any, seeds: Any, edit: Any = None) -> list[bool]:
-    skipped = []
-    for seed in seeds:
-        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(seed))
-        if seed == 2:
-            x = x * 1e4  # overflows in the backward pass or before it
-        optimizer.backward(model(x.half()).square().mean())
-        if edit is not None:
-            edit(model, optimizer)
-        optimizer.step()
-        optimizer.zero_grad()
-        skipped.append(optimizer.last_step.skipped)
-    return skipped
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -202,84 +156,6 @@ def test_a_profiler_sees_the_step_by_name_and_changes_no_bit(engine: Engine) -> 
     assert "Optimizer.step#MixedPrecisionOptimizer.step" in names
     assert "Optimizer.zero_grad#MixedPrecisionOptimizer.zero_grad" in names
     assert same_bits(snapshot(other[1]), snapshot(plain[1]))
-
-
-def test_state_can_be_looked_at_like_that_of_any_optimizer(engine: Engine) -> None:
-    model, optimizer = make(engine)
-    train(model, optimizer, [0, 1])
-    assert list(optimizer.state) == list(model.parameters())
-    for param, state in optimizer.state.items():
-        names = {"step", "exp_avg", "exp_avg_sq"}
-        assert set(state) == names | ({"master"} if param.dtype == torch.float16 else set())
-        assert state["exp_avg"].shape == param.shape
-        assert {v.dtype for v in state.values()} == {torch.float32}
-        assert float(state["step"]) == 2.0
-    numbers = sum(v.numel() for s in optimizer.state.values() for v in s.values() if v.dim())
-    assert numbers == sum(
-        p.numel() * (3 if p.dtype == torch.float16 else 2) for p in optimizer.state
-    )
-
-
-def edit_in_place(state: Any) -> None:
-    state["exp_avg"].zero_()
-    state["step"].fill_(1.0)
-
-
-def edit_entries(state: Any) -> None:
-    state["exp_avg"] = torch.zeros_like(state["exp_avg"])
-    state["step"] = torch.tensor(1.0)
-
-
-def edit_all(state: Any) -> None:
-    new = {k: v.clone() for k, v in state.items()}
-    state.clear()
-    state.update(new)
-    edit_entries(state)
-
-
-@pytest.mark.parametrize("edit", [edit_entries, edit_all])
-def test_entries_put_into_the_state_are_what_the_next_step_uses(engine: Engine, edit: Any) -> None:
-    plain, other = make(engine), make(engine)
-    for (model, optimizer), how in ((plain, edit_in_place), (other, edit)):
-        train(model, optimizer, [0, 1])
-        for state in optimizer.state.values():
-            how(state)
-        train(model, optimizer, [3, 4])
-    assert same_bits(snapshot(other[1]), snapshot(plain[1]))
-
-
-def test_a_master_put_into_the_state_is_what_the_next_step_uses(engine: Engine) -> None:
-    plain, other = make(engine), make(engine)
-    for model, optimizer in (plain, other):
-        train(model, optimizer, [0, 1])
-        param = model.layers[1].weight
-        finer = optimizer.state[param]["master"] * (1 + 2.0**-20)  # rounds to the same weight
-        if optimizer is other[1]:
-            optimizer.state[param]["master"] = finer
-        else:
-            optimizer.state[param]["master"].copy_(finer)
-        assert optimizer.check_masters() == []
-        train(model, optimizer, [3, 4])
-    assert same_bits(snapshot(other[1]), snapshot(plain[1]))
-
-
-@pytest.mark.parametrize("everything", [False, True])
-def test_clearing_the_state_starts_moments_again_and_keeps_masters(
-    engine: Engine, everything: bool
-) -> None:
-    model, optimizer = make(engine)
-    train(model, optimizer, [0, 1])
-    masters = [optimizer.state[p]["master"].clone() for p in model.layers.parameters()]
-    if everything:
-        optimizer.state.clear()
-    else:
-        for param in model.layers.parameters():
-            optimizer.state[param] = {"master": optimizer.state[param]["master"]}
-    train(model, optimizer, [3])
-    assert float(optimizer.state[model.layers[0].weight]["step"]) == 1.0
-    for param, before in zip(model.layers.parameters(), masters, strict=True):
-        moved = (optimizer.state[param]["master"] - before).abs().max()
-        assert 0 < moved < 0.06  # a first step of Adam is as long as the learning rate
 
 
 @pytest.mark.parametrize("driver", ["optimizer", "scaler"])

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mpcore.backends import Inspection
+from mpcore.gradient_buckets import Look
 
 #: The bits of `Inspection.kinds`, in order.
 KINDS = ("NaN", "+inf", "-inf", "overflow when unscaled")
@@ -28,7 +28,8 @@ class Finding:
         first_bad: Index of the first value, in the order of memory, that is not finite, or None.
         norm: 2-norm of the unscaled values; not finite if one of them is not.
         largest: Largest magnitude among the finite ones, unscaled; None if nobody looked.
-        headroom_bits: Doublings of the scale before the largest value overflows; None likewise.
+        headroom_bits: Doublings of the scale before the largest value overflows; None likewise, and
+            of sums that `accumulate` made.
         zeros: Share of values that are 0; None without statistics, like the next two.
         subnormal: Share of values that are subnormal in the gradient's format: digits are lost.
         histogram: How many values have the exponent -24 + i before unscaling, for i = 0 to 39, the
@@ -58,33 +59,33 @@ LOWEST, HIGHEST = -24, 15
 
 
 def findings_of(
-    params: Sequence[Tensor],
-    grads: Sequence[tuple[torch.dtype, tuple[int, ...]]],
-    found: Inspection,
-    scale: float,
-    name_of: Callable[[Tensor], str],
+    look: Look, scale: float, name_of: Callable[[Tensor], str], *, sums: bool
 ) -> list[Finding]:
     """Returns what was found in each gradient; syncs with the host.
 
     Args:
-        params: The parameters, in the order of `found`.
-        grads: Dtype and strides of each gradient.
-        found: What `inspect` returned for them.
+        look: The gradients of one device.
         scale: The loss scale they have.
         name_of: Names a parameter.
+        sums: Whether they are sums in float32, which say nothing about the format of the gradients.
     """
+    found, count = look.found, len(look.params)
+    unknown: list[Any] = [None] * count
     columns: list[list[Any]] = [
         found.kinds.tolist(),
         found.first_bad.tolist(),
         found.square_sum.tolist(),
-        [None] * len(params) if found.largest is None else found.largest.tolist(),
-        [None] * len(params) if found.counts is None else found.counts.tolist(),
-        [None] * len(params) if found.histogram is None else found.histogram.tolist(),
+        unknown if found.largest is None else found.largest.tolist(),
+        unknown if found.counts is None or sums else found.counts.tolist(),
+        unknown if found.histogram is None or sums else found.histogram.tolist(),
     ]
-    return [
+    findings = [
         _finding(param, dtype, strides, scale, name_of(param), *values)
-        for param, (dtype, strides), *values in zip(params, grads, *columns, strict=True)
+        for param, (dtype, strides), *values in zip(
+            look.params, look.layouts, *columns, strict=True
+        )
     ]
+    return [replace(one, headroom_bits=None) for one in findings] if sums else findings
 
 
 def _finding(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,24 @@ from mpcore.optimizer import MixedPrecisionOptimizer
 from mpcore.step_result import StepResult
 
 Record = Reading | OverflowReport
+
+
+class _Step(NamedTuple):
+    """The last step, as long as it is the last.
+
+    Attributes:
+        gradients: What was found in them.
+        result: How it ended.
+        used_before: `Monitor._used` before it.
+        own_scale: Whether the optimizer's own loss scale was used.
+    """
+
+    gradients: StepGradients
+    result: StepResult
+    used_before: Tensor | None
+    own_scale: bool
+
+
 _LOG = logging.getLogger("mpcore.monitor")
 
 
@@ -83,8 +101,8 @@ class Monitor:
         self._history = History(check_count("window", window), self._device)
         self._loss: Tensor | None = None
         self._sample: UpdateSample | None = None
-        self._largest: Tensor | None = None  # of the last clean step that was looked at
-        self._last: tuple[StepGradients, StepResult, Tensor | None] | None = None
+        self._used: Tensor | None = None  # by the last clean step that was looked at
+        self._last: _Step | None = None
         self._report: OverflowReport | None = None
         self._logged: dict[str, int] = {}
         #: The last reading, None before the first.
@@ -98,10 +116,10 @@ class Monitor:
 
     def report(self) -> OverflowReport | None:
         """Returns why the last step was skipped, None if it was not; syncs with the host."""
-        if self._last is None or not self._last[1].skipped:
+        if self._last is None or not self._last.result.skipped:
             return None
         if self._report is None:
-            self._report = self._made_report(*self._last)
+            self._report = self._made_report(self._last)
         return self._report
 
     def see_loss(self, outputs: Any) -> None:
@@ -114,16 +132,22 @@ class Monitor:
     def begin_step(self, params: Sequence[Tensor]) -> bool:
         """Hears whose gradients are collected; the optimizer calls it."""
         looks = (self._history.steps + 1) % self._every == 0
-        self._sample = UpdateSample(params, self._optimizer._masters) if looks else None
+        if looks and self._sample is None:  # closures are evaluated several times in a step
+            self._sample = UpdateSample(params, self._optimizer._masters)
         return looks
 
+    def forget(self, *, last_step: bool) -> None:
+        """Hears that passes were thrown away; the optimizer calls it."""
+        self._loss = self._sample = None
+        if last_step:
+            self._last = self._report = None
+
     @torch.no_grad()
-    def end_step(self, gradients: StepGradients, result: StepResult) -> None:
+    def end_step(self, gradients: StepGradients, result: StepResult, *, own_scale: bool) -> None:
         """Hears how a step ended; the optimizer calls it."""
         sample, loss = self._sample, self._loss
         self._sample = self._loss = self._report = None
-        largest_before = self._largest
-        self._last = (gradients, result, largest_before)
+        self._last = _Step(gradients, result, self._used, own_scale)
         step, looks = self._history.steps, gradients.looks()
         found_inf = gradients.found_inf()
         squares = [look.found.square_sum.sum().to(self._device) for look in looks]
@@ -131,7 +155,7 @@ class Monitor:
         norm = torch.stack(squares).sum().sqrt() if squares else unknown
         scale = gradients.unscaled_by.double().reciprocal()
         self._history.add(scale, found_inf, norm, loss)
-        self._note_largest(gradients, found_inf)
+        self._note_used(gradients, found_inf)
         if sample is not None:
             lost = sample.lost(self._optimizer._masters)
             self.reading = self._made_reading(step, gradients, result, lost)
@@ -142,14 +166,21 @@ class Monitor:
                 self._emit(report)
                 self._log(report)
 
-    def _note_largest(self, gradients: StepGradients, found_inf: Tensor) -> None:
-        seen = [look.found.largest for look in gradients.looks()]
-        if not seen or any(largest is None or not len(largest) for largest in seen):
-            return
-        peaks = [largest.amax().to(self._device) for largest in seen if largest is not None]
-        now = torch.stack(peaks)
-        before = torch.zeros_like(now.amax()) if self._largest is None else self._largest
-        self._largest = torch.where(found_inf != 0, before, now.amax())
+    def _note_used(self, gradients: StepGradients, found_inf: Tensor) -> None:
+        """Notes which share of its format the largest unscaled gradient takes; no host sync."""
+        shares = []
+        for look in gradients.looks():
+            if look.found.largest is None or not look.params or gradients.accumulated is not None:
+                return
+            limits = [torch.finfo(dtype).max for dtype, _ in look.layouts]
+            shares += [
+                torch.stack(some).amax().double().to(self._device) / limit
+                for limit, some in _by_limit(look.found.largest, limits).items()
+            ]
+        if shares:
+            now = torch.stack(shares).amax()
+            before = torch.zeros_like(now) if self._used is None else self._used
+            self._used = torch.where(found_inf != 0, before, now)
 
     def _findings(self, gradients: StepGradients, scale: float) -> tuple[Finding, ...]:
         by_param = {
@@ -157,7 +188,7 @@ class Monitor:
             for look in gradients.looks()
             for param, finding in zip(
                 look.params,
-                findings_of(look.params, look.layouts, look.found, scale, self._name_of),
+                findings_of(look, scale, self._name_of, sums=gradients.accumulated is not None),
                 strict=True,
             )
         }
@@ -185,38 +216,43 @@ class Monitor:
             **summed_up(findings),
         )
 
-    def _made_report(
-        self, gradients: StepGradients, result: StepResult, largest: Tensor | None
-    ) -> OverflowReport:
+    def _made_report(self, step: _Step) -> OverflowReport:
         *earlier, (now, loss) = self._history.read()
-        state = self._optimizer._scale.to_state()
-        findings = self._findings(gradients, now.scale)
-        scaling = self._optimizer.loss_scaling
+        passes = tuple(step.result.overflowed_in())
+        optimizer = self._optimizer
+        state = optimizer._scale.to_state()
+        own = step.own_scale and not any(one.loss for one in passes)
+        totals = optimizer._losses.totals
+        steps, skipped = state.steps, state.skipped_steps
+        if totals is not None:
+            steps, skipped = totals.tolist()[:2]
+        findings = self._findings(step.gradients, now.scale)
         weights = self._parameters()
         facts = Facts(
             findings=findings,
-            scaling=scaling,
+            scaling=optimizer.loss_scaling if own else None,
             scale=now.scale,
+            next_scale=state.scale if own else None,
             loss=loss,
             past=[past for past, _ in earlier],
-            clean_before=state.steps - state.skipped_steps,
+            clean_before=steps - skipped,
             bad_weights=not_finite(weights),
             large_weights=large_weights(weights),
             bad_buffers=[] if self._model is None else not_finite(self._model.named_buffers()),
         )
-        peak = 0.0 if largest is None else float(largest)
+        used = 0.0 if step.used_before is None else float(step.used_before)
         ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
         return OverflowReport(
             step=self._history.steps - 1,
             verdict=verdict_on(facts),
             loss_scale=now.scale,
-            next_scale=state.scale,
+            next_scale=facts.next_scale,
             loss=loss,
-            skips_in_a_row=state.skips_in_a_row,
-            skipped_steps=state.skipped_steps,
-            headroom_before=math.log2(65504 / (peak * now.scale)) if peak else None,
+            skips_in_a_row=state.skips_in_a_row if totals is None else int(totals[2]),
+            skipped_steps=skipped,
+            headroom_before=-math.log2(used * now.scale) if used else None,
             findings=findings,
-            passes=tuple(result.overflowed_in()),
+            passes=passes,
             rank=torch.distributed.get_rank() if ranks else None,
         )
 
@@ -236,3 +272,11 @@ class Monitor:
             return
         self._logged[name] = report.step
         _LOG.log(logging.INFO if report.verdict.normal else logging.WARNING, report.one_line())
+
+
+def _by_limit(largest: Tensor, limits: Sequence[float]) -> dict[float, list[Tensor]]:
+    """Returns the elements of a tensor by the number that belongs to each."""
+    found: dict[float, list[Tensor]] = {}
+    for one, limit in zip(largest.unbind(), limits, strict=True):
+        found.setdefault(limit, []).append(one)
+    return found

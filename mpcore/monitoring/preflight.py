@@ -120,8 +120,8 @@ def preflight(model: nn.Module, batch: Any, loss_of: Callable[[Any], Tensor]) ->
         loss_of: Returns the loss from the model's output.
 
     Raises:
-        ArgumentError: A parameter is not float32, or a value is not finite: `trace_overflow` then
-            says where that began.
+        ArgumentError: A parameter is not float32, or a value is NaN: `trace_overflow` then says
+            where that began. Infinities, as masks have them, are left out.
 
     Example:
         >>> model = nn.Linear(4, 2)
@@ -157,12 +157,12 @@ def preflight(model: nn.Module, batch: Any, loss_of: Callable[[Any], Tensor]) ->
 def _range(kind: str, name: str, tensors: Sequence[Tensor]) -> Range:
     flat = [tensor.detach().float().reshape(-1) for tensor in tensors]
     values = torch.cat(flat).abs() if flat else torch.zeros(0)
-    if not bool(torch.isfinite(values).all()):
+    if bool(torch.isnan(values).any()):
         raise ArgumentError(
-            f"model: expected finite values in float32, got others: {kind} of "
+            f"model: expected values without NaN in float32, got some: {kind} of "
             f"{name or 'the model'}. mpcore.trace_overflow(...) says where that began."
         )
-    values = values[values > 0]
+    values = values[(values > 0) & (values < torch.inf)]
     if not values.numel():
         return Range(kind, name, 0.0, 0.0, {})
     exponents, counts = torch.unique(torch.frexp(values)[1] - 1, return_counts=True)

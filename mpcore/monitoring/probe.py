@@ -36,8 +36,8 @@ def run_and_visit(
         loss_scale: What the loss is multiplied by in float32.
         after: Called at the end, while the gradients are there.
     """
-    into = _floating(batch)
-    visit("batch", "batch", batch, into, into)
+    arriving = _floating(batch)
+    visit("batch", "batch", batch, arriving, arriving)
     with _left_alone(model), _hooked(model, visit) as handles:
         output = _call(model, batch)
         loss = loss_of(output)
@@ -62,14 +62,23 @@ def _floating(value: Any) -> list[Tensor]:
 def _hooked(model: nn.Module, visit: Visit) -> Iterator[list[Any]]:
     handles: list[Any] = []
 
-    def watch(name: str, module: nn.Module) -> Any:
+    def watch(name: str, module: nn.Module) -> list[Any]:
+        inputs: list[list[Tensor]] = []  # copies: modules may write to what they are given
+
+        def before(_: nn.Module, args: Any, kwargs: Any) -> None:
+            inputs.append([tensor.clone() for tensor in _floating((args, kwargs))])
+
         def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            visit("forward", name, module, _floating((args, kwargs)), _floating(output))
+            visit("forward", name, module, inputs.pop(), _floating(output))
             handles.extend(_way_back(name, module, (args, kwargs), output, visit))
 
-        return module.register_forward_hook(after, with_kwargs=True)
+        return [
+            module.register_forward_pre_hook(before, with_kwargs=True),
+            module.register_forward_hook(after, with_kwargs=True),
+        ]
 
-    handles += [watch(name, module) for name, module in model.named_modules()]
+    for name, module in model.named_modules():
+        handles += watch(name, module)
     try:
         yield handles
     finally:
@@ -103,7 +112,11 @@ def _wants_gradient(value: Any) -> bool:
 def _left_alone(model: nn.Module) -> Iterator[None]:
     """Puts gradients, buffers and random number generators back."""
     grads = [(param, param.grad) for param in model.parameters()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
     devices = {param.device for param in model.parameters() if param.device.type == "cuda"}
     for param, _ in grads:
         param.grad = None
@@ -114,5 +127,6 @@ def _left_alone(model: nn.Module) -> Iterator[None]:
         for param, grad in grads:
             param.grad = grad
         with torch.no_grad():
-            for buffer, value in buffers:
+            for module, name, buffer, value in buffers:
+                module._buffers[name] = buffer  # which a forward pass may have replaced
                 buffer.copy_(value)

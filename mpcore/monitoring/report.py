@@ -22,7 +22,7 @@ class OverflowReport:
         step: Which one, counted from 0.
         verdict: What happened and what to do.
         loss_scale: Of the step.
-        next_scale: Of the step after it.
+        next_scale: Of the step after it; None if that is not the optimizer's own.
         loss: Before scaling; None if nobody knows.
         skips_in_a_row: This one included.
         skipped_steps: Since the beginning.
@@ -45,7 +45,7 @@ class OverflowReport:
     step: int
     verdict: Verdict
     loss_scale: float
-    next_scale: float
+    next_scale: float | None
     loss: float | None
     skips_in_a_row: int
     skipped_steps: int
@@ -67,10 +67,14 @@ class OverflowReport:
         bad = self.overflowed
         first = f", {bad[0].name} {'/'.join(bad[0].kinds)}" if bad else ""
         return (
-            f"step {self.step} skipped: {self.verdict.name}; loss scale {self.loss_scale:g} -> "
-            f"{self.next_scale:g}, {len(bad)} of {len(self.findings)} gradients{first}. "
+            f"step {self.step} skipped: {self.verdict.name}; loss scale {self._scales()}, "
+            f"{len(bad)} of {len(self.findings)} gradients{first}. "
             f"{self.verdict.text}"
         )
+
+    def _scales(self) -> str:
+        after = "?" if self.next_scale is None else f"{self.next_scale:g}"
+        return f"{self.loss_scale:g} -> {after}"
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain numbers and strings; what is not finite becomes a string, as JSON wants."""
@@ -80,7 +84,7 @@ class OverflowReport:
         where = "" if self.rank is None else f" on rank {self.rank}"
         lines = [
             f"Step {self.step} was skipped{where}: {self.verdict}",
-            f"  loss scale {self.loss_scale:g} -> {self.next_scale:g}, "
+            f"  loss scale {self._scales()}, "
             f"{self.skips_in_a_row} skipped in a row, {self.skipped_steps} so far"
             + ("" if self.loss is None else f", loss {self.loss:g}"),
         ]

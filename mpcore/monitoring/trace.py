@@ -55,7 +55,7 @@ class Trace:
     Attributes:
         frames: Every module of the forward pass, then every module of the backward pass.
         first: The first frame where something finite went in and something else came out; None if
-            all is finite.
+            there is none, or if a later module made it finite again, as a softmax does with a mask.
     """
 
     frames: tuple[Frame, ...]
@@ -106,7 +106,22 @@ def trace_overflow(
         frames.append(frame)
 
     run_and_visit(model, batch, loss_of, visit, loss_scale=loss_scale)
-    return Trace(tuple(frames), next(filter(_is_source, frames), None))
+    return Trace(tuple(frames), _first(frames))
+
+
+def _first(frames: list[Frame]) -> Frame | None:
+    """Returns the first frame that went wrong and stayed wrong.
+
+    Infinities that a later module of the same pass turns into finite values were meant: those of an
+    attention mask before its softmax.
+    """
+    found: Frame | None = None
+    for frame in frames:
+        if found is None:
+            found = frame if _is_source(frame) else None
+        elif frame.phase == found.phase and not frame.finite_in and frame.finite_out:
+            found = None
+    return found
 
 
 def _is_source(frame: Frame) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from mpcore.headroom import HeadroomLossScale
-from mpcore.loss_scale import DynamicLossScale, LossScale, NoLossScale
+from mpcore.loss_scale import DynamicLossScale, LossScale, StaticLossScale
 from mpcore.monitoring.findings import Finding
 
 #: clean steps at a scale, or a higher one, after which an overflow there is unusual
@@ -23,7 +23,7 @@ class Verdict:
 
     Attributes:
         name: One word for programs: "search", "probe", "spike", "nan", "forward", "floor",
-            "saturated", "weights", "buffers" or "static".
+            "saturated", "weights", "buffers", "static" or "other".
         normal: Whether nothing has to be done.
         text: What happened.
         advice: What to do; empty if nothing.
@@ -59,8 +59,9 @@ class Facts:
 
     Attributes:
         findings: The gradients, in the order of the parameters.
-        scaling: How the loss is scaled.
+        scaling: How the loss is scaled; None if somebody else's scale overflowed.
         scale: The loss scale of the step.
+        next_scale: That of the next; None likewise.
         loss: The loss before it was scaled; None if nobody knows.
         past: Steps before, oldest first.
         clean_before: Steps before that were not skipped, also those that `past` has forgotten.
@@ -70,8 +71,9 @@ class Facts:
     """
 
     findings: Sequence[Finding]
-    scaling: LossScale
+    scaling: LossScale | None
     scale: float
+    next_scale: float | None
     loss: float | None
     past: Sequence[Past]
     clean_before: int
@@ -86,10 +88,21 @@ def verdict_on(facts: Facts) -> Verdict:
     Example:
         >>> finding = Finding("w", (1,), "float16", ("+inf",), (0,), math.inf, None, None)
         >>> scaling = DynamicLossScale(2.0**16)
-        >>> str(verdict_on(Facts([finding], scaling, 2.0**16, 1.0, [], 0)))
-        'The search for a loss scale has begun at 65536, too high; it is halved. Nothing is wrong.'
+        >>> str(verdict_on(Facts([finding], scaling, 2.0**16, 2.0**15, 1.0, [], 0)))
+        'The search for a loss scale has begun: 65536 is too high, 32768 is next. Nothing is wrong.'
     """
-    for rule in (_damaged, _forward, _floor, _not_a_number, _unscaled, _searching, _spike):
+    rules = (
+        _damaged,
+        _forward,
+        _other,
+        _floor,
+        _static,
+        _searching,
+        _probing,
+        _not_a_number,
+        _spike,
+    )
+    for rule in rules:
         verdict = rule(facts)
         if verdict is not None:
             return verdict
@@ -153,23 +166,20 @@ def _floor(facts: Facts) -> Verdict | None:
     )
 
 
-def _not_a_number(facts: Facts) -> Verdict | None:
-    kinds = {kind for finding in facts.findings for kind in finding.kinds}
-    if kinds != {"NaN"} or facts.clean_before == 0:
+def _other(facts: Facts) -> Verdict | None:
+    if facts.scaling is not None:
         return None
     return Verdict(
-        "nan",
-        False,
-        "Gradients are NaN and none is infinite: that is no overflow, so no loss scale can help.",
-        "mpcore.trace_overflow(model, batch, ...) names the first module.",
+        "other",
+        True,
+        f"Gradients overflowed: {_names(_bad(facts))}. Their loss scale is not the optimizer's "
+        "own (an outside scaler, or a loss of add_loss): nobody here tells a search from a spike.",
     )
 
 
-def _unscaled(facts: Facts) -> Verdict | None:
-    if isinstance(facts.scaling, (DynamicLossScale, HeadroomLossScale)):
+def _static(facts: Facts) -> Verdict | None:
+    if not isinstance(facts.scaling, StaticLossScale) or facts.clean_before:
         return None
-    if isinstance(facts.scaling, NoLossScale) or facts.clean_before:
-        return None  # a spike, like those of any other scale
     return Verdict(
         "static",
         False,
@@ -181,44 +191,72 @@ def _unscaled(facts: Facts) -> Verdict | None:
 def _searching(facts: Facts) -> Verdict | None:
     if not isinstance(facts.scaling, (DynamicLossScale, HeadroomLossScale)):
         return None
-    if facts.clean_before == 0:
-        return Verdict(
-            "search",
-            True,
-            f"The search for a loss scale has begun at {facts.scale:g}, too high; it is halved. "
-            "Nothing is wrong.",
-        )
-    scales = [past.scale for past in facts.past] + [facts.scale]
-    proven = sum(not past.skipped and past.scale >= facts.scale for past in facts.past)
-    interval = getattr(facts.scaling, "growth_interval", _PROVEN)
-    if proven >= max(min(interval, _PROVEN), _FEW):
+    begun = facts.clean_before > 0
+    # after a resume the history is short, and what it lacks was clean
+    if begun and (_proven(facts) >= _FEW or facts.clean_before >= _PROVEN or _has_grown(facts)):
         return None
-    if any(later > earlier for earlier, later in pairwise(scales)):
-        return Verdict(
-            "probe",
-            True,
-            f"The loss scale had grown to {facts.scale:g} to find out whether that is too high; "
-            f"it is. Expected about every {interval} steps. Nothing is wrong.",
-        )
-    if proven < _FEW:
-        return Verdict(
-            "search",
-            True,
-            f"The search for a loss scale goes on: {facts.scale:g} is too high. Nothing is wrong.",
-        )
-    return None
+    return Verdict(
+        "search",
+        True,
+        f"The search for a loss scale {'goes on' if begun else 'has begun'}: {facts.scale:g} is "
+        f"too high, {facts.next_scale:g} is next. Nothing is wrong.",
+    )
+
+
+def _probing(facts: Facts) -> Verdict | None:
+    if not isinstance(facts.scaling, DynamicLossScale) or not _has_grown(facts):
+        return None
+    interval = facts.scaling.growth_interval
+    if _proven(facts) >= max(min(interval, _PROVEN), _FEW):
+        return None
+    return Verdict(
+        "probe",
+        True,
+        f"The loss scale had grown to {facts.scale:g} to find out whether that is too high; it is. "
+        f"Expected about every {interval} steps. Nothing is wrong.",
+    )
+
+
+def _proven(facts: Facts) -> int:
+    """Returns how many steps were clean at this scale or a higher one."""
+    return sum(not past.skipped and past.scale >= facts.scale for past in facts.past)
+
+
+def _has_grown(facts: Facts) -> bool:
+    scales = [past.scale for past in facts.past] + [facts.scale]
+    return any(later > earlier for earlier, later in pairwise(scales))
+
+
+def _bad(facts: Facts) -> list[str]:
+    return [finding.name for finding in facts.findings if not finding.finite]
+
+
+def _not_a_number(facts: Facts) -> Verdict | None:
+    kinds = {kind for finding in facts.findings for kind in finding.kinds}
+    if kinds != {"NaN"} or facts.clean_before == 0:
+        return None
+    return Verdict(
+        "nan",
+        False,
+        "Gradients are NaN and none is infinite, at a loss scale that had proven itself: probably "
+        "no overflow, so no loss scale can help.",
+        "mpcore.trace_overflow(model, batch, ...) names the first module.",
+    )
 
 
 def _spike(facts: Facts) -> Verdict:
     norms = [past.norm for past in facts.past if not past.skipped and math.isfinite(past.norm)]
-    usual = sorted(norms)[len(norms) // 2] if norms else None
-    before = "" if usual is None else f" The usual norm of the gradients is {usual:.3g}."
-    worst = [finding.name for finding in facts.findings if not finding.finite]
+    usual = (
+        f" The usual norm of the gradients is {sorted(norms)[len(norms) // 2]:.3g}."
+        if norms
+        else ""
+    )
+    before = ", at which steps were clean before" if facts.clean_before else " in the first step"
     return Verdict(
         "spike",
         False,
-        f"A spike: gradients overflowed at a loss scale of {facts.scale:g}, at which steps were "
-        f"clean before: {_names(worst)}.{before}",
+        f"A spike: gradients overflowed at a loss scale of {facts.scale:g}{before}: "
+        f"{_names(_bad(facts))}.{usual}",
         "One now and then is harmless, since the step was skipped. If they go on: look at the "
         "batch, lower the learning rate, or clip.",
     )
