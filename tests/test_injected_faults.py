@@ -286,3 +286,12 @@ def test_sums_say_nothing_about_the_room_in_float16(engine: Engine) -> None:
     assert reading is not None
     assert reading.headroom_bits is None
     assert reading.grad_norm > 0
+
+
+def test_a_scale_that_stays_is_not_said_to_go_down(engine: Engine) -> None:
+    model, optimizer, monitor = make(engine, mpcore.DynamicLossScale(2.0**24, hysteresis=3))
+    train(model, optimizer, [0])
+    report = monitor.report()
+    assert report is not None
+    assert report.next_scale == report.loss_scale
+    assert "it goes down if that happens again" in report.verdict.text

@@ -192,6 +192,9 @@ def _searching(facts: Facts) -> Verdict | None:
     if not isinstance(facts.scaling, (DynamicLossScale, HeadroomLossScale)):
         return None
     begun = facts.clean_before > 0
+    after = f"{facts.next_scale:g} is next"
+    if facts.next_scale == facts.scale:  # hysteresis, or a tolerance
+        after = "it goes down if that happens again"
     # after a resume the history is short, and what it lacks was clean
     if begun and (_proven(facts) >= _FEW or facts.clean_before >= _PROVEN or _has_grown(facts)):
         return None
@@ -199,7 +202,7 @@ def _searching(facts: Facts) -> Verdict | None:
         "search",
         True,
         f"The search for a loss scale {'goes on' if begun else 'has begun'}: {facts.scale:g} is "
-        f"too high, {facts.next_scale:g} is next. Nothing is wrong.",
+        f"too high, {after}. Nothing is wrong.",
     )
 
 
