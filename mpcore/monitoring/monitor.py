@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -125,7 +126,8 @@ class Monitor:
     def see_loss(self, outputs: Any) -> None:
         """Hears what is going to be scaled; the optimizer calls it."""
         if isinstance(outputs, Tensor) and outputs.numel() == 1:
-            loss, before = outputs.detach().reshape(()).double(), self._loss
+            loss, before = outputs.detach().reshape(()), self._loss
+            loss = loss.to(self._device, torch.float64, non_blocking=True)
             # of several passes the one that is not finite
             self._loss = loss if before is None else torch.where(before.isfinite(), loss, before)
 
@@ -172,10 +174,11 @@ class Monitor:
         for look in gradients.looks():
             if look.found.largest is None or not look.params or gradients.accumulated is not None:
                 return
-            limits = [torch.finfo(dtype).max for dtype, _ in look.layouts]
+            runs = [(dtype, len(list(some))) for dtype, some in groupby(d for d, _ in look.layouts)]
+            parts = torch.split(look.found.largest, [size for _, size in runs])
             shares += [
-                torch.stack(some).amax().double().to(self._device) / limit
-                for limit, some in _by_limit(look.found.largest, limits).items()
+                part.amax().double().to(self._device, non_blocking=True) / torch.finfo(dtype).max
+                for (dtype, _), part in zip(runs, parts, strict=True)
             ]
         if shares:
             now = torch.stack(shares).amax()
@@ -272,11 +275,3 @@ class Monitor:
             return
         self._logged[name] = report.step
         _LOG.log(logging.INFO if report.verdict.normal else logging.WARNING, report.one_line())
-
-
-def _by_limit(largest: Tensor, limits: Sequence[float]) -> dict[float, list[Tensor]]:
-    """Returns the elements of a tensor by the number that belongs to each."""
-    found: dict[float, list[Tensor]] = {}
-    for one, limit in zip(largest.unbind(), limits, strict=True):
-        found.setdefault(limit, []).append(one)
-    return found
