@@ -201,6 +201,7 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
             ArgumentError: A gradient is sparse, or a parameter changed its device or dtype.
             LossScaleError: The loss scale is one with `at_min="raise"`. The step has ended.
         """
+        self._masters.take_over_edits(self.state)
         try:
             return self._step_with_closure(closure) if closure is not None else self._step()
         except BaseException:
@@ -208,12 +209,11 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
             raise
 
     def _step(self) -> None:
-        self._masters.take_over_edits(self.state)
         zeros = None if self._began or External.of(self) else self._stage.collect_zeros()
         if zeros is not None:
             self._paths.initialise_state(zeros)
             return
-        collected = self._collect("step()")
+        collected = self._stage.collect("step()", External.of(self))
         if collected.params:
             self._finish(
                 collected, self._paths.step(collected, self._stage.move(External.of(self)))

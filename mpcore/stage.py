@@ -302,24 +302,24 @@ class Stage:
 
     def forget_step(self) -> None:
         """Ends a step that had no gradients: it counts as nothing."""
-        self.forget()
+        self.forget(last_step=True)
         self.result, self.scaled = None, False
-        if self.watcher is not None:
-            self.watcher.forget(last_step=True)
 
     def start_anew(self, overflows_at_min: int) -> None:
         """Drops what belongs to a state that was replaced, by one with that counter."""
-        self.forget()
+        self.forget(last_step=True)
         self.scaled = False
-        if self.watcher is not None:
-            self.watcher.forget(last_step=True)
         self._alarm = new_alarm(self._loss_scaling, overflows_at_min)
 
-    def forget(self) -> None:
-        """Drops gradients that were collected and not stepped, and what was heard of their pass."""
+    def forget(self, *, last_step: bool = False) -> None:
+        """Drops gradients that were collected and not stepped, and what was heard of their pass.
+
+        Args:
+            last_step: Whether the last step is none any more, either.
+        """
         self.drop_gradients()
         if self.watcher is not None:
-            self.watcher.forget(last_step=False)
+            self.watcher.forget(last_step=last_step)
 
     def drop_gradients(self) -> None:
         """Drops gradients that were collected and not stepped."""

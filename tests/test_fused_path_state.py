@@ -13,7 +13,7 @@ from torch import nn
 from mpcore_testing.bits import same_bits
 from mpcore_testing.devices import FIRST, SimulatedDevices
 from mpcore_testing.engines import FUSED, Engine
-from mpcore_testing.syncs import HostSyncError, fake_cuda
+from mpcore_testing.syncs import HostSyncError, fake_cuda, steps_without_values
 
 SCALE = mpcore.StaticLossScale(2.0**8)
 ORACLE = Engine("reference", "fused")
@@ -109,18 +109,7 @@ def test_a_fused_step_never_asks_the_device(kind: Any, tensor_lr: bool, way: str
                 group["lr"] = torch.full((), 0.1, device="cuda")
             group["momentum"] = 0.9
         optimizer = ORACLE.wrap(inner)
-        for number in range(3):
-            optimizer.scale(torch.empty((), device="cuda"))
-            for param in params:
-                param.grad = torch.empty_like(param)
-            if number == 1:
-                params[0].grad = None
-            if way == "clip":
-                optimizer.clip_grad_norm_(1.0)
-            elif way == "unscale":
-                optimizer.unscale_()
-            optimizer.step()
-            optimizer.zero_grad()
+        steps_without_values(optimizer, params, way, drops_one=True)
         assert watch.operations > 100
         assert watch.reads == 0
         with pytest.raises((HostSyncError, RuntimeError)):

@@ -18,7 +18,7 @@ from torch import nn
 from mpcore_testing.bits import same_bits
 from mpcore_testing.engines import Engine
 from mpcore_testing.snapshots import snapshot
-from mpcore_testing.syncs import HostSyncError, fake_cuda
+from mpcore_testing.syncs import HostSyncError, fake_cuda, steps_without_values
 
 SCALE = mpcore.StaticLossScale(2.0**10)
 
@@ -122,6 +122,46 @@ def test_lost_updates_are_those_that_rounding_loses(engine: Engine) -> None:
     weight.grad = (steps * 2.0**10).bfloat16()
     optimizer.step()
     assert monitor.reading.lost_updates == 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_room_before_an_overflow_is_that_of_the_gradients_own_format(
+    dtype: torch.dtype,
+) -> None:
+    """Counted by doubling until casting gives infinity."""
+    weight = nn.Parameter(torch.zeros(3, dtype=dtype))
+    optimizer = Engine("reference", "fused").wrap(torch.optim.SGD([weight], lr=1.0), SCALE)
+    monitor = mpcore.Monitor(optimizer)
+    for value in (3.0, torch.inf):
+        optimizer.scale(torch.ones(()))
+        weight.grad = torch.tensor([value, 1.0, 0.0]).to(dtype)
+        optimizer.step()
+    report = monitor.report()
+    assert report is not None
+    assert report.headroom_before is not None
+    doublings, size = 0, torch.tensor(3.0, dtype=torch.float64)
+    while (size * 2.0 ** (doublings + 1)).to(dtype).isfinite():
+        doublings += 1
+    assert math.floor(report.headroom_before) == doublings
+
+
+def test_updates_of_all_evaluations_of_a_closure_count(engine: Engine) -> None:
+    weight = nn.Parameter(torch.full((8,), 2.0).half())
+    optimizer = Engine(engine.backend, "general").wrap(
+        torch.optim.LBFGS([weight], lr=0.5, max_iter=14, tolerance_change=0.0), SCALE
+    )
+    monitor = mpcore.Monitor(optimizer, every=1)
+
+    def closure() -> Any:
+        optimizer.zero_grad()
+        loss = (weight.float() - 0.5).square().sum()
+        optimizer.backward(loss)
+        return loss
+
+    optimizer.step(closure)
+    assert monitor.reading is not None
+    assert not torch.equal(weight, torch.full_like(weight, 2.0))
+    assert monitor.reading.lost_updates == 0.0  # the last of them, by itself, would be lost
 
 
 @pytest.mark.parametrize("every", [1, 3])
@@ -292,16 +332,7 @@ def test_a_watched_step_never_asks_the_device_unless_it_is_reported(path: str, w
         inner = torch.optim.AdamW(params, lr=0.1, fused=True)
         optimizer = Engine("reference", path).wrap(inner)
         monitor = mpcore.Monitor(optimizer, every=4)
-        for _ in range(3):
-            optimizer.scale(torch.empty((), device="cuda"))
-            for param in params:
-                param.grad = torch.empty_like(param)
-            if way == "clip":
-                optimizer.clip_grad_norm_(1.0)
-            elif way == "unscale":
-                optimizer.unscale_()
-            optimizer.step()
-            optimizer.zero_grad()
+        steps_without_values(optimizer, params, way)
         assert watch.operations > 100
         assert watch.reads == 0
         with pytest.raises((HostSyncError, RuntimeError)):

@@ -131,6 +131,29 @@ def test_a_write_after_the_clip_is_noticed_too(engine: Engine) -> None:
         optimizer.step()
 
 
+@pytest.mark.parametrize("edit", [by_entry, whole_states, all_of_it])
+def test_a_step_with_a_closure_uses_them_too(engine: Engine, edit: Any) -> None:
+    plain, other = make(engine), make(engine)
+
+    def in_place(optimizer: Any) -> None:
+        for state in optimizer.state.values():
+            edit_in_place(state)
+
+    for (model, optimizer), how in ((plain, in_place), (other, edit)):
+        train(model, optimizer, [0, 1])
+        how(optimizer)
+
+        def closure(model: Any = model, optimizer: Any = optimizer) -> Any:
+            optimizer.zero_grad()
+            loss = model(torch.ones(2, 4).half()).square().mean()
+            optimizer.backward(loss)
+            return loss
+
+        optimizer.step(closure)
+        optimizer.zero_grad()
+    assert same_bits(snapshot(other[1]), snapshot(plain[1]))
+
+
 def test_a_master_put_into_the_state_is_what_the_next_step_uses(engine: Engine) -> None:
     plain, other = make(engine), make(engine)
     for model, optimizer in (plain, other):

@@ -140,9 +140,9 @@ class Monitor:
 
     def forget(self, *, last_step: bool) -> None:
         """Hears that passes were thrown away; the optimizer calls it."""
-        self._loss = self._sample = None
+        self._loss = None  # a sample stays: closures clear gradients, and no master has moved
         if last_step:
-            self._last = self._report = None
+            self._last = self._report = self._sample = None
 
     @torch.no_grad()
     def end_step(self, gradients: StepGradients, result: StepResult, *, own_scale: bool) -> None:
@@ -160,7 +160,7 @@ class Monitor:
         self._note_used(gradients, found_inf)
         if sample is not None:
             lost = sample.lost(self._optimizer._masters)
-            self.reading = self._made_reading(step, gradients, result, lost)
+            self.reading = self._made_reading(step, gradients, lost)
             self._emit(self.reading)
         if (sample is not None or self._device.type == "cpu") and result.skipped:
             report = self.report()
@@ -195,7 +195,7 @@ class Monitor:
                 strict=True,
             )
         }
-        order = [p for group in self._optimizer.param_groups for p in group["params"]]
+        order = self._optimizer._params()
         if self._model is not None:
             order = [*self._model.parameters(), *order]
         return tuple(by_param[key] for key in dict.fromkeys(map(id, order)) if key in by_param)
@@ -203,9 +203,7 @@ class Monitor:
     def _name_of(self, param: Tensor) -> str:
         return self._names.get(id(param)) or self._optimizer._name_of(param)
 
-    def _made_reading(
-        self, step: int, gradients: StepGradients, result: StepResult, lost: float | None
-    ) -> Reading:
+    def _made_reading(self, step: int, gradients: StepGradients, lost: float | None) -> Reading:
         past, loss = self._history.read()[-1]
         return Reading(
             step=step,
@@ -260,8 +258,7 @@ class Monitor:
         )
 
     def _parameters(self) -> list[tuple[str, Tensor]]:
-        params = [p for group in self._optimizer.param_groups for p in group["params"]]
-        return [(self._name_of(param), param) for param in params]
+        return [(self._name_of(param), param) for param in self._optimizer._params()]
 
     def _emit(self, record: Record) -> None:
         for sink in self._sinks:

@@ -8,7 +8,7 @@ run there: autograd asks for a real device. Gradients are assigned instead.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -90,3 +90,28 @@ def fake_cuda(answer: Callable[[], float] | None = None) -> Iterator[DeviceOnly]
     """Within it, tensors on "cuda" exist without a GPU, and host syncs raise."""
     with FakeTensorMode(), DeviceOnly(answer) as watch:
         yield watch
+
+
+def steps_without_values(
+    optimizer: Any, params: Sequence[Tensor], way: str, *, drops_one: bool = False
+) -> None:
+    """Takes three steps over gradients that nobody has to know, within `fake_cuda`.
+
+    Args:
+        optimizer: Over `params`.
+        params: On "cuda".
+        way: What comes before the step: "clip", "unscale", or "step" for nothing.
+        drops_one: Whether the first parameter has no gradient in the second step.
+    """
+    for number in range(3):
+        optimizer.scale(torch.empty((), device="cuda"))
+        for param in params:
+            param.grad = torch.empty_like(param)
+        if drops_one and number == 1:
+            params[0].grad = None
+        if way == "clip":
+            optimizer.clip_grad_norm_(1.0)
+        elif way == "unscale":
+            optimizer.unscale_()
+        optimizer.step()
+        optimizer.zero_grad()
