@@ -57,6 +57,16 @@ def blocks(sizes: Sequence[int], chunk: int = CHUNK) -> Iterator[list[Piece]]:
         yield block
 
 
+def innermost_first(shape: Sequence[int], strides: Sequence[int]) -> list[int]:
+    """Returns the dimensions of a dense tensor, that of neighbours in memory first.
+
+    Example:
+        >>> innermost_first((2, 3), (3, 1))
+        [1, 0]
+    """
+    return sorted(range(len(shape)), key=lambda d: (strides[d], shape[d]))
+
+
 def memory_order(tensor: Tensor) -> Tensor:
     """Returns the elements as they lie in memory: a view if the tensor is dense, else a copy.
 
@@ -68,7 +78,7 @@ def memory_order(tensor: Tensor) -> Tensor:
     """
     if tensor.is_contiguous():
         return tensor if tensor.dim() == 1 else tensor.view(-1)
-    order = sorted(range(tensor.dim()), key=lambda d: (tensor.stride(d), tensor.size(d)))
+    order = innermost_first(tensor.shape, tensor.stride())
     return tensor.permute(order[::-1]).reshape(-1)
 
 

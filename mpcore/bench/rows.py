@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -117,7 +117,7 @@ def own_rows(dtype: torch.dtype, backend: str, device: torch.device) -> tuple[Ro
         missing=None if device.type == "cpu" else "runs on a CPU only",
     )
     fused, general = _mpcore_rows(dtype, backend, masters)
-    watched = _watched_rows(dtype, backend, masters)
+    watched = _watched_rows(dtype, backend, fused)
     return (fused, *watched, blocks, general, *_amp_rows(), by_hand)
 
 
@@ -143,24 +143,20 @@ def _mpcore_rows(dtype: torch.dtype, backend: str, regime: str) -> tuple[Row, Ro
     return fused, general
 
 
-def _watched_rows(dtype: torch.dtype, backend: str, regime: str) -> tuple[Row, Row]:
+def _watched_rows(dtype: torch.dtype, backend: str, fused: Row) -> tuple[Row, Row]:
     """Returns the fused step under a monitor: a step between readings, and one with a reading."""
-    between = Row(
+    between = replace(
+        fused,
         key="watched",
         label="mpcore, watched",
-        regime=regime,
         make=lambda problem: Mpcore(problem, dtype, "fused", backend, every=10**9),
-        traffic=MPCORE_FUSED,
-        bound=FP32_BOUND,
-        expected_bytes=16,
     )
-    reading = Row(
+    reading = replace(
+        fused,
         key="read",
         label="mpcore, read each step",
-        regime=regime,
         make=lambda problem: Mpcore(problem, dtype, "fused", backend, every=1),
         traffic=MPCORE_READ,
-        bound=FP32_BOUND,
         expected_bytes=20,
     )
     return between, reading

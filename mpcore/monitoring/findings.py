@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpcore.backends._blocks import innermost_first
 from mpcore.gradient_buckets import Look
 
 #: The bits of `Inspection.kinds`, in order.
@@ -135,8 +136,7 @@ def index_at(place: int, shape: Sequence[int], strides: Sequence[int]) -> tuple[
         >>> index_at(3, (2, 3), (3, 1)), index_at(3, (2, 3), (1, 2))
         ((1, 0), (1, 1))
     """
-    order = sorted(range(len(shape)), key=lambda d: (strides[d], shape[d]))
     index = [0] * len(shape)
-    for dimension in order:
+    for dimension in innermost_first(shape, strides):
         place, index[dimension] = divmod(place, max(shape[dimension], 1))
     return tuple(index)

@@ -38,6 +38,10 @@ class Range:
     smallest: float
     exponents: dict[int, int]
 
+    def scaled_by(self, loss_scale: float) -> float:
+        """Returns what a loss scale multiplies these by: gradients alone."""
+        return loss_scale if "gradient" in self.kind else 1.0
+
     def overflowing(self, dtype: torch.dtype, scale: float = 1.0) -> float:
         """Returns the share of values, zeros left out, that would become infinite.
 
@@ -83,7 +87,7 @@ class Preflight:
         """
         found = []
         for one in self.ranges:
-            scale = loss_scale if "gradient" in one.kind else 1.0
+            scale = one.scaled_by(loss_scale)
             if one.overflowing(dtype, scale) or one.flushed(dtype, scale) > _TOO_MANY:
                 found.append(one)
         return found
@@ -105,7 +109,7 @@ class Preflight:
 
 
 def _share_in(one: Range, dtype: torch.dtype, loss_scale: float) -> str:
-    scale = loss_scale if "gradient" in one.kind else 1.0
+    scale = one.scaled_by(loss_scale)
     return f"{one.overflowing(dtype, scale):.1%} infinite, {one.flushed(dtype, scale):.1%} lost"
 
 
