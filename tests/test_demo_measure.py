@@ -7,14 +7,9 @@ import numpy as np
 import pytest
 import torch
 from mpcore.demo import regimes
-from mpcore.demo.measure import (
-    SubnormalTally,
-    UpdateTally,
-    accumulators,
-    count_lost,
-    resident_bytes,
-)
+from mpcore.demo.measure import SubnormalTally, UpdateTally, count_lost
 from mpcore.demo.regimes import AdamWSettings, prepare
+from mpcore.monitoring.memory import accumulators, resident_bytes
 
 ADAMW = AdamWSettings(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
 # weights 4 x 3 and 4 in 16 bits where the regime has them, two norm vectors of 4 in FP32
@@ -92,11 +87,13 @@ def test_resident_bytes_are_those_counted_by_hand(regime, weights, masters):
     engine = stepped(regime)
     engine.step()
     resident = resident_bytes(engine)
-    assert resident.weights == weights / PARAMETERS
-    assert resident.gradients == weights / PARAMETERS
-    assert resident.masters == masters / PARAMETERS
-    assert resident.moments == 8.0
-    assert resident.total == (2 * weights + masters) / PARAMETERS + 8.0
+    assert resident.parameters == PARAMETERS
+    assert resident.weights == weights
+    assert resident.gradients == weights
+    assert resident.masters == masters
+    assert resident.moments == 8 * PARAMETERS
+    assert resident.total == 2 * weights + masters + 8 * PARAMETERS
+    assert resident.per_parameter == resident.total / PARAMETERS
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

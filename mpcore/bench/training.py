@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from mpcore.bench.experiment import check_device
 from mpcore.bench.tensors import storage_bytes
 from mpcore.bench.timing import time_call
-from mpcore.demo.measure import resident_bytes
 from mpcore.demo.model import GPT, GPTConfig, language_loss
 from mpcore.demo.regimes import (
     AUTOCAST,
@@ -32,6 +31,7 @@ from mpcore.demo.regimes import (
 )
 from mpcore.demo.table import Table
 from mpcore.loss_scale import DynamicLossScale
+from mpcore.monitoring.memory import resident_bytes
 
 REGIMES = (FP32, FP16_MASTERS, BF16_MASTERS, AUTOCAST)
 _ADAMW = AdamWSettings(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
@@ -171,7 +171,6 @@ def measure(
     losses: list[Tensor] = []
     activations = saved_bytes(lambda: losses.append(forward()), list(parameters))
     engine.backward(losses.pop())
-    count = sum(parameter.numel() for parameter in parameters)
     resident = resident_bytes(engine)
     engine.step()
     engine.zero_grad()
@@ -183,10 +182,10 @@ def measure(
         seconds = statistics.median(taken)
     return TrainBytes(
         regime=regime,
-        parameters=count,
-        weights=round(resident.weights * count),
-        gradients=round(resident.gradients * count),
-        state=round((resident.masters + resident.moments) * count),
+        parameters=resident.parameters,
+        weights=resident.weights,
+        gradients=resident.gradients,
+        state=resident.masters + resident.moments,
         activations=activations,
         seconds=seconds,
     )

@@ -1,33 +1,15 @@
-"""What tables report besides losses: lost updates, subnormal gradients, resident bytes."""
+"""What tables report besides losses: lost updates and subnormal gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mpcore._checks import SIXTEEN_BIT
 from mpcore.demo.regimes import Engine
-
-
-def accumulators(engine: Engine) -> list[tuple[Tensor, Tensor]]:
-    """Pairs every parameter with the tensor that its updates accumulate in; no host sync.
-
-    Args:
-        engine: An optimizer. Its state's `master`, where there is one, is that tensor; otherwise
-            the parameter is.
-
-    Example:
-        >>> from mpcore.demo.regimes import PlainAdamW
-        >>> weight = torch.nn.Parameter(torch.ones(2))
-        >>> [(parameter, accumulator)] = accumulators(PlainAdamW([weight]))
-        >>> accumulator is weight
-        True
-    """
-    parameters = [p for group in engine.param_groups for p in group["params"]]
-    return [(p, engine.state.get(p, {}).get("master", p)) for p in parameters]
+from mpcore.monitoring.memory import accumulators
 
 
 def count_lost(
@@ -139,59 +121,3 @@ class SubnormalTally:
                 small = (size > 0) & (size < torch.finfo(grad.dtype).tiny)
                 self.subnormal += int(small.sum())
                 self.values += size.numel()
-
-
-@dataclass(frozen=True)
-class Resident:
-    """Bytes per parameter that stay in memory from step to step, by what they hold."""
-
-    weights: float
-    gradients: float
-    masters: float
-    moments: float
-
-    @property
-    def total(self) -> float:
-        """All four."""
-        return self.weights + self.gradients + self.masters + self.moments
-
-
-def resident_bytes(engine: Engine) -> Resident:
-    """Measures bytes per parameter from the tensors that exist; no host sync.
-
-    Call it between `backward` and `zero_grad`, so that gradients are there. Scalars (step counts,
-    the loss scale) are left out, and so are buffers that live only inside `step`.
-
-    Args:
-        engine: An optimizer that has stepped.
-
-    Example:
-        >>> from mpcore.demo.regimes import PlainAdamW
-        >>> weight = torch.nn.Parameter(torch.ones(2))
-        >>> optimizer = PlainAdamW([weight])
-        >>> optimizer.backward(weight.sum())
-        >>> optimizer.step()
-        >>> resident_bytes(optimizer).total  # 4 weight + 4 gradient + 8 moments
-        16.0
-    """
-    parameters = [p for group in engine.param_groups for p in group["params"]]
-    count = sum(p.numel() for p in parameters)
-    masters = [m for p, m in accumulators(engine) if m is not p]
-    moments = [
-        value
-        for p in parameters
-        for name, value in engine.state.get(p, {}).items()
-        if name != "master" and isinstance(value, Tensor) and value.shape == p.shape
-    ]
-    # an FP32 gradient that an optimizer keeps on its master counts as a gradient
-    gradients = [t.grad for t in (*parameters, *masters) if t.grad is not None]
-    return Resident(
-        weights=_bytes(parameters) / count,
-        gradients=_bytes(gradients) / count,
-        masters=_bytes(masters) / count,
-        moments=_bytes(moments) / count,
-    )
-
-
-def _bytes(tensors: list[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

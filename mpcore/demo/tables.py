@@ -65,7 +65,7 @@ def _gpt_row(result: DemoResult, regime: Regime) -> tuple[str, ...]:
         " ".join(sorted({power_of_two(run.final_scale) for run in runs})),
         f"{mean(shares):.1%}" if shares else "",
         f"{mean([run.lost_updates for run in runs]):.1%}",
-        f"{runs[0].resident.total:.1f}",
+        f"{runs[0].resident.per_parameter:.1f}",
     )
 
 
@@ -75,7 +75,12 @@ def bytes_table(result: DemoResult) -> Table:
     for regime in GPT_REGIMES:
         resident = result.of(regime)[0].resident
         parts = (resident.weights, resident.gradients, resident.masters, resident.moments)
-        rows.append((regime.label, *(f"{part:.2f}" for part in (*parts, resident.total))))
+        rows.append(
+            (
+                regime.label,
+                *(f"{part / resident.parameters:.2f}" for part in (*parts, resident.total)),
+            )
+        )
     return Table(
         title="Bytes per parameter that stay in memory",
         header=("Regime", "Weights", "Gradients", "Masters", "Moments", "Total"),

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from mpcore.demo.data import VOCABULARY, Corpus, draw_offsets, spread_offsets, windows_at
-from mpcore.demo.measure import Resident, SubnormalTally, UpdateTally, resident_bytes
+from mpcore.demo.measure import SubnormalTally, UpdateTally
 from mpcore.demo.model import GPT, GPTConfig, language_loss
 from mpcore.demo.regimes import AdamWSettings, Engine, Regime, prepare
 from mpcore.emulate import emulate_tensor_cores
 from mpcore.loss_scale import DynamicLossScale
+from mpcore.monitoring.memory import Resident, resident_bytes
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Run:
         final_scale: The scale after the last step.
         lost_updates: Share of the non-zero updates that rounding lost.
         subnormal: Share of 16-bit gradient values that are subnormal; None if there are none.
-        resident: Bytes per parameter.
+        resident: Bytes that stay in memory.
         parameters: Number of parameters.
         seconds: Wall-clock time.
     """

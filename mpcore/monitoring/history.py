@@ -2,12 +2,46 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mpcore.monitoring.report import plain
 from mpcore.monitoring.verdicts import Past
+
+
+@dataclass(frozen=True)
+class Course:
+    """What became of some steps in a row.
+
+    Attributes:
+        step: The first of them, counted from 0.
+        loss_scale: Of each step.
+        skipped: Whether it was.
+        grad_norm: 2-norm of the unscaled gradients, before clipping.
+        loss: Before scaling; None where nobody knows.
+        seconds: On the host, since the end of the step before; None for the first of all.
+
+    Example:
+        >>> course = Course(7, (8.0,), (True,), (float("inf"),), (0.5,), (None,))
+        >>> course.to_dict()["grad_norm"]
+        ['inf']
+    """
+
+    step: int
+    loss_scale: tuple[float, ...]
+    skipped: tuple[bool, ...]
+    grad_norm: tuple[float, ...]
+    loss: tuple[float | None, ...]
+    seconds: tuple[float | None, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain numbers and strings; what is not finite becomes a string, as JSON wants."""
+        return {"kind": "course", **plain(asdict(self))}
 
 
 class History:
@@ -23,6 +57,8 @@ class History:
         self._device = device
         # scale, found_inf, norm, whether the loss is known, loss: float64
         self._rows: deque[Tensor] = deque(maxlen=window)
+        self._seconds: deque[float | None] = deque(maxlen=window)
+        self._ended: float | None = None
 
     def add(self, scale: Tensor, found_inf: Tensor, norm: Tensor, loss: Tensor | None) -> None:
         """Adds a step; no host sync.
@@ -40,12 +76,29 @@ class History:
             value.detach().to(self._device, torch.float64, non_blocking=True) for value in values
         ]
         self._rows.append(torch.stack(row))
+        now = time.perf_counter()
+        self._seconds.append(None if self._ended is None else now - self._ended)
+        self._ended = now
         self.steps += 1
 
-    def read(self) -> list[tuple[Past, float | None]]:
-        """Returns the steps, oldest first, each with its loss if that is known; syncs once."""
-        rows = torch.stack(list(self._rows)).tolist() if self._rows else []
+    def read(self, last: int) -> list[tuple[Past, float | None]]:
+        """Returns so many steps, oldest first, each with its loss if that is known; syncs once."""
+        kept = list(self._rows)[-last:] if last else []
+        rows = torch.stack(kept).tolist() if kept else []
         return [
             (Past(scale, bool(skipped), norm), loss if known else None)
             for scale, skipped, norm, known, loss in rows
         ]
+
+    def course(self, last: int) -> Course:
+        """Returns what became of so many steps, or of all that are kept; syncs once."""
+        rows = self.read(last)
+        count = len(rows)
+        return Course(
+            step=self.steps - count,
+            loss_scale=tuple(past.scale for past, _ in rows),
+            skipped=tuple(past.skipped for past, _ in rows),
+            grad_norm=tuple(past.norm for past, _ in rows),
+            loss=tuple(loss for _, loss in rows),
+            seconds=tuple(self._seconds)[len(self._seconds) - count :],
+        )

@@ -15,16 +15,16 @@ from mpcore._checks import check_count
 from mpcore.errors import ArgumentTypeError
 from mpcore.gradients import StepGradients
 from mpcore.monitoring.findings import Finding, findings_of
-from mpcore.monitoring.history import History
+from mpcore.monitoring.history import Course, History
+from mpcore.monitoring.memory import resident_bytes
 from mpcore.monitoring.model_state import large_weights, not_finite
 from mpcore.monitoring.reading import Reading, summed_up
+from mpcore.monitoring.records import Record
 from mpcore.monitoring.report import OverflowReport
 from mpcore.monitoring.update_sample import UpdateSample
 from mpcore.monitoring.verdicts import Facts, verdict_on
 from mpcore.optimizer import MixedPrecisionOptimizer
 from mpcore.step_result import StepResult
-
-Record = Reading | OverflowReport
 
 
 class _Step(NamedTuple):
@@ -52,7 +52,8 @@ class Monitor:
     Every `every` steps it counts the values of each gradient by exponent, in the pass that looks
     for overflow, and makes a `Reading`. On a skipped step it makes an `OverflowReport`:
     at once on a CPU, where looking costs nothing; on a GPU in reported steps, or when `report()` is
-    called. Both go to the sinks. Verdicts go to the logger "mpcore.monitor" too, one line each and
+    called. Both go to the sinks, and with each reading a `Course`: what became of each step since
+    the one before. Verdicts go to the logger "mpcore.monitor" too, one line each and
     each kind once in `every` steps: INFO where nothing is wrong, else WARNING.
 
     Copies and pickles of the optimizer are not watched.
@@ -61,7 +62,7 @@ class Monitor:
         optimizer: What to watch; one monitor at a time.
         model: For names of parameters, and to look at its buffers when a step was skipped.
         every: Steps from one reading to the next; the first comes after as many.
-        window: Steps that are remembered for verdicts.
+        window: Steps that verdicts look back on, and that `course()` returns.
         sinks: Each is called with every record; `JsonLines`, `TensorBoard`, or any function.
 
     Raises:
@@ -99,7 +100,9 @@ class Monitor:
         self._names = {} if model is None else {id(p): n for n, p in model.named_parameters()}
         self._sinks = list(sinks)
         self._device = optimizer._scale.scale.device
-        self._history = History(check_count("window", window), self._device)
+        self._window = check_count("window", window)
+        self._history = History(max(window, every), self._device)
+        self._told = 0  # steps that sinks have heard of
         self._loss: Tensor | None = None
         self._sample: UpdateSample | None = None
         self._used: Tensor | None = None  # by the last clean step that was looked at
@@ -111,9 +114,20 @@ class Monitor:
         optimizer._stage.watcher = self
 
     def close(self) -> None:
-        """Stops watching."""
+        """Stops watching, and tells the sinks of the steps since the last reading; syncs."""
         if self._optimizer._stage.watcher is self:
             self._optimizer._stage.watcher = None
+        self._emit_course()
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def course(self) -> Course:
+        """Returns what became of the last steps, at most `window`; syncs with the host."""
+        return self._history.course(self._window)
 
     def report(self) -> OverflowReport | None:
         """Returns why the last step was skipped, None if it was not; syncs with the host."""
@@ -167,6 +181,8 @@ class Monitor:
             if report is not None:
                 self._emit(report)
                 self._log(report)
+        if sample is not None:
+            self._emit_course()
 
     def _note_used(self, gradients: StepGradients, found_inf: Tensor) -> None:
         """Notes which share of its format the largest unscaled gradient takes; no host sync."""
@@ -204,7 +220,7 @@ class Monitor:
         return self._names.get(id(param)) or self._optimizer._name_of(param)
 
     def _made_reading(self, step: int, gradients: StepGradients, lost: float | None) -> Reading:
-        past, loss = self._history.read()[-1]
+        past, loss = self._history.read(1)[-1]
         return Reading(
             step=step,
             loss_scale=past.scale,
@@ -214,11 +230,12 @@ class Monitor:
             lost_updates=None if past.skipped else lost,
             saturated=self._optimizer.saturated,
             findings=(findings := self._findings(gradients, past.scale)),
+            memory=resident_bytes(self._optimizer),
             **summed_up(findings),
         )
 
     def _made_report(self, step: _Step) -> OverflowReport:
-        *earlier, (now, loss) = self._history.read()
+        *earlier, (now, loss) = self._history.read(self._window)
         passes = tuple(step.result.overflowed_in())
         optimizer = self._optimizer
         state = optimizer._scale.to_state()
@@ -259,6 +276,12 @@ class Monitor:
 
     def _parameters(self) -> list[tuple[str, Tensor]]:
         return [(self._name_of(param), param) for param in self._optimizer._params()]
+
+    def _emit_course(self) -> None:
+        untold = self._history.steps - self._told
+        self._told += untold
+        if untold:
+            self._emit(self._history.course(untold))
 
     def _emit(self, record: Record) -> None:
         for sink in self._sinks:

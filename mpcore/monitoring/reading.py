@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mpcore.monitoring.findings import HIGHEST, LOWEST, Finding
+from mpcore.monitoring.memory import Resident
 from mpcore.monitoring.report import plain
 
 
@@ -31,6 +32,7 @@ class Reading:
             have lost, from at most 4,096 of each parameter; None if no master changed.
         saturated: Weights clamped to the largest finite number so far.
         findings: The gradients one by one, in the order of the parameters.
+        memory: Bytes of weights, gradients, masters and moments that were there.
     """
 
     step: int
@@ -46,6 +48,7 @@ class Reading:
     lost_updates: float | None
     saturated: int
     findings: tuple[Finding, ...]
+    memory: Resident | None = None
 
     def numbers(self) -> dict[str, float]:
         """Returns the single numbers by name, for loggers: `wandb.log(reading.numbers())`."""

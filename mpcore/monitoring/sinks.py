@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 from typing import Any, Protocol
 
-from mpcore.monitoring.reading import Reading
+from mpcore.monitoring.history import Course
+from mpcore.monitoring.records import Record
 from mpcore.monitoring.report import OverflowReport
 
 
@@ -26,7 +27,7 @@ class JsonLines:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = Path(path)
 
-    def __call__(self, record: Reading | OverflowReport) -> None:
+    def __call__(self, record: Record) -> None:
         """Writes a record."""
         line = json.dumps(record.to_dict(), allow_nan=False)
         with self._path.open("a", encoding="utf-8") as file:
@@ -54,10 +55,17 @@ class TensorBoard:
     def __init__(self, writer: _Writer) -> None:
         self._writer = writer
 
-    def __call__(self, record: Reading | OverflowReport) -> None:
-        """Writes a record."""
+    def __call__(self, record: Record) -> None:
+        """Writes a record; of a course the loss scale and skips of each step."""
         if isinstance(record, OverflowReport):
             self._writer.add_text("mpcore/overflow", f"```\n{record}\n```", record.step)
+            return
+        if isinstance(record, Course):
+            for i, (scale, skipped) in enumerate(
+                zip(record.loss_scale, record.skipped, strict=True)
+            ):
+                self._writer.add_scalar("mpcore/course/loss_scale", scale, record.step + i)
+                self._writer.add_scalar("mpcore/course/skipped", int(skipped), record.step + i)
             return
         for name, value in record.numbers().items():
             self._writer.add_scalar(f"mpcore/{name}", value, record.step)

@@ -1,0 +1,110 @@
+"""Which bytes an optimizer and its model keep, by what they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class _Optimizer(Protocol):
+    @property
+    def param_groups(self) -> list[dict[str, Any]]: ...
+
+    @property
+    def state(self) -> Mapping[Any, Any]: ...
+
+
+@dataclass(frozen=True)
+class Resident:
+    """Bytes that stay in memory; what lives only inside a step or a backward pass is not counted.
+
+    Attributes:
+        parameters: Number of parameters.
+        weights: Bytes of what the model computes with.
+        gradients: Of their gradients.
+        masters: Of FP32 copies of 16-bit weights.
+        moments: Of full-size optimizer state.
+
+    Example:
+        >>> Resident(10, weights=20, gradients=20, masters=40, moments=80).per_parameter
+        16.0
+    """
+
+    parameters: int
+    weights: int
+    gradients: int
+    masters: int
+    moments: int
+
+    @property
+    def total(self) -> int:
+        """All four."""
+        return self.weights + self.gradients + self.masters + self.moments
+
+    @property
+    def per_parameter(self) -> float:
+        """The total over the number of parameters."""
+        return self.total / max(self.parameters, 1)
+
+
+def accumulators(optimizer: _Optimizer) -> list[tuple[Tensor, Tensor]]:
+    """Pairs every parameter with the tensor that its updates accumulate in; no host sync.
+
+    Args:
+        optimizer: Its state's `master`, where there is one, is that tensor; otherwise the parameter
+            is.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.nn.Parameter(torch.ones(2))
+        >>> [(parameter, accumulator)] = accumulators(torch.optim.SGD([weight], lr=0.1))
+        >>> accumulator is weight
+        True
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return [(p, optimizer.state.get(p, {}).get("master", p)) for p in parameters]
+
+
+def resident_bytes(optimizer: _Optimizer) -> Resident:
+    """Adds up the tensors that exist; no host sync.
+
+    Call it between `backward` and `zero_grad`, so that gradients are there. Scalars (step counts,
+    the loss scale) are left out.
+
+    Args:
+        optimizer: One that has stepped.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = torch.optim.AdamW([weight])
+        >>> weight.sum().backward()
+        >>> optimizer.step()
+        >>> resident_bytes(optimizer).per_parameter  # 4 weight + 4 gradient + 8 moments
+        16.0
+    """
+    pairs = accumulators(optimizer)
+    parameters = [param for param, _ in pairs]
+    masters = [master for param, master in pairs if master is not param]
+    moments = [
+        value
+        for param in parameters
+        for name, value in optimizer.state.get(param, {}).items()
+        if name != "master" and isinstance(value, Tensor) and value.shape == param.shape
+    ]
+    # an FP32 gradient that an optimizer keeps on its master counts as a gradient
+    gradients = [t.grad for t in (*parameters, *masters) if t.grad is not None]
+    return Resident(
+        parameters=sum(param.numel() for param in parameters),
+        weights=_bytes(parameters),
+        gradients=_bytes(gradients),
+        masters=_bytes(masters),
+        moments=_bytes(moments),
+    )
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
