@@ -1,6 +1,9 @@
 """Loss scaling and FP32 master weights for PyTorch. Importing this needs torch alone."""
 
 from mpcore.cast_model import cast_model as cast_model
+from mpcore.comparison.compare import compare as compare
+from mpcore.comparison.result import Comparison as Comparison
+from mpcore.comparison.training_run import TrainingRun as TrainingRun
 from mpcore.emulate import emulate_tensor_cores as emulate_tensor_cores
 from mpcore.errors import ArgumentError as ArgumentError
 from mpcore.errors import ArgumentTypeError as ArgumentTypeError

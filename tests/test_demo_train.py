@@ -63,7 +63,11 @@ def test_loss_weight_changes_no_bit_of_the_fp32_run(corpus):
 def test_run_follows_from_regime_and_seed(corpus):
     first, again = (run(regimes.FP16_MASTERS, TINY, corpus, seed=1) for _ in range(2))
     other = run(regimes.FP16_MASTERS, TINY, corpus, seed=2)
-    assert replace(first, seconds=0.0) == replace(again, seconds=0.0)
+    assert first.log is not None
+    assert again.log is not None
+    assert str(first.log.readings) == str(again.log.readings)  # a norm may be NaN
+    first, again = (replace(one, seconds=0.0, log=None) for one in (first, again))
+    assert first == again
     assert first.train_losses != other.train_losses
 
 

@@ -17,10 +17,12 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parent.parent
 ENGINE = sorted((ROOT / "mpcore").rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels" / "mpcore_kernels").rglob("*.py"))
-# the command line, its demo and its benchmark are an application on top of the library: they may
-# print, and need the extra `demo` or `bench`
+# the command line, its demo, benchmark and pages are an application on top of the library: they may
+# print, and need an extra
 APPLICATION = [
-    p for p in ENGINE if p.relative_to(ROOT / "mpcore").parts[0] in {"cli", "demo", "bench"}
+    p
+    for p in ENGINE
+    if p.relative_to(ROOT / "mpcore").parts[0] in {"cli", "demo", "bench", "report"}
 ]
 LIBRARY = [path for path in ENGINE if path not in APPLICATION]
 LONGEST_FILE = 350

@@ -28,9 +28,9 @@ from mpcore.backends import Inspection
 from mpcore.bench.experiment import check_device
 from mpcore.bench.problem import ADAMW
 from mpcore.bench.tensors import synchronize
-from mpcore.demo.table import Table
 from mpcore.loss_scale import DynamicLossScale
 from mpcore.optimizer import MixedPrecisionOptimizer
+from mpcore.table import Table
 
 GROUPS = 4
 

@@ -8,7 +8,7 @@ import io
 from mpcore.bench.experiment import BenchResult, Outcome
 from mpcore.bench.rows import BASELINE, LOOP
 from mpcore.bench.shapes import ParameterList
-from mpcore.demo.table import Table
+from mpcore.table import Table
 
 _MISSING = "n/a"
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from mpcore.bench.experiment import check_device
-from mpcore.bench.tensors import storage_bytes
 from mpcore.bench.timing import time_call
 from mpcore.demo.model import GPT, GPTConfig, language_loss
 from mpcore.demo.regimes import (
@@ -29,9 +28,9 @@ from mpcore.demo.regimes import (
     Regime,
     prepare,
 )
-from mpcore.demo.table import Table
 from mpcore.loss_scale import DynamicLossScale
-from mpcore.monitoring.memory import resident_bytes
+from mpcore.monitoring.memory import SavedForBackward, resident_bytes
+from mpcore.table import Table
 
 REGIMES = (FP32, FP16_MASTERS, BF16_MASTERS, AUTOCAST)
 _ADAMW = AdamWSettings(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
@@ -98,16 +97,13 @@ def saved_bytes(forward: Callable[[], object], parameters: list[Tensor]) -> int:
         >>> saved_bytes(lambda: (weight * values).exp(), [weight])  # values and the result
         24
     """
-    saved: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        saved.append(tensor.detach())  # alive, so that no storage's address is used again
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    saved = SavedForBackward(parameters)
+    saved.start()
+    try:
         forward()
-    own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-    return storage_bytes(t for t in saved if t.untyped_storage().data_ptr() not in own)
+    finally:
+        size = saved.stop()
+    return size
 
 
 def run_training(settings: TrainSettings) -> tuple[TrainBytes, ...]:

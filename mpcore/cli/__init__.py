@@ -8,7 +8,9 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-_EXTRA = frozenset({"typer", "rich", "matplotlib", "jinja2", "markupsafe", "numpy", "sklearn"})
+_EXTRA = frozenset(
+    {"typer", "rich", "matplotlib", "jinja2", "markupsafe", "numpy", "sklearn", "scipy"}
+)
 
 
 def main() -> None:

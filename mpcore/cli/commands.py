@@ -1,4 +1,4 @@
-"""The commands: `mpcore demo`, `mpcore bench` and `mpcore doctor`."""
+"""The commands: what the `mpcore` program can do, and its options."""
 
 from __future__ import annotations
 
@@ -101,6 +101,52 @@ def bench(
             raise ArgumentError("host: expected one of --host and --train, got both.")
         show = show_host if host else show_training if train else show_bench
         show(options, Console())
+
+
+@app.command(name="compare")
+def compare_command(
+    target: Annotated[
+        str, typer.Argument(help="The training loop: file.py:function or package.module:function.")
+    ],
+    policies: Annotated[str, typer.Option(help="Beside float32; commas.")] = "float16,bfloat16",
+    seeds: Annotated[int, typer.Option(help="How many; five tell much more than two.")] = 3,
+    first_seed: Annotated[int, typer.Option(help="The first of them.")] = 0,
+    metric: Annotated[str, typer.Option(help="What to call what the loop returns.")] = "loss",
+    higher_is_better: Annotated[
+        bool, typer.Option("--higher-is-better", help="Of the metric, accuracy for example.")
+    ] = False,
+    margin: Annotated[
+        float, typer.Option(help="Share of FP32's metric that does not matter.")
+    ] = 0.01,
+    output: Annotated[Path, typer.Option(help="Where to write the report.")] = Path(
+        "mpcore-compare.html"
+    ),
+) -> None:
+    """Train your own loop in FP32 and in 16 bits with the same seeds: do they agree?"""
+    with _errors_in_one_line():
+        from mpcore.cli.compare_view import CompareOptions, compare_and_show
+
+        options = CompareOptions(
+            policies, seeds, first_seed, metric, higher_is_better, margin, output
+        )
+        compare_and_show(target, options, Console())
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Files that mpcore.JsonLines wrote, one of each run.")
+    ],
+    output: Annotated[Path, typer.Option(help="Where to write the report.")] = Path(
+        "mpcore-report.html"
+    ),
+    title: Annotated[str, typer.Option(help="Of the report.")] = "What the monitor saw",
+) -> None:
+    """Turn what a monitor wrote into one HTML file: losses, scales, skips, gradients, layers."""
+    with _errors_in_one_line():
+        from mpcore.cli.report_view import write_report
+
+        write_report(runs, output, title, Console())
 
 
 @app.command()

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -25,6 +22,7 @@ from mpcore.demo.regimes import (
     GPT_REGIMES,
     Regime,
 )
+from mpcore.report.svg import new_axes, smooth, to_svg
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart: colour, dashes, width. Curves
 # that fall together are told apart by their widths: wide ones are drawn first.
@@ -39,7 +37,6 @@ _STYLES: dict[Regime, tuple[str, str, float]] = {
     AUTOCAST: ("#CC79A7", ":", 1.4),
 }
 _SKIPPED = "skipped step"
-_SIZE = (5.8, 3.6)  # inches; the page scales it
 
 
 def loss_figure(result: DemoResult) -> str:
@@ -48,7 +45,7 @@ def loss_figure(result: DemoResult) -> str:
     Returns:
         An `<svg>` element.
     """
-    figure, axes = _axes("step", "training loss (nats per character)")
+    figure, axes = new_axes("step", "loss (nats per character)")
     for regime in _STYLES:
         _line(axes, regime, smooth(_losses(result, regime)))
     return _svg(figure, "Training loss of every regime over the steps", "loss")
@@ -60,7 +57,7 @@ def difference_figure(result: DemoResult) -> str:
     Returns:
         An `<svg>` element. The regime without loss scaling leaves its frame.
     """
-    figure, axes = _axes("step", "training loss above FP32")
+    figure, axes = new_axes("step", "loss above FP32")
     baseline = _losses(result, FP32)
     settled = result.settings.gpt.warmup  # skips during the warm-up throw the early curves about
     highest = 1e-3
@@ -79,7 +76,7 @@ def scale_figure(result: DemoResult) -> str:
     Returns:
         An `<svg>` element.
     """
-    figure, axes = _axes("step", "loss scale")
+    figure, axes = new_axes("step", "loss scale")
     axes.set_yscale("log", base=2)
     for regime in (r for r in _STYLES if r.scaled):
         run = result.of(regime)[0]
@@ -94,38 +91,10 @@ def scale_figure(result: DemoResult) -> str:
     return _svg(figure, "Loss scale over the steps; crosses mark skipped steps", "scale")
 
 
-def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Averages each value with those before it, over a twentieth of the run at most.
-
-    Example:
-        >>> smooth(np.array([1.0, 3.0])).tolist()
-        [1.0, 3.0]
-        >>> smooth(np.arange(40.0))[-1].item()
-        38.5
-    """
-    width = max(1, len(values) // 20)
-    sums = np.cumsum(np.concatenate(([0.0], values)))
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(0, ends - width)
-    averages: NDArray[np.float64] = (sums[ends] - sums[starts]) / (ends - starts)
-    return averages
-
-
 def _losses(result: DemoResult, regime: Regime) -> NDArray[np.float64]:
     curves: Sequence[Sequence[float]] = [run.train_losses for run in result.of(regime)]
     averages: NDArray[np.float64] = np.mean(np.array(curves, dtype=np.float64), axis=0)
     return averages
-
-
-def _axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=_SIZE, layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_xlabel(x_label, fontsize=9)
-    axes.set_ylabel(y_label, fontsize=9)
-    axes.tick_params(labelsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e4e4e4", lw=0.6)
-    return figure, axes
 
 
 def _line(axes: Axes, regime: Regime, values: NDArray[np.float64]) -> None:
@@ -135,27 +104,5 @@ def _line(axes: Axes, regime: Regime, values: NDArray[np.float64]) -> None:
 
 
 def _svg(figure: Figure, description: str, name: str) -> str:
-    """Adds a legend, renders an `<svg>` element: no prolog, no metadata, always the same bytes.
-
-    Args:
-        figure: What to render.
-        description: Read out by screen readers.
-        name: Salt of the element ids, which must differ between the figures of a page.
-    """
     # in the order of the tables, not in that of drawing
-    order = [*(regime.label for regime in GPT_REGIMES), _SKIPPED]
-    entries = zip(*figure.axes[0].get_legend_handles_labels(), strict=True)
-    handles = [handle for handle, _ in sorted(entries, key=lambda entry: order.index(entry[1]))]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
-    text = io.StringIO()
-    with rc_context({"svg.fonttype": "path", "svg.hashsalt": name}):
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(text, format="svg", transparent=True, metadata=nothing)
-    svg = text.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
-    # ids that are not hashed, such as axes_1, would repeat from figure to figure
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    svg = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{name}-", svg)
-    svg = re.sub(r' width="[\d.]+pt"| height="[\d.]+pt"', "", svg, count=2)
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{description}" ', 1)
+    return to_svg(figure, description, name, [*(r.label for r in GPT_REGIMES), _SKIPPED])

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from mpcore.demo.digits import DigitsRun
 from mpcore.demo.experiment import DemoResult, mean, relative_to_fp32
 from mpcore.demo.regimes import FP32, GPT_REGIMES, Regime
-from mpcore.demo.table import Table
+from mpcore.table import Table
 
 
 def gpt_table(result: DemoResult) -> Table:

@@ -17,6 +17,12 @@ from mpcore.demo.regimes import AdamWSettings, Engine, Regime, prepare
 from mpcore.emulate import emulate_tensor_cores
 from mpcore.loss_scale import DynamicLossScale
 from mpcore.monitoring.memory import Resident, resident_bytes
+from mpcore.monitoring.monitor import Monitor
+from mpcore.monitoring.records import Record
+from mpcore.monitoring.run_log import RunLog
+from mpcore.optimizer import MixedPrecisionOptimizer
+
+_READINGS = 20  # of gradients, in a run
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,8 @@ class Run:
         resident: Bytes that stay in memory.
         parameters: Number of parameters.
         seconds: Wall-clock time.
+        log: What a monitor told of it, its losses with the loss weight; None of an optimizer that
+            is not mpcore's.
     """
 
     regime: Regime
@@ -112,6 +120,7 @@ class Run:
     resident: Resident
     parameters: int
     seconds: float
+    log: RunLog | None = None
 
     @property
     def validation_loss(self) -> float:
@@ -160,6 +169,7 @@ def train_gpt(
         resident=loop.resident,
         parameters=sum(p.numel() for p in loop.model.parameters()),
         seconds=time.perf_counter() - started,
+        log=loop.close(),
     )
 
 
@@ -175,6 +185,12 @@ class _Loop:
         self.model, self.engine = prepare(
             GPT(settings.config, seed), regime, settings.adamw, settings.scale
         )
+        self.records: list[Record] = []
+        self.monitor: Monitor | None = None
+        if isinstance(self.engine, MixedPrecisionOptimizer):
+            every = max(1, settings.steps // _READINGS)
+            sinks = [self.records.append]
+            self.monitor = Monitor(self.engine, self.model, every=every, sinks=sinks)
         self.tally = UpdateTally(self.engine)
         self.gradients = SubnormalTally()
         context = settings.config.context
@@ -206,6 +222,12 @@ class _Loop:
         self.engine.zero_grad()
         if step + 1 in self.evaluated:
             self.validation.append((step + 1, self._validate()))
+
+    def close(self) -> RunLog | None:
+        if self.monitor is None:
+            return None
+        self.monitor.close()
+        return RunLog.of(self.regime.label, self.records)
 
     def _loss(self, text: Tensor, offsets: Tensor) -> Tensor:
         inputs, targets = windows_at(text, offsets, self.settings.config.context)

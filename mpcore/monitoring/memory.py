@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -108,3 +109,45 @@ def resident_bytes(optimizer: _Optimizer) -> Resident:
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+class SavedForBackward:
+    """Counts bytes that autograd saves for the backward pass, from `start` to `stop`; no host sync.
+
+    Each storage counts once; parameters are left out.
+
+    Args:
+        parameters: Their storages do not count.
+
+    Example:
+        >>> weight, values = torch.ones(3, requires_grad=True), torch.ones(3)
+        >>> saved = SavedForBackward([weight])
+        >>> saved.start()
+        >>> result = (weight * values).exp()
+        >>> saved.stop()  # values and the result
+        24
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self._own = {param.untyped_storage().data_ptr() for param in parameters}
+        self._kept: list[Tensor] = []
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, _as_it_is)
+
+    def start(self) -> None:
+        """Begins to count."""
+        self._hooks.__enter__()
+
+    def stop(self) -> int:
+        """Ends counting and returns the bytes."""
+        self._hooks.__exit__()
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in self._kept}
+        self._kept.clear()
+        return sum(size.nbytes() for at, size in storages.items() if at not in self._own)
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        self._kept.append(tensor.detach())  # alive, so that no storage's address is used again
+        return tensor
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor

@@ -9,7 +9,7 @@ from typing import Any
 
 from mpcore.accumulation import Overflow
 from mpcore.monitoring.findings import Finding
-from mpcore.monitoring.verdicts import Verdict
+from mpcore.monitoring.verdicts import Verdict, scale_text
 
 _SHOWN = 12  # finite gradients around those that are not, in text
 
@@ -67,14 +67,15 @@ class OverflowReport:
         bad = self.overflowed
         first = f", {bad[0].name} {'/'.join(bad[0].kinds)}" if bad else ""
         return (
-            f"step {self.step} skipped: {self.verdict.name}; loss scale {self._scales()}, "
+            f"step {self.step} skipped: {self.verdict.name}; loss scale {self.scales()}, "
             f"{len(bad)} of {len(self.findings)} gradients{first}. "
             f"{self.verdict.text}"
         )
 
-    def _scales(self) -> str:
-        after = "?" if self.next_scale is None else f"{self.next_scale:g}"
-        return f"{self.loss_scale:g} -> {after}"
+    def scales(self) -> str:
+        """Returns the loss scale of this step and of the next as text."""
+        after = "?" if self.next_scale is None else scale_text(self.next_scale)
+        return f"{scale_text(self.loss_scale)} -> {after}"
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain numbers and strings; what is not finite becomes a string, as JSON wants."""
@@ -84,7 +85,7 @@ class OverflowReport:
         where = "" if self.rank is None else f" on rank {self.rank}"
         lines = [
             f"Step {self.step} was skipped{where}: {self.verdict}",
-            f"  loss scale {self._scales()}, "
+            f"  loss scale {self.scales()}, "
             f"{self.skips_in_a_row} skipped in a row, {self.skipped_steps} so far"
             + ("" if self.loss is None else f", loss {self.loss:g}"),
         ]

@@ -38,6 +38,17 @@ class Verdict:
         return f"{self.text} {self.advice}".rstrip()
 
 
+def scale_text(scale: float) -> str:
+    """Returns a loss scale as people say it: large powers of two as such.
+
+    Example:
+        >>> scale_text(1024.0), scale_text(2.0**27), scale_text(0.125), scale_text(3e9)
+        ('1024', '2^27', '0.125', '3e+09')
+    """
+    mantissa, exponent = math.frexp(scale)
+    return f"2^{exponent - 1}" if mantissa == 0.5 and exponent > 17 else f"{scale:g}"
+
+
 @dataclass(frozen=True)
 class Past:
     """An earlier step.
@@ -160,7 +171,8 @@ def _floor(facts: Facts) -> Verdict | None:
     return Verdict(
         "floor",
         False,
-        f"The loss scale is at its minimum, {floor:g}, and a gradient overflows all the same.",
+        f"The loss scale is at its minimum, {scale_text(floor)}, and a gradient overflows all the "
+        "same.",
         "Lower min_scale if the loss is large; otherwise look for its source with "
         "mpcore.trace_overflow(model, batch, ...).",
     )
@@ -183,7 +195,8 @@ def _static(facts: Facts) -> Verdict | None:
     return Verdict(
         "static",
         False,
-        f"A loss scale of {facts.scale:g}, which never moves, was too high for the first step.",
+        f"A loss scale of {scale_text(facts.scale)}, which never moves, was too high for the "
+        "first step.",
         "Lower it, or use mpcore.DynamicLossScale().",
     )
 
@@ -192,17 +205,17 @@ def _searching(facts: Facts) -> Verdict | None:
     if not isinstance(facts.scaling, (DynamicLossScale, HeadroomLossScale)):
         return None
     begun = facts.clean_before > 0
-    after = f"{facts.next_scale:g} is next"
-    if facts.next_scale == facts.scale:  # hysteresis, or a tolerance
-        after = "it goes down if that happens again"
+    after = "it goes down if that happens again"  # with hysteresis, or a tolerance
+    if facts.next_scale is not None and facts.next_scale != facts.scale:
+        after = f"{scale_text(facts.next_scale)} is next"
     # after a resume the history is short, and what it lacks was clean
     if begun and (_proven(facts) >= _FEW or facts.clean_before >= _PROVEN or _has_grown(facts)):
         return None
     return Verdict(
         "search",
         True,
-        f"The search for a loss scale {'goes on' if begun else 'has begun'}: {facts.scale:g} is "
-        f"too high, {after}. Nothing is wrong.",
+        f"The search for a loss scale {'goes on' if begun else 'has begun'}: "
+        f"{scale_text(facts.scale)} is too high, {after}. Nothing is wrong.",
     )
 
 
@@ -215,8 +228,8 @@ def _probing(facts: Facts) -> Verdict | None:
     return Verdict(
         "probe",
         True,
-        f"The loss scale had grown to {facts.scale:g} to find out whether that is too high; it is. "
-        f"Expected about every {interval} steps. Nothing is wrong.",
+        f"The loss scale had grown to {scale_text(facts.scale)} to find out whether that is too "
+        f"high; it is. Expected about every {interval} steps. Nothing is wrong.",
     )
 
 
@@ -258,7 +271,7 @@ def _spike(facts: Facts) -> Verdict:
     return Verdict(
         "spike",
         False,
-        f"A spike: gradients overflowed at a loss scale of {facts.scale:g}{before}: "
+        f"A spike: gradients overflowed at a loss scale of {scale_text(facts.scale)}{before}: "
         f"{_names(_bad(facts))}.{usual}",
         "One now and then is harmless, since the step was skipped. If they go on: look at the "
         "batch, lower the learning rate, or clip.",

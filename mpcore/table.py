@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -20,3 +20,12 @@ class Table:
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...]
+
+    def without_title(self) -> Table:
+        """Returns the table for a place that says its title already.
+
+        Example:
+            >>> Table("Title", ("a",), (), ()).without_title().title
+            ''
+        """
+        return replace(self, title="")

@@ -1,0 +1,141 @@
+"""`mpcore compare` on the terminal: a training loop by name, progress, a table, a page."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress, TaskID
+
+from mpcore._checks import check_count
+from mpcore.cli.output import check_writable, progress_on, show_table
+from mpcore.comparison.compare import compare
+from mpcore.comparison.contender import contenders
+from mpcore.errors import ArgumentError
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """The options of `mpcore compare`."""
+
+    policies: str
+    seeds: int
+    first_seed: int
+    metric: str
+    higher_is_better: bool
+    margin: float
+    output: Path
+
+
+def compare_and_show(target: str, options: CompareOptions, console: Console) -> None:
+    """Runs a comparison, prints its table and verdicts, and writes its page.
+
+    Args:
+        target: "file.py:function" or "package.module:function".
+        options: From the command line.
+        console: Where to print.
+
+    Raises:
+        ArgumentError: There is no such function, or the page cannot be written.
+    """
+    check_writable(options.output, "mpcore-compare.html")
+    train = load_function(target)
+    policies = [name.strip() for name in options.policies.split(",")]
+    contenders(policies)  # what is wrong is said before a progress bar
+    check_count("seeds", options.seeds)
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    with progress_on(console) as progress:
+        runs = _Runs(progress, len(seeds) * (len(policies) + 1))
+        result = compare(
+            train,
+            policies,
+            seeds=list(seeds),
+            metric=options.metric,
+            higher_is_better=options.higher_is_better,
+            margin=options.margin,
+            on_run=runs.begin,
+        )
+        runs.end()
+    show_table(result.table(), console)
+    for label, found in result.agreements.items():
+        console.print(f"{label}: ", end="", style="bold", highlight=False)
+        console.print(found.text, highlight=False)
+    result.write_html(options.output)
+    console.print("\nReport: ", end="")
+    console.print(str(options.output), style="bold", soft_wrap=True, highlight=False)
+
+
+class _Runs:
+    """A bar over all runs, which says which one is under way."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self._progress = progress
+        self._task: TaskID = progress.add_task("Runs", total=total, note="")
+        self._begun = 0
+
+    def begin(self, label: str, seed: int) -> None:
+        self._progress.update(self._task, completed=self._begun, note=f"{label}, seed {seed}")
+        self._begun += 1
+
+    def end(self) -> None:
+        self._progress.update(self._task, completed=self._begun, note="")
+
+
+def load_function(target: str) -> Any:
+    """Returns the function that "file.py:function" or "package.module:function" names.
+
+    Modules are also looked for in the current folder; those beside a file can be imported by it.
+
+    Raises:
+        ArgumentError: There is none.
+
+    Example:
+        >>> load_function("math:sqrt")(4.0)
+        2.0
+    """
+    place, _, name = target.rpartition(":")
+    if not place or not name:
+        raise ArgumentError(
+            f"target: expected file.py:function or package.module:function, got {target!r}."
+        )
+    try:
+        module = _from_file(Path(place)) if place.endswith(".py") else _from_name(place)
+    except (ModuleNotFoundError, FileNotFoundError) as error:
+        raise ArgumentError(f"target: expected a module, got {place!r}: {error}.") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        known = [key for key, value in vars(module).items() if callable(value)]
+        public = ", ".join(key for key in known if not key.startswith("_"))
+        raise ArgumentError(
+            f"target: expected a function of {place}, got {name!r}. It has: {public or 'none'}."
+        )
+    return function
+
+
+def _from_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise FileNotFoundError("there is no such file")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise FileNotFoundError("it is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses and pickles look themselves up there
+    _look_in(path.absolute().parent)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _from_name(name: str) -> ModuleType:
+    _look_in(Path.cwd())
+    return importlib.import_module(name)
+
+
+def _look_in(folder: Path) -> None:
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))

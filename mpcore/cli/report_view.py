@@ -1,0 +1,56 @@
+"""`mpcore report` on the terminal: the files of runs in, one page out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from mpcore.cli.output import check_writable, show_table
+from mpcore.errors import ArgumentError
+from mpcore.monitoring.run_log import RunLog
+from mpcore.report.run_page import render_runs, summary_table
+
+
+def write_report(runs: Sequence[Path], output: Path, title: str, console: Console) -> None:
+    """Reads the files of runs, prints what they come to and writes their page.
+
+    Args:
+        runs: What `mpcore.JsonLines` wrote.
+        output: Where to write the page.
+        title: Of the page.
+        console: Where to print.
+
+    Raises:
+        ArgumentError: A file is none of a run, or the page cannot be written.
+    """
+    check_writable(output, "mpcore-report.html")
+    logs = [RunLog.read(path) for path in runs]
+    for path, log in zip(runs, logs, strict=True):
+        if not (log.courses or log.readings or log.overflows):
+            raise ArgumentError(f"runs: expected records, got none in {path}. Was a step made?")
+    logs = [replace(log, name=name) for log, name in zip(logs, names_of(runs), strict=True)]
+    output.write_text(render_runs(logs, title), encoding="utf-8")
+    show_table(replace(summary_table(logs), title=title), console)
+    console.print("Report: ", end="")
+    console.print(str(output), style="bold", soft_wrap=True, highlight=False)
+
+
+def names_of(paths: Sequence[Path]) -> list[str]:
+    """Returns names for files: their own, with as many folders as it takes to tell them apart.
+
+    Raises:
+        ArgumentError: One is there twice.
+
+    Example:
+        >>> names_of([Path("run.jsonl")]), names_of([Path("a/run.jsonl"), Path("b/run.jsonl")])
+        (['run'], ['a/run', 'b/run'])
+    """
+    parts = [path.absolute().with_suffix("").parts for path in paths]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise ArgumentError(f"runs: expected each file once, got {', '.join(map(str, paths))}.")

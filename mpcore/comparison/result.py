@@ -1,0 +1,214 @@
+"""What a comparison found."""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from mpcore.comparison.contender import BASELINE
+from mpcore.comparison.statistics import Agreement, agreement
+from mpcore.comparison.training_run import TrainingRun
+from mpcore.monitoring.memory import Resident
+from mpcore.monitoring.run_log import RunLog
+from mpcore.table import Table
+
+_APART = 0.05  # first losses that differ by more than this share come from other weights or data
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run did.
+
+    Attributes:
+        label: Of the policy and its loss scale.
+        seed: Of the run.
+        metric: What the loop returned; NaN if it failed.
+        log: Losses, scales, skipped steps, readings.
+        seconds: Median of a step, from the end of one to the end of the next; None of one step.
+        memory: Bytes that stay; None if the run was too short for a reading.
+        activations: Bytes that the first forward pass saved for its backward pass.
+        failure: Why it failed; None if it did not.
+    """
+
+    label: str
+    seed: int
+    metric: float
+    log: RunLog
+    seconds: float | None
+    memory: Resident | None
+    activations: int | None
+    failure: str | None = None
+
+    @staticmethod
+    def of(run: TrainingRun, metric: float, failure: str | None) -> Outcome:
+        """Returns what became of a run that has ended."""
+        log = run.log
+        seconds = statistics.median(log.seconds) if log.seconds else None
+        return Outcome(
+            *(run.label, run.seed, metric, log, seconds, run.memory, run.activations, failure)
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found; `print(comparison)`, or `comparison.write_html("compare.html")`.
+
+    Attributes:
+        metric: What the number is called that was compared.
+        higher_is_better: Whether a large one is good.
+        margin: Share of FP32's mean that does not matter.
+        outcomes: One for each policy and seed, in the order of the runs.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> log = RunLog("float32", (), (), ())
+        >>> run = Outcome("float32", 0, 0.5, log, None, None, None)
+        >>> found = Comparison("loss", False, 0.01, (run, replace(run, label="float16")))
+        >>> print(found.agreements["float16"].text)
+        +0.00% of FP32 with one seed; run more to know what another seed would give.
+    """
+
+    metric: str
+    higher_is_better: bool
+    margin: float
+    outcomes: tuple[Outcome, ...]
+
+    @property
+    def labels(self) -> list[str]:
+        """The policies with their loss scales, FP32 first."""
+        return list(dict.fromkeys(outcome.label for outcome in self.outcomes))
+
+    def of(self, label: str) -> list[Outcome]:
+        """Returns the runs of a policy, by seed."""
+        return [outcome for outcome in self.outcomes if outcome.label == label]
+
+    @cached_property
+    def agreements(self) -> dict[str, Agreement]:
+        """What may be said of each policy; needs SciPy if there are several seeds."""
+        baseline = [outcome.metric for outcome in self.of(BASELINE.label)]
+        return {
+            label: agreement(
+                [outcome.metric for outcome in self.of(label)],
+                baseline,
+                higher_is_better=self.higher_is_better,
+                margin=self.margin,
+            )
+            for label in self.labels
+            if label != BASELINE.label
+        }
+
+    @property
+    def warnings(self) -> list[str]:
+        """What makes the comparison doubtful: runs that did not begin alike or stopped early."""
+        found = []
+        for label in self.labels[1:]:
+            for run, base in zip(self.of(label), self.of(BASELINE.label), strict=True):
+                if run.failure is not None:
+                    found.append(f"{label}, seed {run.seed}: {run.failure}")
+                elif len(run.log.steps) != len(base.log.steps):
+                    found.append(
+                        f"{label}, seed {run.seed}: {len(run.log.steps):,} steps, and "
+                        f"{len(base.log.steps):,} in FP32."
+                    )
+                elif _begin_apart(run.log.losses, base.log.losses):
+                    found.append(
+                        f"{label}, seed {run.seed}: the first loss is {run.log.losses[0][1]:.4g}, "
+                        f"and {base.log.losses[0][1]:.4g} in FP32. Do weights and batches follow "
+                        "from run.seed alone?"
+                    )
+        return found
+
+    def table(self) -> Table:
+        """Returns a row for each policy."""
+        seeds = [outcome.seed for outcome in self.of(BASELINE.label)]
+        better = "higher is better" if self.higher_is_better else "lower is better"
+        return Table(
+            title=f"{self.metric} ({better}), seeds: {', '.join(map(str, seeds))}",
+            header=(
+                *("Policy", self.metric.capitalize(), "vs FP32", "p", "Verdict", "Skips"),
+                *("ms per step", "Bytes per param", "Activations"),
+            ),
+            rows=tuple(self._row(label) for label in self.labels),
+            notes=(
+                f"Matches: with 95 % confidence no worse than FP32 by more than {self.margin:.1%} "
+                "(paired t-test of the seeds against that margin). p: of a two-sided paired "
+                "t-test, the chance of such a difference if there were none.",
+                "Skips: skipped steps, all seeds. Bytes per param: weights, gradients, masters "
+                "and moments. Activations: saved by the first forward pass, as a share of FP32's.",
+                *self.warnings,
+            ),
+        )
+
+    def _row(self, label: str) -> tuple[str, ...]:
+        runs = self.of(label)
+        found = self.agreements.get(label)
+        metrics = [run.metric for run in runs]
+        memory = next((run.memory for run in runs if run.memory is not None), None)
+        times = [run.seconds for run in runs if run.seconds is not None]
+        return (
+            label,
+            mean_and_spread(metrics),
+            "" if found is None else self._versus(found),
+            "" if found is None or found.p is None else f"{found.p:.2g}",
+            "" if found is None else found.name,
+            f"{sum(len(run.log.skipped) for run in runs):,}",
+            f"{1e3 * statistics.median(times):.3g}" if times else "",
+            "" if memory is None else f"{memory.per_parameter:.1f}",
+            self._activations(runs),
+        )
+
+    def _versus(self, found: Agreement) -> str:
+        base = statistics.fmean(outcome.metric for outcome in self.of(BASELINE.label))
+        return f"{found.difference / abs(base):+.2%}" if base else f"{found.difference:+.3g}"
+
+    def _activations(self, runs: Sequence[Outcome]) -> str:
+        own, base = runs[0].activations, self.of(BASELINE.label)[0].activations
+        return f"{own / base:.0%}" if own is not None and base else ""
+
+    def write_html(self, path: str | os.PathLike[str]) -> None:
+        """Writes the report: one page that fetches nothing. Needs the extra `report`.
+
+        Args:
+            path: Of the file.
+        """
+        from mpcore.report.compare_page import render_comparison
+
+        Path(path).write_text(render_comparison(self), encoding="utf-8")
+
+    def __str__(self) -> str:
+        table = self.table()
+        widths = [max(map(len, column)) for column in zip(table.header, *table.rows, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in (table.header, *table.rows)
+        ]
+        verdicts = [f"{label}: {found.text}" for label, found in self.agreements.items()]
+        return "\n".join([table.title, *lines, *verdicts, *self.warnings])
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    """Returns the mean with its standard deviation, to two digits of that.
+
+    Example:
+        >>> mean_and_spread([95.0, 97.0]), mean_and_spread([0.5]), mean_and_spread([1.0, 1.0])
+        ('96.0 ± 1.4', '0.5', '1')
+    """
+    mean = statistics.fmean(values)
+    known = len(values) > 1 and all(map(math.isfinite, values))
+    spread = statistics.stdev(values) if known else 0.0
+    if not spread:
+        return f"{mean:.4g}"
+    places = max(0, 1 - math.floor(math.log10(spread)))
+    return f"{mean:.{places}f} ± {spread:.{places}f}"
+
+
+def _begin_apart(losses: Sequence[tuple[int, float]], others: Sequence[tuple[int, float]]) -> bool:
+    if not losses or not others:
+        return False
+    (_, loss), (_, other) = losses[0], others[0]
+    return not abs(loss - other) <= _APART * abs(other)

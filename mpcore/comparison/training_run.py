@@ -1,0 +1,129 @@
+"""One training of a comparison, as the loop that is compared sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from mpcore.comparison.contender import BASELINE, Contender
+from mpcore.errors import StageError
+from mpcore.monitoring.memory import Resident, SavedForBackward
+from mpcore.monitoring.monitor import Monitor
+from mpcore.monitoring.reading import Reading
+from mpcore.monitoring.records import Record
+from mpcore.monitoring.run_log import RunLog
+from mpcore.optimizer import MixedPrecisionOptimizer
+from mpcore.policy import Policy
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class _RunMonitor(Monitor):
+    """A monitor that says when the first loss is there: its graph is complete then."""
+
+    saved: SavedForBackward | None = None
+    activations: int | None = None
+
+    def see_loss(self, outputs: Any) -> None:
+        """Hears what is going to be scaled."""
+        if self.saved is not None:
+            self.activations, self.saved = self.saved.stop(), None
+        super().see_loss(outputs)
+
+    def give_up(self) -> None:
+        """Ends what no loss has ended."""
+        if self.saved is not None:
+            self.saved.stop()
+            self.saved = None
+
+
+class TrainingRun:
+    """What `compare` hands to a training loop: which policy, which seed, and what to train with.
+
+    Attributes:
+        policy: Of this run.
+        seed: Of this run. Python's, NumPy's and torch's generators have been seeded with it.
+        label: What tables call the policy and its loss scale.
+
+    Example:
+        >>> import mpcore
+        >>> def train(run):
+        ...     model = nn.Linear(2, 1)
+        ...     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+        ...     model, optimizer = run.prepare(model, sgd)
+        ...     optimizer.backward(model(torch.ones(1, 2)).sum())
+        ...     optimizer.step()
+        ...     print(run.label, run.seed, model.weight.dtype)
+        ...     return 1.0
+        >>> result = mpcore.compare(train, ["float16"], seeds=1)
+        float32 0 torch.float32
+        float16 0 torch.float16
+    """
+
+    def __init__(self, contender: Contender, seed: int, every: int) -> None:
+        self.label = contender.label
+        self.policy: Policy = contender.policy
+        self.seed = seed
+        self._contender = contender
+        self._every = every
+        self._records: list[Record] = []
+        self._monitor: _RunMonitor | None = None
+        self._optimizer: MixedPrecisionOptimizer | None = None
+
+    def prepare(
+        self,
+        model: Model,
+        optimizer: torch.optim.Optimizer,
+        *,
+        overrides: Mapping[str, str] | None = None,
+    ) -> tuple[Model, MixedPrecisionOptimizer]:
+        """Puts a model under the policy of this run and wraps its optimizer; may sync.
+
+        FP32 runs take the optimizer's own step. Call it once, before training.
+
+        Args:
+            model: With FP32 parameters.
+            optimizer: Over its parameters.
+            overrides: As for `Policy.apply`: modules that stay in FP32.
+
+        Returns:
+            The model, and the optimizer to call `backward`, `step` and `zero_grad` of.
+
+        Raises:
+            StageError: Called twice.
+        """
+        if self._optimizer is not None:
+            raise StageError("prepare(): expected one call in each run, got a second one.")
+        path = "general" if self._contender == BASELINE else "auto"
+        wrapped = MixedPrecisionOptimizer(optimizer, self._contender.loss_scale, path=path)
+        model = self.policy.apply(model, wrapped, overrides=overrides)
+        monitor = _RunMonitor(wrapped, model, every=self._every, sinks=[self._records.append])
+        monitor.saved = SavedForBackward(model.parameters())
+        monitor.saved.start()
+        self._monitor, self._optimizer = monitor, wrapped
+        return model, wrapped
+
+    def close(self) -> None:
+        """Ends the run; `compare` calls it."""
+        if self._monitor is not None:
+            self._monitor.give_up()
+            self._monitor.close()
+
+    @property
+    def log(self) -> RunLog:
+        """What a monitor told of it."""
+        return RunLog.of(self.label, self._records)
+
+    @property
+    def activations(self) -> int | None:
+        """Bytes that the first forward pass saved for its backward pass."""
+        return None if self._monitor is None else self._monitor.activations
+
+    @property
+    def memory(self) -> Resident | None:
+        """Bytes that stay, as of the last reading."""
+        readings = [record for record in self._records if isinstance(record, Reading)]
+        return readings[-1].memory if readings else None

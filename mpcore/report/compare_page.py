@@ -1,0 +1,138 @@
+"""The page of a comparison: `mpcore compare`."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpcore.comparison.contender import BASELINE
+from mpcore.comparison.result import Comparison
+from mpcore.report.bars import Stack, memory_figure, time_figure
+from mpcore.report.page import Event, Events, Picture, Section, render_page
+from mpcore.report.run_figures import style_of
+from mpcore.report.run_page import course_sections, gradient_sections, lost_updates_section
+from mpcore.report.svg import COLOURS, clipped, new_axes, smooth, to_svg
+
+
+def render_comparison(comparison: Comparison) -> str:
+    """Returns the page of a comparison as HTML that fetches nothing; needs SciPy.
+
+    Args:
+        comparison: What was found.
+    """
+    logs = [comparison.of(label)[0].log for label in comparison.labels]
+    table = comparison.table()
+    sections = (
+        Section("Verdict", (_verdicts(comparison), table.without_title())),
+        Section(
+            f"{comparison.metric.capitalize()}, seed by seed",
+            (Picture(_metric_figure(comparison), _METRIC),),
+        ),
+        *course_sections(logs),
+        *_difference_section(comparison),
+        *(
+            section
+            for index, log in enumerate(logs)
+            for section in gradient_sections(log, index, named=True)
+        ),
+        *lost_updates_section(logs),
+        _cost(comparison),
+    )
+    lead = (
+        f"{table.title}. The same loop, initial weights and batches; only the policy differs. "
+        "Curves and gradients are those of the first seed."
+    )
+    return render_page("Does it match FP32?", lead, sections, "")
+
+
+def _verdicts(comparison: Comparison) -> Events:
+    return Events(
+        tuple(
+            Event(label, found.name, found.text, normal=found.name == "matches")
+            for label, found in comparison.agreements.items()
+        )
+    )
+
+
+def _metric_figure(comparison: Comparison) -> str:
+    labels = comparison.labels
+    figure, axes = new_axes(comparison.metric, "", height=1.0 + 0.4 * len(labels))
+    for row, label in enumerate(labels):
+        metrics = [outcome.metric for outcome in comparison.of(label)]
+        colour, _ = style_of(label, labels)
+        axes.plot(metrics, [row] * len(metrics), "o", color=colour, ms=5, alpha=0.6)
+        axes.plot([statistics.fmean(metrics)], [row], "|", color=colour, ms=18, mew=2)
+    base = statistics.fmean(outcome.metric for outcome in comparison.of(BASELINE.label))
+    width = comparison.margin * abs(base)
+    axes.axvspan(base - width, base + width, color="#009E73", alpha=0.12, lw=0)
+    axes.set_yticks(range(len(labels)), map(clipped, labels), fontsize=8.5)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(visible=False)
+    return to_svg(figure, f"{comparison.metric} of every policy and seed", "metric")
+
+
+def _difference_section(comparison: Comparison) -> tuple[Section, ...]:
+    labels = comparison.labels
+    figure, axes = new_axes("step", "loss above FP32's")
+    for label in labels[1:]:
+        curves = [
+            _difference(run.log.losses, base.log.losses)
+            for run, base in zip(comparison.of(label), comparison.of(BASELINE.label), strict=True)
+        ]
+        length = min(map(len, curves))
+        if not length:
+            return ()
+        colour, dashes = style_of(label, labels)
+        mean = np.mean([curve[:length] for curve in curves], axis=0)
+        axes.plot(smooth(mean), color=colour, ls=dashes, lw=1.4, label=clipped(label))
+    axes.axhline(0, color=COLOURS[0], lw=0.8)
+    svg = to_svg(figure, "Loss of every policy minus that of FP32 on the same batches", "above")
+    return (Section("How far above FP32", (Picture(svg, _DIFFERENCE),)),)
+
+
+def _difference(
+    losses: Sequence[tuple[int, float]], others: Sequence[tuple[int, float]]
+) -> NDArray[np.float64]:
+    """Returns loss minus loss of the steps that both have."""
+    known = dict(others)
+    return np.array([loss - known[step] for step, loss in losses if step in known])
+
+
+def _cost(comparison: Comparison) -> Section:
+    times: list[tuple[str, float]] = []
+    stacks: list[Stack] = []
+    for label in comparison.labels:
+        runs = comparison.of(label)
+        seconds = [run.seconds for run in runs if run.seconds is not None]
+        if seconds:
+            times.append((label, statistics.median(seconds)))
+        if runs[0].memory is not None:
+            stacks.append(Stack.of(label, runs[0].memory, runs[0].activations))
+    pictures = []
+    if times:
+        pictures.append(Picture(time_figure(times, "time"), _TIME))
+    if stacks:
+        pictures.append(Picture(memory_figure(stacks, "memory"), _MEMORY))
+    return Section("Time and memory", tuple(pictures))
+
+
+_METRIC = (
+    "Dots: one seed each; bars: their mean. Green: what is within the margin of FP32's mean. The "
+    "verdict compares seed with seed, which tells more than the spread of the dots."
+)
+_DIFFERENCE = (
+    "The same batches, mean over the seeds, smoothed over a twentieth of the run. What rounding "
+    "changes goes up and down around 0; a policy that loses something stays above it."
+)
+_TIME = (
+    "Median time from the end of one step to the end of the next, median over the seeds: data, "
+    "forward and backward pass included. On a CPU products of 16-bit numbers are slow."
+)
+_MEMORY = (
+    "Weights, gradients, masters and moments stay; activations are what the first forward pass "
+    "saved for its backward pass."
+)

@@ -1,0 +1,152 @@
+"""A page of titles, tables, pictures and heat maps: one file that fetches nothing."""
+
+from __future__ import annotations
+
+import html
+import platform
+import re
+from dataclasses import dataclass
+
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+import mpcore
+from mpcore.table import Table
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph. Powers such as 2^16 are set as such."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A plot.
+
+    Attributes:
+        svg: From `mpcore.report.svg`.
+        caption: What to see in it.
+    """
+
+    svg: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A field of a heat map.
+
+    Attributes:
+        colour: Of CSS.
+        shown: A sign in it.
+        told: What it says in words, when it is pointed at and for screen readers.
+    """
+
+    colour: str
+    shown: str
+    told: str
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """Fields in colours, with names at the left and steps above.
+
+    Attributes:
+        columns: Above the fields.
+        rows: A name, and as many fields as there are columns.
+        legend: Fields with what they mean.
+        caption: What to see in it.
+    """
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[Cell, ...]], ...]
+    legend: tuple[tuple[Cell, str], ...]
+    caption: str
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened.
+
+    Attributes:
+        when: Which step.
+        facts: In a few words.
+        text: In sentences.
+        normal: Whether nothing has to be done.
+    """
+
+    when: str
+    facts: str
+    text: str
+    normal: bool
+
+
+@dataclass(frozen=True)
+class Events:
+    """What happened, one below the other."""
+
+    events: tuple[Event, ...]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page.
+
+    Attributes:
+        title: Above it.
+        blocks: What it shows.
+    """
+
+    title: str
+    blocks: tuple[Text | Picture | Table | HeatMap | Events, ...]
+
+
+def render_page(title: str, lead: str, sections: tuple[Section, ...], footer: str) -> str:
+    """Returns a page as HTML that fetches nothing and runs nothing.
+
+    Args:
+        title: Of the page.
+        lead: A few sentences at the top.
+        sections: In order.
+        footer: At the end, before the versions.
+
+    Example:
+        >>> page = render_page("Title", "Lead.", (Section("Part", (Text("2^16 & more"),)),), "End.")
+        >>> "<p>2<sup>16</sup> &amp; more</p>" in page
+        True
+    """
+    environment = Environment(
+        loader=PackageLoader("mpcore.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["powers"] = with_powers
+    environment.filters["safe_svg"] = Markup
+    environment.filters["kind"] = lambda block: type(block).__name__
+    return environment.get_template("page.html.j2").render(
+        title=title, lead=lead, sections=sections, footer=footer, versions=_versions()
+    )
+
+
+def with_powers(text: str) -> Markup:
+    """Escapes text for HTML, sets powers of two as superscripts, keeps 3e-5 on one line.
+
+    Example:
+        >>> with_powers("2^-10 < 1")
+        Markup('2<sup>&minus;10</sup> &lt; 1')
+    """
+    unbroken = re.sub(r"(\de)-(\d)", r"\1&#8209;\2", html.escape(text))
+    raised = re.sub(r"2\^(-?)(\d+)", r"2<sup>\1\2</sup>", unbroken)
+    return Markup(raised.replace("<sup>-", "<sup>&minus;"))
+
+
+def _versions() -> str:
+    return (
+        f"mpcore {mpcore.__version__}, PyTorch {torch.__version__}, Python "
+        f"{platform.python_version()}"
+    )

@@ -1,0 +1,108 @@
+"""Plots as SVG text to be put into a page: always the same bytes for the same data."""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike, NDArray
+
+#: Okabe and Ito's palette, which colour-blind readers can tell apart.
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#B5A300")
+#: With the colours: one of the two tells curves that cross apart.
+DASHES = ("-", "-", "--", "-.", ":", "-", "--", "-.")
+_SIZE = (4.6, 3.2)  # inches: text stays readable on a phone, where the page shrinks it
+_LINE = 0.17  # of a legend
+
+
+def new_axes(x_label: str, y_label: str, *, height: float = _SIZE[1]) -> tuple[Figure, Axes]:
+    """Returns an empty plot.
+
+    Args:
+        x_label: Below it.
+        y_label: At its left.
+        height: In inches; it is 4.6 wide. A legend comes on top.
+    """
+    figure = Figure(figsize=(_SIZE[0], height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xlabel(x_label, fontsize=9)
+    axes.set_ylabel(y_label, fontsize=9)
+    axes.tick_params(labelsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e4e4e4", lw=0.6)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def to_svg(figure: Figure, description: str, name: str, order: Sequence[str] = ()) -> str:
+    """Adds a legend and returns an `<svg>` element: no prolog, no metadata.
+
+    Args:
+        figure: What to render.
+        description: Read out by screen readers.
+        name: Salt of the element ids, which must differ between the figures of a page.
+        order: Labels in the order of the legend; without it, that of drawing.
+    """
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    if order:
+        pairs = sorted(zip(handles, labels, strict=True), key=lambda pair: order.index(pair[1]))
+        handles = [handle for handle, _ in pairs]
+    if handles:
+        figure.set_figheight(figure.get_figheight() + _LINE * -(-len(handles) // 2))
+        figure.legend(
+            handles=handles, loc="outside lower center", ncols=2, fontsize=8, frameon=False
+        )
+    text = io.StringIO()
+    with rc_context({"svg.fonttype": "path", "svg.hashsalt": name}):
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(text, format="svg", transparent=True, metadata=nothing)
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    # ids that are not hashed, such as axes_1, would repeat from figure to figure
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{name}-", svg)
+    svg = re.sub(r' width="[\d.]+pt"| height="[\d.]+pt"', "", svg, count=2)
+    label = html.escape(description)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+
+
+def smooth(values: ArrayLike) -> NDArray[np.float64]:
+    """Averages each value with those before it, over a twentieth of the run at most.
+
+    What is not finite stays what it is and counts in no average.
+
+    Example:
+        >>> smooth([1.0, 3.0]).tolist()
+        [1.0, 3.0]
+        >>> smooth(np.arange(40.0))[-1].item()
+        38.5
+    """
+    data = np.asarray(values, dtype=np.float64)
+    known = np.isfinite(data)
+    width = max(1, len(data) // 20)
+    ends = np.arange(1, len(data) + 1)
+    starts = np.maximum(0, ends - width)
+
+    def windows(some: NDArray[np.float64]) -> NDArray[np.float64]:
+        sums = np.cumsum(np.concatenate(([0.0], some)))
+        return np.asarray(sums[ends] - sums[starts], dtype=np.float64)
+
+    counts = np.maximum(windows(known.astype(np.float64)), 1)
+    return np.where(known, windows(np.where(known, data, 0.0)) / counts, data)
+
+
+def clipped(name: str, length: int = 30) -> str:
+    """Returns a name that fits a plot: of a long one the end, which tells names apart.
+
+    Example:
+        >>> clipped("runs/2026/first.jsonl", length=12)
+        '...rst.jsonl'
+    """
+    return name if len(name) <= length else "..." + name[3 - length :]
