@@ -84,8 +84,27 @@ def test_a_rule_that_c_does_not_know_is_refused_by_name():
         def apply(self, grad, param, moments, s, sqrt=None):
             return torch.tanh(grad), ()
 
-    with pytest.raises(NotImplementedError, match=r"torch\.where.*got tanh"):
+    with pytest.raises(NotImplementedError, match=r"where, maximum.*got tanh"):
         _c_source.step_source(Odd(), 0)
+
+
+def test_scalars_that_c_does_not_know_are_refused_by_name():
+    class Odd(type(RULES["sgd"])):
+        def scalars(self, numbers, t):
+            return (torch.exp(t),)
+
+    with pytest.raises(NotImplementedError, match=r"power, sqrt64, got exp"):
+        _c_source.scalars_source(Odd())
+
+
+def test_numbers_in_scalars_are_float64_exactly():
+    class Odd(type(RULES["sgd"])):
+        def scalars(self, numbers, t):
+            return (torch.where(t == 3, 0.1 / t, 0.3),)
+
+    source = _c_source.scalars_source(Odd())
+    assert f"(double){(0.1).hex()} / t" in source
+    assert f"(t == (double)0x1.8000000000000p+1) ? t0 : (double){(0.3).hex()}" in source
 
 
 def test_numbers_in_a_rule_are_float32_exactly():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -10,10 +12,13 @@ from torch import Tensor
 from mpcore.backends import _cpu_inspection, _inspection, _update
 from mpcore.backends._blocks import all_in_memory_order
 from mpcore.backends._c_compiler import passes
+from mpcore.backends._c_scalars import prepare_
 from mpcore.backends._c_statistics import with_statistics
 from mpcore.backends._c_work import Work, by_dtype, cut_chunks, run
 from mpcore.backends._inspection import Inspection
 from mpcore.updates import Hyper
+
+_BOUNDS = (ctypes.c_double * 4)(*_cpu_inspection.BOUNDS)
 
 
 @torch.no_grad()
@@ -34,22 +39,55 @@ def inspect(
     limit = _inspection.rounded_max_norm(max_norm)
     _inspection.check_dtypes(grads)
     if plan is not None and hyper is not None:
-        _update.prepare_(plan, hyper)
+        prepare_(plan, hyper)
     flat = all_in_memory_order(grads)
     chunks, sums = _square_sums(flat)
-    found = _cpu_inspection.conclude(flat, chunks, sums, coefficient, limit)
+    found = _summed_up(chunks, sums, len(flat), coefficient, limit)
+    if found is None:
+        found = _cpu_inspection.conclude(flat, chunks, sums, coefficient, limit)
     return with_statistics(found, flat, coefficient) if statistics else found
 
 
 def _square_sums(flat: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Returns chunks, and the sum of squares of each."""
-    chunks = cut_chunks([grad.numel() for grad in flat])
-    tables, sums = [chunks[:0]], [torch.zeros(0, dtype=torch.float64)]
-    for dtype, of_dtype, addresses in by_dtype(flat, chunks):
+    whole = cut_chunks([grad.numel() for grad in flat])
+    parts = []
+    for dtype, cut, addresses in by_dtype(flat, whole):
+        sums = torch.empty(len(cut.chunks), dtype=torch.float64)
         work = Work()
-        work.take_up(dtype, of_dtype, addresses)
-        tables.append(of_dtype)
-        sums.append(torch.empty(len(of_dtype), dtype=torch.float64))
-        work.sums = sums[-1].data_ptr()
+        work.take_up(dtype, cut, addresses)
+        work.sums = sums.data_ptr()
         run(passes().square_sums, work)
-    return torch.cat(tables), torch.cat(sums)
+        parts.append((cut.chunks, sums))
+    if len(parts) == 1:
+        return parts[0]
+    tables, each = (
+        zip(*parts, strict=True) if parts else ([whole.chunks], [torch.empty(0).double()])
+    )
+    return torch.cat(list(tables)), torch.cat(list(each))
+
+
+def _summed_up(
+    chunks: Tensor, sums: Tensor, count: int, coefficient: Tensor, limit: float
+) -> Inspection | None:
+    """Returns what `conclude` would, without its many small operations; None: look again."""
+    squares = torch.zeros(count, dtype=torch.float64)
+    factor = float(coefficient)
+    unknown = _sum_up()(
+        *(chunks.data_ptr(), sums.data_ptr(), len(sums), factor),
+        *(ctypes.addressof(_BOUNDS), squares.data_ptr()),
+    )
+    if unknown:
+        return None
+    kinds = torch.zeros(count, dtype=torch.int32)
+    first_bad = torch.full((count,), -1, dtype=torch.int64)
+    return _cpu_inspection.inspection_of(squares, kinds, first_bad, False, factor, limit)
+
+
+@cache
+def _sum_up() -> Callable[..., int]:
+    function = passes().sum_up
+    pointer, number = ctypes.c_void_p, ctypes.c_double
+    function.argtypes = [pointer, pointer, ctypes.c_int64, number, pointer, pointer]
+    function.restype = ctypes.c_int64
+    return function

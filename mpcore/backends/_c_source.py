@@ -1,7 +1,8 @@
-"""Rules written out as loops in C: `make c-steps` writes them to `_steps.h`.
+"""Rules written out in C: `make c-steps` writes them to `_steps.h`.
 
-A rule's `apply` is called once, with symbols in place of tensors. Each operation on a symbol writes
-one line of C, so the code has the operations of the rule, one by one, in the rule's order:
+A rule's `apply` and `scalars` are called once, with symbols in place of tensors. Each operation on
+a symbol writes one line of C, so the code has the operations of the rule, one by one, in the rule's
+order:
 
     const float t0 = p * s2;
     const float t1 = g + t0;
@@ -16,6 +17,8 @@ import torch
 
 from mpcore.backends._c_command import HEADER
 from mpcore.updates import RULES, UpdateRule
+from mpcore.updates.rule import power
+from mpcore.updates.square_root import sqrt64
 
 #: The steps of the compiled backend in the order of its table: name of a rule, number of moments.
 STEPS = tuple((name, count) for name, rule in RULES.items() for count in rule.moment_counts)
@@ -38,22 +41,59 @@ static void {name}(const float *grad, float *master, float *const *moments, int6
 }}
 """
 
+_SCALARS = """\
+static void {name}_scalars(const double *n, double t, float *s) {{
+    const double {numbers};
+{lines}
+{stores}}}
+"""
+
+
+class Body:
+    """The lines of C in which symbols are computed.
+
+    Args:
+        kind: What C calls the type of all values: float or double.
+        indent: Before each line.
+    """
+
+    def __init__(self, kind: str, indent: str) -> None:
+        self.kind = kind
+        self.lines: list[str] = []
+        self._indent = indent
+
+    def symbol(self, name: str) -> Symbol:
+        """Returns the symbol of what C calls so."""
+        return Symbol(name, self)
+
+    def write(self, expression: str) -> Symbol:
+        """Appends a line for the value of an expression and returns its symbol."""
+        symbol = self.symbol(f"t{len(self.lines)}")
+        self.lines.append(f"{self._indent}const {self.kind} {symbol.name} = {expression};")
+        return symbol
+
+    def in_c(self, value: Any) -> str:
+        """Returns a symbol or a number as C has it."""
+        if isinstance(value, Symbol):
+            return value.name
+        return f"({self.kind}){float(value).hex()}"
+
 
 class Symbol:
-    """A float32 value of a loop's body, or a condition: its name in C.
+    """A value of a body, or a condition: its name in C.
 
     Args:
         name: What C calls it.
-        write: Appends a line for the value of an expression and returns its symbol.
+        body: Where values that follow from it are computed.
     """
 
-    def __init__(self, name: str, write: Callable[[str], Symbol]) -> None:
+    def __init__(self, name: str, body: Body) -> None:
         self.name = name
-        self.write = write
+        self.body = body
 
     def _infix(self, operator: str, other: Any, *, swapped: bool = False) -> Symbol:
-        pair = (_in_c(other), self.name) if swapped else (self.name, _in_c(other))
-        return self.write(f" {operator} ".join(pair))
+        pair = [self.name, self.body.in_c(other)]
+        return self.body.write(f" {operator} ".join(reversed(pair) if swapped else pair))
 
     def __add__(self, other: Any) -> Symbol:
         return self._infix("+", other)
@@ -80,7 +120,10 @@ class Symbol:
         return self._infix("/", other, swapped=True)
 
     def __ne__(self, other: object) -> Any:
-        return Symbol(f"({self.name} != {_in_c(other)})", self.write)
+        return Symbol(f"({self.name} != {self.body.in_c(other)})", self.body)
+
+    def __eq__(self, other: object) -> Any:
+        return Symbol(f"({self.name} == {self.body.in_c(other)})", self.body)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -89,27 +132,23 @@ class Symbol:
         cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Symbol:
         if func not in _FUNCTIONS or kwargs:
-            known = ", ".join(f"torch.{known.__name__}" for known in _FUNCTIONS)
+            known = ", ".join(known.__name__ for known in _FUNCTIONS)
             raise NotImplementedError(
-                f"apply: expected arithmetic and {known}, got {func.__name__}. Write the rule with "
+                f"rule: expected arithmetic and {known}, got {func.__name__}. Write the rule with "
                 "those, or say in `_c_source.py` what it is in C."
             )
-        symbol = next(arg for arg in args if isinstance(arg, Symbol))
-        return symbol.write(_FUNCTIONS[func].format(*map(_in_c, args)))
+        body = next(arg for arg in args if isinstance(arg, Symbol)).body
+        return body.write(_FUNCTIONS[func].format(*map(body.in_c, args), kind=body.kind))
 
 
 # what torch computes, NaNs included; multiplying by 1 quiets a NaN and changes nothing else
 _FUNCTIONS: dict[Any, str] = {
     torch.where: "{0} ? {1} : {2}",
     torch.maximum: "({0} > {1} || {0} != {0}) ? {0} : {1}",
-    torch.sign: "(float)(({0} > 0) - ({0} < 0))",
+    torch.sign: "({kind})(({0} > 0) - ({0} < 0))",
+    power: "power({0}, {1})",
+    sqrt64: "sqrt({0})",  # IEEE: rounded to nearest
 }
-
-
-def _in_c(value: Any) -> str:
-    if isinstance(value, Symbol):
-        return value.name
-    return f"(float){float(value).hex()}"
 
 
 def step_source(rule: UpdateRule, moments: int) -> str:
@@ -129,40 +168,72 @@ def step_source(rule: UpdateRule, moments: int) -> str:
                 master[i] = t3;
         <BLANKLINE>
     """
-    lines: list[str] = []
-
-    def write(expression: str) -> Symbol:
-        symbol = Symbol(f"t{len(lines)}", write)
-        lines.append(f"        const float {symbol.name} = {expression};")
-        return symbol
+    body = Body("float", " " * 8)
 
     def root(x: Any) -> Any:
-        return write(f"sqrtf({x.name})")  # IEEE: rounded to nearest
+        return body.write(f"sqrtf({x.name})")  # IEEE: rounded to nearest
 
-    scalars: Any = [Symbol(f"s{i}", write) for i in range(len(rule.columns))]
-    old: Any = [Symbol(f"m{i}", write) for i in range(moments)]
-    grad, param = (Symbol(name, write) for name in "gp")
+    scalars: Any = [body.symbol(f"s{i}") for i in range(len(rule.columns))]
+    old: Any = [body.symbol(f"m{i}") for i in range(moments)]
+    grad, param = (body.symbol(name) for name in "gp")
     new_param, updated = rule.apply(grad, param, old, scalars, root)  # type: ignore[arg-type]
     return _STEP.format(
         name=f"{rule.name}_{moments}",
         moment_args="".join(f"float *restrict moment{i}, " for i in range(moments)),
         scalars=", ".join(f"s{i} = s[{i}]" for i in range(len(rule.columns))),
         old="".join(f", m{i} = moment{i}[i]" for i in range(moments)),
-        lines="\n".join(lines),
-        param=_in_c(new_param),
-        new="".join(f"        moment{i}[i] = {_in_c(m)};\n" for i, m in enumerate(updated)),
+        lines="\n".join(body.lines),
+        param=body.in_c(new_param),
+        new="".join(f"        moment{i}[i] = {body.in_c(m)};\n" for i, m in enumerate(updated)),
         passed="".join(f"moments[{i}], " for i in range(moments)),
     )
 
 
+def count_numbers(rule: UpdateRule) -> int:
+    """Returns how many hyper-parameters a rule reads from a param group.
+
+    Example:
+        >>> count_numbers(RULES["lion"])
+        5
+    """
+    optimizer: Any = rule.optimizers[0]
+    return len(rule.numbers(optimizer([torch.zeros(1)]).param_groups[0], 0.0))
+
+
+def scalars_source(rule: UpdateRule) -> str:
+    """Returns a function of C that computes the scalars of one tensor.
+
+    Args:
+        rule: Whose `scalars` is written out.
+
+    Example:
+        >>> print(scalars_source(RULES["lion"]).split(";")[1])
+        <BLANKLINE>
+            const double t0 = n0 * n3
+    """
+    body = Body("double", " " * 4)
+    count = count_numbers(rule)
+    numbers: Any = [body.symbol(f"n{i}") for i in range(count)]
+    values = rule.scalars(numbers, body.symbol("t"))  # type: ignore[arg-type]
+    return _SCALARS.format(
+        name=rule.name,
+        numbers=", ".join(f"n{i} = n[{i}]" for i in range(count)),
+        lines="\n".join(body.lines),
+        stores="".join(f"    s[{i}] = (float){body.in_c(v)};\n" for i, v in enumerate(values)),
+    )
+
+
 def steps_header() -> str:
-    """Returns the text of `_steps.h`: the function of every step, and tables of them."""
+    """Returns the text of `_steps.h`: the functions of every rule, and tables of them."""
     functions = [step_source(RULES[name], count) for name, count in STEPS]
+    functions += map(scalars_source, RULES.values())
     columns = [len(RULES[name].columns) for name, _ in STEPS]
     tables = (
         ("step_t *const STEPS", [f"{name}_{count}" for name, count in STEPS]),
         ("const int MOMENTS", [count for _, count in STEPS]),
         ("const int COLUMNS", columns),
+        ("scalars_t *const SCALARS", [f"{name}_scalars" for name, _ in STEPS]),
+        ("const int NUMBERS", [count_numbers(RULES[name]) for name, _ in STEPS]),
     )
     return "\n".join(
         [

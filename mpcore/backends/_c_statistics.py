@@ -26,15 +26,14 @@ def with_statistics(found: Inspection, flat: list[Tensor], coefficient: Tensor) 
     """
     rows = torch.zeros(len(flat), COUNTS - 1, dtype=torch.int64)
     largest = torch.zeros(len(flat), dtype=torch.int64)
-    chunks = cut_chunks([grad.numel() for grad in flat])
-    for dtype, of_dtype, addresses in by_dtype(flat, chunks):
-        counts = torch.empty(len(of_dtype), COUNTS, dtype=torch.int64)
+    for dtype, cut, addresses in by_dtype(flat, cut_chunks([grad.numel() for grad in flat])):
+        counts = torch.empty(len(cut.chunks), COUNTS, dtype=torch.int64)
         work = Work()
-        work.take_up(dtype, of_dtype, addresses)
+        work.take_up(dtype, cut, addresses)
         work.counts = counts.data_ptr()
         run(passes().count_values, work)
-        rows.index_add_(0, of_dtype[:, 0], counts[:, :-1])
-        largest.scatter_reduce_(0, of_dtype[:, 0], counts[:, -1], "amax")
+        rows.index_add_(0, cut.chunks[:, 0], counts[:, :-1])
+        largest.scatter_reduce_(0, cut.chunks[:, 0], counts[:, -1], "amax")
     unscaled = largest.to(torch.int32).view(torch.float32) * coefficient.abs()
     kinds = _kinds(rows, [grad.dtype for grad in flat])
     # few have any: NaN and infinities are told apart, and what is not finite when unscaled left out

@@ -14,9 +14,10 @@ from mpcore._checks import SIXTEEN_BIT
 from mpcore.backends import _update
 from mpcore.backends._blocks import all_in_memory_order
 from mpcore.backends._c_compiler import passes
+from mpcore.backends._c_scale import update_scale_
 from mpcore.backends._c_source import STEPS
 from mpcore.backends._c_work import DTYPES, Table, Work, by_dtype, run
-from mpcore.backends._scale import ScaleMove, update_scale_
+from mpcore.backends._scale import ScaleMove
 from mpcore.errors import ArgumentError
 from mpcore.updates import Batch
 
@@ -82,8 +83,8 @@ def update_(
             if plan.counters[index]:
                 torch._foreach_add_(plan.counters[index], 1)
             work = _shared_work(plan, index, len(here), scalars[index], coefficient, saturated)
-            for dtype, chunks, addresses in by_dtype(here, plan.tables[index].chunks):
-                work.take_up(dtype, chunks, addresses)
+            for dtype, cut, addresses in by_dtype(here, plan.tables[index].cut):
+                work.take_up(dtype, cut, addresses)
                 run(pass_over, work)
     if then is not None:
         update_scale_(**then.arguments(), found_inf=found_inf)

@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from threading import Thread
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from mpcore._bulk import dtypes_of
 from mpcore.backends._blocks import memory_order
 
 #: Elements that a thread takes at a time.
@@ -30,18 +31,17 @@ class Table:
 
     Attributes:
         flat: The tensors of each role as they lie in memory; kept alive.
-        chunks: int64 `[chunks, 3]`: tensor, first element, end.
+        cut: How.
     """
 
     flat: list[list[Tensor]]
-    chunks: Tensor
+    cut: Cut
 
     @staticmethod
     def of(roles: Sequence[Sequence[Tensor]]) -> Table:
         """Returns the table of tensors; those of one index have one layout in all roles."""
         flat = [[memory_order(tensor) for tensor in role] for role in roles]
-        chunks = cut_chunks([tensor.numel() for tensor in flat[0]])
-        return Table(flat, chunks)
+        return Table(flat, cut_chunks([tensor.numel() for tensor in flat[0]]))
 
     def addresses(self) -> list[Tensor]:
         """Returns where each role lies now, int64 `[tensors]` each.
@@ -56,36 +56,51 @@ def addresses_of(tensors: Sequence[Tensor]) -> Tensor:
     return torch.tensor(list(map(Tensor.data_ptr, tensors)), dtype=torch.int64)
 
 
-def cut_chunks(sizes: Sequence[int]) -> Tensor:
-    """Returns chunks of tensors of these sizes, int64 `[chunks, 3]`: tensor, first element, end.
+class Cut(NamedTuple):
+    """How tensors are cut.
 
-    To be read only: the same sizes give the same tensor.
+    Attributes:
+        chunks: int64 `[chunks, 3]`: tensor, first element, end. To be read only.
+        elements: Of all tensors together.
+    """
+
+    chunks: Tensor
+    elements: int
+
+
+def cut_chunks(sizes: Sequence[int]) -> Cut:
+    """Returns how tensors of these sizes are cut.
 
     Example:
-        >>> cut_chunks([5, 0, 2**16 + 1]).tolist()
+        >>> cut_chunks([5, 0, 2**16 + 1]).chunks.tolist()
         [[0, 0, 5], [2, 0, 65536], [2, 65536, 65537]]
     """
     return _cut(tuple(sizes))
 
 
 @lru_cache(maxsize=16)  # of a model they are the same at every step
-def _cut(sizes: tuple[int, ...]) -> Tensor:
+def _cut(sizes: tuple[int, ...]) -> Cut:
     size = torch.tensor(sizes, dtype=torch.int64)
     pieces = (size + CHUNK - 1) // CHUNK
     tensor = torch.repeat_interleave(torch.arange(len(size)), pieces)
     first = torch.cumsum(pieces, 0) - pieces
     start = (torch.arange(len(tensor)) - first[tensor]) * CHUNK
-    return torch.stack([tensor, start, torch.minimum(start + CHUNK, size[tensor])], dim=1)
+    chunks = torch.stack([tensor, start, torch.minimum(start + CHUNK, size[tensor])], dim=1)
+    return Cut(chunks.contiguous(), sum(sizes))
 
 
-def by_dtype(flat: Sequence[Tensor], chunks: Tensor) -> list[tuple[torch.dtype, Tensor, Tensor]]:
+def by_dtype(flat: Sequence[Tensor], cut: Cut) -> list[tuple[torch.dtype, Cut, Tensor]]:
     """Returns for each dtype the chunks of its tensors, and the addresses of all tensors."""
-    dtypes = [tensor.dtype for tensor in flat]
-    present = dict.fromkeys(dtypes)
-    if len(present) == 1:
-        return [(dtypes[0], chunks, addresses_of(flat))]
-    masks = {dtype: torch.tensor([d == dtype for d in dtypes]) for dtype in present}
-    return [(d, chunks[masks[d][chunks[:, 0]]], addresses_of(flat)) for d in present]
+    dtypes = dtypes_of(flat)
+    if len(dtypes) == 1:
+        return [(dtypes.pop(), cut, addresses_of(flat))]
+    parts = []
+    for dtype in dict.fromkeys(tensor.dtype for tensor in flat):
+        mask = torch.tensor([tensor.dtype == dtype for tensor in flat])
+        chunks = cut.chunks[mask[cut.chunks[:, 0]]].contiguous()
+        elements = sum(tensor.numel() for tensor in flat if tensor.dtype == dtype)
+        parts.append((dtype, Cut(chunks, elements), addresses_of(flat)))
+    return parts
 
 
 class Work(ctypes.Structure):
@@ -102,20 +117,19 @@ class Work(ctypes.Structure):
         ("streaming", ctypes.c_int32),
     ]
 
-    def take_up(self, dtype: torch.dtype, chunks: Tensor, grads: Tensor) -> None:
+    def take_up(self, dtype: torch.dtype, cut: Cut, grads: Tensor) -> None:
         """Makes some chunks the work.
 
         Args:
             dtype: Of their gradients.
-            chunks: int64 `[chunks, 3]`.
+            cut: The chunks.
             grads: The gradients' addresses; what they point to has to stay alive.
         """
         self.grad_dtype = DTYPES[dtype]
-        chunks = chunks.contiguous()
-        self.next, self.count = 0, len(chunks)
-        self.chunks, self.grads = chunks.data_ptr(), grads.data_ptr()
-        self.elements = int((chunks[:, 2] - chunks[:, 1]).sum())
-        self._chunks_and_grads = (chunks, grads)
+        self.next, self.count = 0, len(cut.chunks)
+        self.chunks, self.grads = cut.chunks.data_ptr(), grads.data_ptr()
+        self.elements = cut.elements
+        self._chunks_and_grads = (cut.chunks, grads)
 
     def keep(self, *tensors: Tensor) -> None:
         """Keeps tensors alive as long as their addresses are in here."""

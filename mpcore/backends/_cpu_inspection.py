@@ -27,6 +27,8 @@ _SMALLEST, _LARGEST = 2.0**-60, 2.0**120
 # a vector of this length or shorter holds no product that overflows; of this or longer, none whose
 # rounding to a subnormal number counts
 _LONGEST, _SHORTEST = 2.0**127, 2.0**-110
+#: Sums of squares, and lengths of vectors, between these tell all there is to know of a chunk.
+BOUNDS = (_SMALLEST, _LARGEST, _SHORTEST, _LONGEST)
 # elements that are widened to float64 at once
 _WIDE = 2**16
 
@@ -94,17 +96,39 @@ def conclude(
         for i in known.logical_not().nonzero().flatten().tolist():
             squares[i] = _look_again(flat, chunks[i].tolist(), coefficient, found)
     each = torch.zeros(count, dtype=torch.float64).index_add_(0, chunks[:, 0], squares)
-    norm = math.sqrt(math.fsum(each.tolist()))
-    overflow = any(found.kinds)
+    kinds = torch.tensor(found.kinds, dtype=torch.int32)
+    first_bad = torch.tensor(found.first_bad, dtype=torch.int64)
+    return inspection_of(each, kinds, first_bad, any(found.kinds), factor, limit)
+
+
+def inspection_of(
+    square_sum: Tensor,
+    kinds: Tensor,
+    first_bad: Tensor,
+    overflow: bool,
+    factor: float,
+    limit: float,
+) -> Inspection:
+    """Returns the inspection of gradients whose parts are known.
+
+    Args:
+        square_sum: See `Inspection`, also for the next two.
+        kinds: See there.
+        first_bad: See there.
+        overflow: Whether any of `kinds` is set.
+        factor: The coefficient.
+        limit: Of the norm of the unscaled gradients.
+    """
+    norm = math.sqrt(math.fsum(square_sum.tolist()))
     clip = 1.0 if overflow else min(limit / (norm + 1e-6), 1.0)
     return Inspection(
-        kinds=torch.tensor(found.kinds, dtype=torch.int32),
-        first_bad=torch.tensor(found.first_bad, dtype=torch.int64),
-        square_sum=each,
+        kinds=kinds,
+        first_bad=first_bad,
+        square_sum=square_sum,
         largest=None,
         found_inf=torch.tensor(int(overflow), dtype=torch.int32),
-        grad_norm=torch.tensor(norm, dtype=torch.float64).float(),
-        coefficient=torch.tensor(factor * clip, dtype=torch.float64).float(),
+        grad_norm=torch.tensor(norm, dtype=torch.float32),
+        coefficient=torch.tensor(factor * clip, dtype=torch.float32),
     )
 
 

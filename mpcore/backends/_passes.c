@@ -185,6 +185,20 @@ void square_sums(work_t *work) {
     }
 }
 
+/* Sums the unscaled squares of each tensor from those of its chunks; `squares` is 0 before. Returns
+ * how many chunks have to be looked at again: `conclude` in `_cpu_inspection.py` says why. */
+int64_t sum_up(const chunk_t *chunks, const double *sums, int64_t count, double coefficient,
+               const double *bounds, double *squares) {
+    int64_t unknown = 0;
+    for (int64_t k = 0; k < count; k++) {
+        const double length = sqrt(sums[k]) * fabs(coefficient);
+        const int known = sums[k] > bounds[0] && sums[k] < bounds[1] && length > bounds[2] && length < bounds[3];
+        unknown += !known;
+        squares[chunks[k].tensor] += sums[k] * coefficient * coefficient;
+    }
+    return unknown;
+}
+
 /* What `count_values` writes for a chunk: values by the exponent of float32, zeros, and the bits of
  * the largest finite magnitude. */
 enum { ZEROS = 256, LARGEST, COUNTS };
@@ -216,11 +230,76 @@ void count_values(work_t *work) {
 }
 
 /* Updates `n` elements of a master and its moments. */
+typedef void scalars_t(const double *numbers, double t, float *scalars);
+
+/* `mpcore.updates.rule.power`: multiplications in its order. */
+static double power(double base, double exponent) {
+    double result = 1;
+    for (int64_t bits = (int64_t)exponent; bits > 0; bits >>= 1) {
+        if (bits & 1) result *= base;
+        base *= base;
+    }
+    return result;
+}
+
 typedef void step_t(const float *grad, float *master, float *const *moments, int64_t n,
                     const float *scalars, float coefficient);
 
 /* STEPS, and the MOMENTS and COLUMNS of each: every rule of `mpcore.updates`. */
 #include "_steps.h"
+
+/* Fills the scalars of tensors, [tensors][columns], for their next update.
+ *
+ * `numbers` holds the hyper-parameters of each param group, `counts` the updates that each tensor has
+ * had; NULL: nobody counts. Neighbours that share both share what is computed. */
+void fill_scalars(int32_t step, int64_t tensors, const int64_t *groups, const double *numbers,
+                  const double *counts, float *scalars) {
+    const int columns = COLUMNS[step];
+    for (int64_t i = 0; i < tensors; i++, scalars += columns) {
+        const int same = i > 0 && groups[i] == groups[i - 1] && (!counts || counts[i] == counts[i - 1]);
+        if (same)
+            memcpy(scalars, scalars - columns, columns * sizeof *scalars);
+        else
+            SCALARS[step](numbers + NUMBERS[step] * groups[i], counts ? counts[i] + 1 : 1, scalars);
+    }
+}
+
+/* What moves a loss scale; `_c_scale.py` has the same fields. */
+typedef struct {
+    float *scale;
+    int32_t *growth_tracker, *overflows_left;
+    int64_t *counters;
+    double growth_factor, backoff_factor;
+    float min_scale, max_scale;
+    int64_t growth_interval, few, of_steps;
+    int32_t hysteresis, refill;
+} move_t;
+
+/* `update_scale_` of the reference backend. */
+void move_scale(const move_t *move, int32_t bad) {
+    int64_t *counters = move->counters; /* steps, skipped, in a row, at the minimum, since, overflows */
+    counters[0] += 1;
+    counters[1] += bad;
+    counters[2] = (counters[2] + 1) * bad;
+    const int64_t since = counters[4] + 1, overflows = counters[5] + bad;
+    int32_t left = *move->overflows_left - bad;
+    if (left < 0) left = 0;
+    const int32_t tracker = bad ? 0 : *move->growth_tracker + 1;
+    const int grow = tracker >= move->growth_interval;
+    const float scale = *move->scale;
+    float lower = (float)(scale * move->backoff_factor), higher = (float)(scale * move->growth_factor);
+    if (lower < move->min_scale) lower = move->min_scale;
+    if (higher > move->max_scale) higher = move->max_scale;
+    const int backs_off = bad && left == 0 && overflows * move->of_steps >= since * move->few;
+    counters[3] += backs_off && scale <= move->min_scale;
+    const int moves = grow || backs_off;
+    counters[4] = moves ? 0 : since;
+    counters[5] = moves ? 0 : overflows;
+    *move->scale = grow ? higher : backs_off ? lower : scale;
+    *move->growth_tracker = grow ? 0 : tracker;
+    const int full = grow || ((move->refill & 1) && !bad) || ((move->refill & 2) && backs_off);
+    *move->overflows_left = full ? move->hysteresis : left;
+}
 
 /* Writes weights around the caches: they are read again in the next forward pass, and a line that is
  * not read before it is written saves a seventh of what the pass reads. */

@@ -165,7 +165,83 @@ static void lion_1(const float *grad, float *master, float *const *moments, int6
     lion_1_loop(grad, master, moments[0], n, s, coefficient);
 }
 
+static void adam_scalars(const double *n, double t, float *s) {
+    const double n0 = n[0], n1 = n[1], n2 = n[2], n3 = n[3], n4 = n[4], n5 = n[5], n6 = n[6];
+    const double t0 = (double)0x1.0000000000000p+1 * n6;
+    const double t1 = (double)0x1.0000000000000p+0 - t0;
+    const double t2 = n0 * n4;
+    const double t3 = (double)0x1.0000000000000p+0 - t2;
+    const double t4 = (n5 != (double)0x0.0p+0) ? t3 : (double)0x1.0000000000000p+0;
+    const double t5 = (n5 != (double)0x0.0p+0) ? (double)0x0.0p+0 : n4;
+    const double t6 = (double)0x1.0000000000000p+0 - n1;
+    const double t7 = (double)0x1.0000000000000p+0 - n2;
+    const double t8 = power(n1, t);
+    const double t9 = (double)0x1.0000000000000p+0 - t8;
+    const double t10 = n0 / t9;
+    const double t11 = power(n2, t);
+    const double t12 = (double)0x1.0000000000000p+0 - t11;
+    const double t13 = sqrt(t12);
+    s[0] = (float)t1;
+    s[1] = (float)t4;
+    s[2] = (float)t5;
+    s[3] = (float)n1;
+    s[4] = (float)t6;
+    s[5] = (float)n2;
+    s[6] = (float)t7;
+    s[7] = (float)t10;
+    s[8] = (float)t13;
+    s[9] = (float)n3;
+}
+
+static void sgd_scalars(const double *n, double t, float *s) {
+    const double n0 = n[0], n1 = n[1], n2 = n[2], n3 = n[3], n4 = n[4], n5 = n[5];
+    const double t0 = (t == (double)0x1.0000000000000p+0) ? (double)0x1.0000000000000p+0 : (double)0x0.0p+0;
+    const double t1 = (double)0x1.0000000000000p+1 * n5;
+    const double t2 = (double)0x1.0000000000000p+0 - t1;
+    const double t3 = (double)0x1.0000000000000p+0 - n2;
+    s[0] = (float)t2;
+    s[1] = (float)n3;
+    s[2] = (float)n1;
+    s[3] = (float)t3;
+    s[4] = (float)t0;
+    s[5] = (float)n4;
+    s[6] = (float)n0;
+}
+
+static void adagrad_scalars(const double *n, double t, float *s) {
+    const double n0 = n[0], n1 = n[1], n2 = n[2], n3 = n[3], n4 = n[4];
+    const double t0 = (double)0x1.0000000000000p+1 * n4;
+    const double t1 = (double)0x1.0000000000000p+0 - t0;
+    const double t2 = t - (double)0x1.0000000000000p+0;
+    const double t3 = t2 * n1;
+    const double t4 = (double)0x1.0000000000000p+0 + t3;
+    const double t5 = n0 / t4;
+    s[0] = (float)t1;
+    s[1] = (float)n3;
+    s[2] = (float)t5;
+    s[3] = (float)n2;
+}
+
+static void lion_scalars(const double *n, double t, float *s) {
+    const double n0 = n[0], n1 = n[1], n2 = n[2], n3 = n[3], n4 = n[4];
+    const double t0 = n0 * n3;
+    const double t1 = (double)0x1.0000000000000p+0 - t0;
+    const double t2 = (double)0x1.0000000000000p+1 * n4;
+    const double t3 = (double)0x1.0000000000000p+0 - t2;
+    const double t4 = (double)0x1.0000000000000p+0 - n1;
+    const double t5 = (double)0x1.0000000000000p+0 - n2;
+    s[0] = (float)t3;
+    s[1] = (float)t1;
+    s[2] = (float)n1;
+    s[3] = (float)t4;
+    s[4] = (float)n2;
+    s[5] = (float)t5;
+    s[6] = (float)n0;
+}
+
 #define MOST_MOMENTS 3
 static step_t *const STEPS[] = {adam_2, adam_3, sgd_0, sgd_1, adagrad_1, lion_1};
 static const int MOMENTS[] = {2, 3, 0, 1, 1, 1};
 static const int COLUMNS[] = {10, 10, 7, 7, 4, 7};
+static scalars_t *const SCALARS[] = {adam_scalars, adam_scalars, sgd_scalars, sgd_scalars, adagrad_scalars, lion_scalars};
+static const int NUMBERS[] = {7, 7, 6, 6, 5, 5};

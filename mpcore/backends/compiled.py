@@ -2,7 +2,8 @@
 
     unscale, cast, widen    the cpu backend's
     inspect                 its flags; norms within 1e-6            `_c_inspection.py`
-    update                  the bits of the reference backend       `_c_update.py`
+    prepare, update         the bits of the reference backend       `_c_scalars.py`, `_c_update.py`
+    the scale's move        likewise                                `_c_scale.py`
 
 Every byte crosses memory once: a gradient, master, moments and weight are read, computed with in
 registers and written, in one call for all tensors, on as many threads as torch uses. The arithmetic
@@ -17,10 +18,10 @@ this one by name compiles it in the first step, in about a second, once per proc
 from __future__ import annotations
 
 from mpcore.backends._c_inspection import inspect
+from mpcore.backends._c_scalars import prepare_
+from mpcore.backends._c_scale import update_scale_
 from mpcore.backends._c_update import plan_update, update_
 from mpcore.backends._cast import widen_into
-from mpcore.backends._scale import update_scale_
-from mpcore.backends._update import prepare_
 from mpcore.backends.cpu import cast_into, unscale_, unscale_into
 
 __all__ = [

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from mpcore.updates.square_root import SquareRoot, sqrt32
 
@@ -132,13 +133,15 @@ def power(base: Tensor, exponent: Tensor) -> Tensor:
     Its relative error is below `2 * exponent * 2^-53`: squaring doubles the error of its argument.
 
     Args:
-        base: float64.
+        base: float64. What is no tensor may have a power of its own (`__torch_function__`).
         exponent: float64 whole numbers from 0 to 2^32 - 1.
 
     Example:
         >>> power(torch.tensor(0.5, dtype=torch.float64), torch.tensor(3.0, dtype=torch.float64))
         tensor(0.1250, dtype=torch.float64)
     """
+    if has_torch_function((base, exponent)):
+        return handle_torch_function(power, (base, exponent), base, exponent)
     bits = exponent.to(torch.int64)
     result = torch.ones_like(base)
     needed, same = 32, None

@@ -52,7 +52,7 @@ class SGDRule(UpdateRule):
     def scalars(self, numbers: Sequence[Tensor], t: Tensor) -> tuple[Tensor, ...]:
         """See `UpdateRule.scalars`."""
         lr, momentum, dampening, weight_decay, nesterov, maximize = numbers
-        first = (t == 1).double()
+        first = torch.where(t == 1, 1.0, 0.0)
         return (1 - 2 * maximize, weight_decay, momentum, 1 - dampening, first, nesterov, lr)
 
     def apply(

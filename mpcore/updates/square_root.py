@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 SquareRoot = Callable[[Tensor], Tensor]
 
@@ -39,12 +40,15 @@ def sqrt64(x: Tensor) -> Tensor:
 
     Args:
         x: 0, NaN, or from 2^-900 to 2^900, where no product below overflows or loses bits;
-            elsewhere the root is that of `torch.sqrt`.
+            elsewhere the root is that of `torch.sqrt`. What is no tensor may have a root of its
+            own (`__torch_function__`).
 
     Example:
         >>> sqrt64(torch.tensor([4.0, 0.0], dtype=torch.float64)).tolist()
         [2.0, 0.0]
     """
+    if has_torch_function((x,)):
+        return handle_torch_function(sqrt64, (x,), x)
     root = x.sqrt()
     big = root * _SPLIT
     high = big - (big - root)

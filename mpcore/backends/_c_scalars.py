@@ -1,0 +1,61 @@
+"""`prepare_` of the compiled backend: the scalars of all tensors of a batch in one call of C."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from mpcore.backends import _update
+from mpcore.backends._c_compiler import passes
+from mpcore.backends._c_source import STEPS
+from mpcore.updates import Batch, Hyper, UpdateRule
+
+
+@torch.no_grad()
+def prepare_(plan: _update.Plan, hyper: Hyper) -> None:
+    """Computes the scalars of the plan's next update; bitwise `reference.prepare_`. CPU tensors.
+
+    Args:
+        plan: See the reference backend.
+        hyper: See there.
+
+    Raises:
+        BackendError: The compiler refused.
+    """
+    numbers = torch.tensor(hyper.numbers, dtype=torch.float64)
+    for group, lr in enumerate(hyper.lrs):
+        if lr is not None:
+            numbers[group, 0] = lr.reshape(())
+    counted = zip(plan.batches, plan.counts, strict=True)
+    plan.scalars = [_scalars(plan.rule, batch, counts, numbers) for batch, counts in counted]
+    plan.hyper = hyper
+
+
+def _scalars(rule: UpdateRule, batch: Batch, counts: Tensor | None, numbers: Tensor) -> Tensor:
+    if counts is None and batch.steps:
+        counts = torch.stack(list(batch.steps))
+    wide = None if counts is None else counts.double()
+    scalars = torch.empty(len(batch.groups), len(rule.columns), dtype=torch.float32)
+    groups = (ctypes.c_int64 * len(batch.groups))(*batch.groups)
+    _fill()(
+        STEPS.index((rule.name, len(batch.moments))),
+        len(batch.groups),
+        ctypes.addressof(groups),
+        numbers.data_ptr(),
+        None if wide is None else wide.data_ptr(),
+        scalars.data_ptr(),
+    )
+    return scalars
+
+
+@cache
+def _fill() -> Callable[..., None]:
+    function = passes().fill_scalars
+    pointers = [ctypes.c_void_p] * 4
+    function.argtypes = [ctypes.c_int32, ctypes.c_int64, *pointers]
+    function.restype = None
+    return function

@@ -1,0 +1,93 @@
+"""`update_scale_` of the compiled backend: one call of C."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from mpcore.backends import _scale
+from mpcore.backends._c_compiler import passes
+
+_DTYPES = (torch.float32, torch.int32, torch.int32, torch.int64)
+
+
+class Move(ctypes.Structure):
+    """`move_t` of `_passes.c`."""
+
+    _fields_ = [
+        *((n, ctypes.c_void_p) for n in ("scale", "growth_tracker", "overflows_left", "counters")),
+        *((name, ctypes.c_double) for name in ("growth_factor", "backoff_factor")),
+        *((name, ctypes.c_float) for name in ("min_scale", "max_scale")),
+        *((name, ctypes.c_int64) for name in ("growth_interval", "few", "of_steps")),
+        *((name, ctypes.c_int32) for name in ("hysteresis", "refill")),
+    ]
+
+
+@torch.no_grad()
+def update_scale_(
+    scale: Tensor,
+    growth_tracker: Tensor,
+    overflows_left: Tensor,
+    counters: Tensor,
+    found_inf: Tensor,
+    *,
+    growth_factor: float,
+    backoff_factor: float,
+    growth_interval: int,
+    min_scale: float,
+    max_scale: float,
+    hysteresis: int,
+    refill: int,
+    tolerance: tuple[int, int],
+) -> None:
+    """Moves the loss scale in place; bitwise `reference.update_scale_`, which tells the arguments.
+
+    Tensors of another device, dtype or layout than an optimizer has are left to the reference
+    backend; of a CPU none are.
+
+    Raises:
+        BackendError: The compiler refused.
+    """
+    tensors = (scale, growth_tracker, overflows_left, counters)
+    if not _is_usual(tensors, found_inf):
+        _scale.update_scale_(
+            *(*tensors, found_inf),
+            growth_factor=growth_factor,
+            backoff_factor=backoff_factor,
+            growth_interval=growth_interval,
+            min_scale=min_scale,
+            max_scale=max_scale,
+            hysteresis=hysteresis,
+            refill=refill,
+            tolerance=tolerance,
+        )
+        return
+    move = Move(
+        *map(Tensor.data_ptr, tensors),
+        *(growth_factor, backoff_factor, min_scale, max_scale, growth_interval, *tolerance),
+        *(hysteresis, refill),
+    )
+    _function()(ctypes.addressof(move), int(bool(found_inf)))
+    # writes by address tell autograd nothing
+    torch.autograd.graph.increment_version(tensors)
+
+
+def _is_usual(tensors: tuple[Tensor, ...], found_inf: Tensor) -> bool:
+    return (
+        all(type(t) is Tensor and t.is_cpu for t in (*tensors, found_inf))
+        and tuple(t.dtype for t in tensors) == _DTYPES
+        and [t.numel() for t in tensors] == [1, 1, 1, 6]
+        and tensors[3].is_contiguous()
+    )
+
+
+@cache
+def _function() -> Callable[..., None]:
+    function = passes().move_scale
+    function.argtypes = [ctypes.c_void_p, ctypes.c_int32]
+    function.restype = None
+    return function
