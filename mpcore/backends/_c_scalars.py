@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Callable
 from functools import cache
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -26,26 +28,29 @@ def prepare_(plan: _update.Plan, hyper: Hyper) -> None:
     Raises:
         BackendError: The compiler refused.
     """
-    numbers = torch.tensor(hyper.numbers, dtype=torch.float64)
-    for group, lr in enumerate(hyper.lrs):
-        if lr is not None:
-            numbers[group, 0] = lr.reshape(())
+    rows = [
+        (row[0] if lr is None else float(lr), *row[1:])
+        for row, lr in zip(hyper.numbers, hyper.lrs, strict=True)
+    ]
+    numbers = array("d", chain.from_iterable(rows))
     counted = zip(plan.batches, plan.counts, strict=True)
     plan.scalars = [_scalars(plan.rule, batch, counts, numbers) for batch, counts in counted]
     plan.hyper = hyper
 
 
-def _scalars(rule: UpdateRule, batch: Batch, counts: Tensor | None, numbers: Tensor) -> Tensor:
+def _scalars(
+    rule: UpdateRule, batch: Batch, counts: Tensor | None, numbers: array[float]
+) -> Tensor:
     if counts is None and batch.steps:
         counts = torch.stack(list(batch.steps))
     wide = None if counts is None else counts.double()
     scalars = torch.empty(len(batch.groups), len(rule.columns), dtype=torch.float32)
-    groups = (ctypes.c_int64 * len(batch.groups))(*batch.groups)
+    groups = array("q", batch.groups)
     _fill()(
         STEPS.index((rule.name, len(batch.moments))),
         len(batch.groups),
-        ctypes.addressof(groups),
-        numbers.data_ptr(),
+        groups.buffer_info()[0],
+        numbers.buffer_info()[0],
         None if wide is None else wide.data_ptr(),
         scalars.data_ptr(),
     )

@@ -118,13 +118,13 @@ def _shared_work(
 ) -> Work:
     """Returns what all dtypes of a batch share."""
     weights, count = plan.batches[index].weights, len(plan.batches[index].moments)
-    masters, *rest = plan.tables[index].addresses()
-    moments = torch.cat(rest[len(rest) - count :]) if count else masters
-    scalars = scalars.contiguous()
+    table, scalars = plan.tables[index], scalars.contiguous()
+    addresses = table.addresses()
+    masters, role = addresses.buffer_info()[0], 8 * table.count  # bytes of a role's addresses
     work = Work(
-        masters=masters.data_ptr(),
-        moments=moments.data_ptr(),
-        weights=rest[0].data_ptr() if weights else None,
+        masters=masters,
+        moments=masters + role * (2 if weights else 1),
+        weights=masters + role if weights else None,
         weight_dtype=DTYPES[weights[0].dtype] if weights else 0,
         step=STEPS.index((plan.rule.name, count)),
         scalars=scalars.data_ptr(),
@@ -133,5 +133,5 @@ def _shared_work(
         coefficient=float(coefficient),
         streaming=plan.elements >= _STREAMING,
     )
-    work.keep(masters, *rest, moments, scalars, saturated)
+    work.keep(addresses, scalars, saturated)
     return work

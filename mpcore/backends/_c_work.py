@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -30,30 +31,33 @@ class Table:
     """Where tensors lie in memory, and how they are cut.
 
     Attributes:
-        flat: The tensors of each role as they lie in memory; kept alive.
+        flat: The tensors as they lie in memory, one role after the other; kept alive.
+        count: How many there are of each role.
         cut: How.
     """
 
-    flat: list[list[Tensor]]
+    flat: list[Tensor]
+    count: int
     cut: Cut
 
     @staticmethod
     def of(roles: Sequence[Sequence[Tensor]]) -> Table:
         """Returns the table of tensors; those of one index have one layout in all roles."""
-        flat = [[memory_order(tensor) for tensor in role] for role in roles]
-        return Table(flat, cut_chunks([tensor.numel() for tensor in flat[0]]))
+        flat = [memory_order(tensor) for role in roles for tensor in role]
+        count = len(roles[0])
+        return Table(flat, count, cut_chunks([tensor.numel() for tensor in flat[:count]]))
 
-    def addresses(self) -> list[Tensor]:
-        """Returns where each role lies now, int64 `[tensors]` each.
+    def addresses(self) -> array[int]:
+        """Returns where each tensor lies now.
 
         Asked anew for every pass: `share_memory_` moves a storage and frees where it was.
         """
-        return [addresses_of(role) for role in self.flat]
+        return addresses_of(self.flat)
 
 
-def addresses_of(tensors: Sequence[Tensor]) -> Tensor:
-    """Returns where tensors lie in memory, int64 `[tensors]`."""
-    return torch.tensor(list(map(Tensor.data_ptr, tensors)), dtype=torch.int64)
+def addresses_of(tensors: Sequence[Tensor]) -> array[int]:
+    """Returns where tensors lie in memory, as C has an array of pointers."""
+    return array("q", map(Tensor.data_ptr, tensors))
 
 
 class Cut(NamedTuple):
@@ -89,7 +93,7 @@ def _cut(sizes: tuple[int, ...]) -> Cut:
     return Cut(chunks.contiguous(), sum(sizes))
 
 
-def by_dtype(flat: Sequence[Tensor], cut: Cut) -> list[tuple[torch.dtype, Cut, Tensor]]:
+def by_dtype(flat: Sequence[Tensor], cut: Cut) -> list[tuple[torch.dtype, Cut, array[int]]]:
     """Returns for each dtype the chunks of its tensors, and the addresses of all tensors."""
     dtypes = dtypes_of(flat)
     if len(dtypes) == 1:
@@ -117,7 +121,7 @@ class Work(ctypes.Structure):
         ("streaming", ctypes.c_int32),
     ]
 
-    def take_up(self, dtype: torch.dtype, cut: Cut, grads: Tensor) -> None:
+    def take_up(self, dtype: torch.dtype, cut: Cut, grads: array[int]) -> None:
         """Makes some chunks the work.
 
         Args:
@@ -127,13 +131,13 @@ class Work(ctypes.Structure):
         """
         self.grad_dtype = DTYPES[dtype]
         self.next, self.count = 0, len(cut.chunks)
-        self.chunks, self.grads = cut.chunks.data_ptr(), grads.data_ptr()
+        self.chunks, self.grads = cut.chunks.data_ptr(), grads.buffer_info()[0]
         self.elements = cut.elements
         self._chunks_and_grads = (cut.chunks, grads)
 
-    def keep(self, *tensors: Tensor) -> None:
-        """Keeps tensors alive as long as their addresses are in here."""
-        self._kept = tensors
+    def keep(self, *memory: Tensor | array[int]) -> None:
+        """Keeps memory alive as long as its addresses are in here."""
+        self._kept = memory
 
 
 def run(function: Any, work: Work) -> None:
