@@ -29,3 +29,23 @@ class Table:
             ''
         """
         return replace(self, title="")
+
+    def to_markdown(self) -> str:
+        """Returns the table as Markdown, its title a heading.
+
+        Example:
+            >>> print(Table("Title", ("name", "n"), (("a", "1"),), ("Note.",)).to_markdown())
+            ## Title
+            <BLANKLINE>
+            | name | n |
+            |---|---|
+            | a | 1 |
+            <BLANKLINE>
+            - Note.
+            <BLANKLINE>
+        """
+        rows = [self.header, ("---",) * len(self.header), *self.rows]
+        lines = [f"| {' | '.join(cells)} |" for cells in rows]
+        lines[1] = lines[1].replace(" ", "")
+        notes = [f"- {note}" for note in self.notes]
+        return "\n".join([f"## {self.title}", "", *lines, "", *notes, ""])

@@ -103,6 +103,35 @@ def bench(
         show(options, Console())
 
 
+@app.command()
+def reproduce(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="loss-scaling, master-weights, lost-gradients, lost-updates; all without one."
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="How many, trained side by side.")] = 5,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One epoch each: does it run at all?")
+    ] = False,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    output: Annotated[Path | None, typer.Option(help="Write the tables as Markdown.")] = None,
+) -> None:
+    """Reproduce what is known of 16-bit training on handwritten digits, in minutes."""
+    with _errors_in_one_line():
+        from mpcore.cli.reproduce_view import reproduce_and_show
+
+        reproduce_and_show(
+            names or [],
+            seeds=seeds,
+            quick=quick,
+            threads=threads,
+            output=output,
+            console=Console(),
+        )
+
+
 @app.command(name="compare")
 def compare_command(
     target: Annotated[

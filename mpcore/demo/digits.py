@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -84,12 +84,16 @@ class SideBySideMLP(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Maps `[seeds, batch, pixels]` to logits `[seeds, batch, classes]`."""
-        x = images.to(self.weights[0].dtype)
+        return self.layers(images)[-1]
+
+    def layers(self, images: Tensor) -> list[Tensor]:
+        """Returns what each layer makes of images, before and after its ReLU; the logits last."""
+        outputs = [images.to(self.weights[0].dtype)]
         for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x = torch.baddbmm(bias, x, weight)
+            outputs.append(torch.baddbmm(bias, outputs[-1], weight))
             if index < len(self.weights) - 1:
-                x = x.relu()
-        return x
+                outputs.append(outputs[-1].relu())
+        return outputs[1:]
 
 
 def load_split() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -108,6 +112,57 @@ def load_split() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     labels = torch.from_numpy(data.target).long()
     held_out = torch.arange(len(images)) % 5 == 0
     return images[~held_out], labels[~held_out], images[held_out], labels[held_out]
+
+
+@dataclass(frozen=True)
+class Images:
+    """The digits, in two parts.
+
+    Attributes:
+        train: `[n, 64]` float32 in [0, 1].
+        labels: `[n]` int64.
+        test: Likewise, never trained on.
+        test_labels: Likewise.
+    """
+
+    train: Tensor
+    labels: Tensor
+    test: Tensor
+    test_labels: Tensor
+
+    @staticmethod
+    def load() -> Images:
+        """Returns all of them.
+
+        Example:
+            >>> images = Images.load()
+            >>> len(images.train), len(images.test)
+            (1437, 360)
+        """
+        return Images(*load_split())
+
+    def epochs(self, settings: DigitsSettings) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
+        """Yields for each epoch its batches, in an order of each seed's own.
+
+        Images are `[seeds, batch, 64]`, labels `[seeds, batch]`.
+        """
+        generators = [torch.Generator().manual_seed(seed) for seed in settings.seeds]
+        for _ in range(settings.epochs):
+            orders = [torch.randperm(len(self.train), generator=g) for g in generators]
+            batches = torch.split(torch.stack(orders), settings.batch, dim=1)
+            yield ((self.train[chosen], self.labels[chosen]) for chosen in batches)
+
+    @torch.no_grad()
+    def test_logits(self, model: nn.Module, seeds: int) -> Tensor:
+        """Returns what each network says of the test images; computed as tensor cores do."""
+        with emulate_tensor_cores():
+            logits: Tensor = model(self.test.expand(seeds, -1, -1))
+        return logits
+
+    def accuracies(self, logits: Tensor) -> tuple[float, ...]:
+        """Returns which share of the test images each network names rightly."""
+        hits = (logits.argmax(dim=2) == self.test_labels).float().mean(dim=1)
+        return tuple(hits.tolist())
 
 
 def train_digits(
@@ -130,28 +185,24 @@ def train_digits(
         (3, 0)
     """
     started = time.perf_counter()
-    images, labels, test_images, test_labels = load_split()
-    sizes = (images.shape[1], *settings.hidden, 10)
+    images = Images.load()
     model, engine = prepare(
-        SideBySideMLP(sizes, settings.seeds), regime, settings.adamw, settings.scale
+        SideBySideMLP((64, *settings.hidden, 10), settings.seeds),
+        *(regime, settings.adamw, settings.scale),
     )
     tally = UpdateTally(engine)
-    generators = [torch.Generator().manual_seed(seed) for seed in settings.seeds]
-    for epoch in range(settings.epochs):
-        orders = torch.stack([torch.randperm(len(images), generator=g) for g in generators])
-        for chosen in torch.split(orders, settings.batch, dim=1):
+    for done, batches in enumerate(images.epochs(settings), start=1):
+        for inputs, labels in batches:
             with emulate_tensor_cores(), regime.arithmetic():
-                logits = model(images[chosen])
-                engine.backward(summed_loss(logits, labels[chosen]))
+                engine.backward(summed_loss(model(inputs), labels))
             tally.step()
             engine.zero_grad()
-        on_epoch(epoch + 1)
-    with torch.no_grad(), emulate_tensor_cores(), regime.arithmetic():
-        logits = model(test_images.expand(len(settings.seeds), -1, -1))
-    hits = (logits.argmax(dim=2) == test_labels).float().mean(dim=1)
+        on_epoch(done)
+    with regime.arithmetic():
+        logits = images.test_logits(model, len(settings.seeds))
     return DigitsRun(
         regime=regime,
-        accuracies=tuple(hits.tolist()),
+        accuracies=images.accuracies(logits),
         lost_updates=tally.fraction,
         skipped_steps=engine.skipped_steps,
         seconds=time.perf_counter() - started,

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import mpcore
-from mpcore.demo.digits import load_split
+from mpcore.demo.digits import Images
 
 EPOCHS, BATCH = 10, 32
 
@@ -27,16 +27,17 @@ def train(run: mpcore.TrainingRun) -> float:
         >>> result.of("float32")[0].metric > 80
         True
     """
-    images, labels, test_images, test_labels = load_split()
+    images = Images.load()
     model: nn.Module = nn.Sequential(
         nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10)
     )
     model, optimizer = run.prepare(model, torch.optim.Adam(model.parameters(), lr=1e-3))
     for _ in range(EPOCHS):
-        for chosen in torch.split(torch.randperm(len(images)), BATCH):
-            optimizer.backward(F.cross_entropy(model(images[chosen]), labels[chosen]))
+        for chosen in torch.split(torch.randperm(len(images.train)), BATCH):
+            loss = F.cross_entropy(model(images.train[chosen]), images.labels[chosen])
+            optimizer.backward(loss)
             optimizer.step()
             optimizer.zero_grad()
     with torch.no_grad():
-        hits = model(test_images).argmax(dim=1) == test_labels
+        hits = model(images.test).argmax(dim=1) == images.test_labels
     return 100 * float(hits.float().mean())

@@ -115,7 +115,7 @@ def run_demo(settings: DemoSettings, progress: Progress) -> DemoResult:
     """
     started = time.perf_counter()
     corpus = load_corpus()
-    with _cpu_threads(settings.threads):
+    with cpu_threads(settings.threads):
         runs = [
             _run_gpt(regime, settings, corpus, seed, progress)
             for seed in settings.seeds
@@ -126,7 +126,14 @@ def run_demo(settings: DemoSettings, progress: Progress) -> DemoResult:
 
 
 @contextmanager
-def _cpu_threads(count: int) -> Iterator[None]:
+def cpu_threads(count: int) -> Iterator[None]:
+    """Computes on so many CPU threads for a while.
+
+    Example:
+        >>> with cpu_threads(1):
+        ...     torch.get_num_threads()
+        1
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -9,14 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from mpcore.demo.digits import (
-    DigitsSettings,
-    SideBySideMLP,
-    load_split,
-    summed_loss,
-)
+from mpcore.demo.digits import DigitsSettings, Images, SideBySideMLP, summed_loss
 from mpcore.demo.measure import SubnormalTally
 from mpcore.demo.regimes import FP16_MASTERS, prepare
 from mpcore.emulate import emulate_tensor_cores
@@ -68,28 +61,25 @@ def run_schedule(
         >>> run.steps, run.skipped, run.subnormal > 0.5
         (45, 0, True)
     """
-    images, labels, test_images, test_labels = load_split()
-    sizes = (images.shape[1], *settings.hidden, 10)
+    images = Images.load()
     model, engine = prepare(
-        SideBySideMLP(sizes, settings.seeds), FP16_MASTERS, settings.adamw, scale
+        SideBySideMLP((64, *settings.hidden, 10), settings.seeds),
+        *(FP16_MASTERS, settings.adamw, scale),
     )
-    generators = [torch.Generator().manual_seed(seed) for seed in settings.seeds]
     tally, steps = SubnormalTally(), 0
-    for _ in range(settings.epochs):
-        orders = torch.stack([torch.randperm(len(images), generator=g) for g in generators])
-        for chosen in torch.split(orders, settings.batch, dim=1):
+    for batches in images.epochs(settings):
+        for inputs, labels in batches:
             factor = weight * (SPIKE if spikes and steps % EVERY == EVERY - 1 else 1.0)
             with emulate_tensor_cores():
-                engine.backward(summed_loss(model(images[chosen]), labels[chosen]) * factor)
+                engine.backward(summed_loss(model(inputs), labels) * factor)
             tally.count(model.parameters())
             engine.step()
             engine.zero_grad()
             steps += 1
     seeds = len(settings.seeds)
-    with torch.no_grad(), emulate_tensor_cores():
-        logits = model(test_images.expand(seeds, -1, -1))
-    hits = (logits.argmax(dim=2) == test_labels).float().mean()
-    loss = summed_loss(logits, test_labels.expand(seeds, -1)) / seeds
+    logits = images.test_logits(model, seeds)
+    hits = (logits.argmax(dim=2) == images.test_labels).float().mean()
+    loss = summed_loss(logits, images.test_labels.expand(seeds, -1)) / seeds
     return ScheduleRun(tally.fraction or 0.0, engine.skipped_steps, steps, float(hits), float(loss))
 
 
