@@ -148,6 +148,7 @@ def test_a_metric_that_is_not_finite_and_a_scale_at_its_floor_fail() -> None:
 
     strict = mpcore.DynamicLossScale(init=2.0, min_scale=1.0, at_min="raise")
     result = mpcore.compare(train, [("float16", strict)], seeds=1)
+    assert "nan%" not in str(result)
     label = f"float16, {strict}"
     assert result.agreements[label].name == "fails"
     [outcome] = result.of(label)
@@ -229,6 +230,22 @@ def test_policies_of_other_types_are_refused(policies: Any) -> None:
         mpcore.compare(loop(), policies)
     with pytest.raises(mpcore.ArgumentTypeError, match="train: expected a function"):
         mpcore.compare(3)  # type: ignore[arg-type]
+
+
+def test_runs_that_diverge_in_every_way_have_a_page(tmp_path: Path) -> None:
+    def train(run: mpcore.TrainingRun) -> float:
+        model, optimizer = run.prepare(*make())
+        for step in range(25):
+            bad = torch.nan if run.label != "bfloat16" and step > 10 else 1.0
+            optimizer.backward(model(batch()[0]).square().mean() * bad)
+            optimizer.step()
+            optimizer.zero_grad()
+        return torch.nan if run.label == "float32" else torch.inf
+
+    result = mpcore.compare(train, seeds=2)
+    assert {found.name for found in result.agreements.values()} == {"fails"}
+    result.write_html(tmp_path / "page.html")
+    check_well_formed((tmp_path / "page.html").read_text(encoding="utf-8"))
 
 
 def test_the_page_holds_table_verdicts_and_pictures(tmp_path: Path) -> None:

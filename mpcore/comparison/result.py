@@ -17,7 +17,7 @@ from mpcore.monitoring.memory import Resident
 from mpcore.monitoring.run_log import RunLog
 from mpcore.table import Table
 
-_APART = 0.05  # first losses that differ by more than this share come from other weights or data
+_APART = 0.05  # first losses that differ by more than this share of FP32's largest one
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,8 @@ class Comparison:
         )
 
     def _versus(self, found: Agreement) -> str:
+        if not math.isfinite(found.difference):
+            return ""
         base = statistics.fmean(outcome.metric for outcome in self.of(BASELINE.label))
         return f"{found.difference / abs(base):+.2%}" if base else f"{found.difference:+.3g}"
 
@@ -208,7 +210,8 @@ def mean_and_spread(values: Sequence[float]) -> str:
 
 
 def _begin_apart(losses: Sequence[tuple[int, float]], others: Sequence[tuple[int, float]]) -> bool:
+    """Whether first losses differ by more than rounding explains, against what losses are like."""
     if not losses or not others:
         return False
-    (_, loss), (_, other) = losses[0], others[0]
-    return not abs(loss - other) <= _APART * abs(other)
+    size = max((abs(loss) for _, loss in others if math.isfinite(loss)), default=0.0)
+    return not abs(losses[0][1] - others[0][1]) <= _APART * size
