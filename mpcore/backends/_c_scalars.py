@@ -17,7 +17,6 @@ from mpcore.backends._c_source import STEPS
 from mpcore.updates import Batch, Hyper, UpdateRule
 
 
-@torch.no_grad()
 def prepare_(plan: _update.Plan, hyper: Hyper) -> None:
     """Computes the scalars of the plan's next update; bitwise `reference.prepare_`. CPU tensors.
 

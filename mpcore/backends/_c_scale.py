@@ -27,7 +27,6 @@ class Move(ctypes.Structure):
     ]
 
 
-@torch.no_grad()
 def update_scale_(
     scale: Tensor,
     growth_tracker: Tensor,

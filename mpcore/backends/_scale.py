@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ class ScaleMove:
 
     def arguments(self) -> dict[str, Any]:
         """Returns the arguments of `update_scale_` by name, `found_inf` left out."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return dict(vars(self))
 
 
 @torch.no_grad()
