@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import mpcore
+import numpy as np
 import pytest
 import torch
 from mpcore.cli import app
@@ -21,6 +22,7 @@ from mpcore.report.heat import digits_map, grouped, room_map
 from mpcore.report.page import Section, Text, render_page
 from mpcore.report.run_figures import histogram_figure, scale_figure, what_if_figure
 from mpcore.report.run_page import render_runs
+from mpcore.report.svg import corners, thinned
 from torch import nn
 from typer.testing import CliRunner
 
@@ -138,6 +140,32 @@ def test_the_scale_figure_marks_each_skipped_step(log: RunLog) -> None:
     marks = scale_figure([log], ["run"]).count("<use")
     fewer = scale_figure([replace(log, courses=(only_one, *others))], ["run"]).count("<use")
     assert marks - fewer == len(log.skipped) - 1 > 5
+
+
+def test_a_run_of_a_million_steps_has_a_page_of_a_usual_size() -> None:
+    count = 1000
+    courses = []
+    for part in range(1000):
+        losses = tuple(1 / (1 + part + i / count) for i in range(count))
+        scales = tuple(2.0 ** (10 + part % 7) for _ in range(count))
+        flags = tuple(i == 0 for i in range(count))
+        courses.append(Course(part * count, scales, flags, (1.0,) * count, losses, (0.1,) * count))
+    page = render_runs([RunLog.of("long", courses)], "Long")
+    assert "1,000,000 steps" in page
+    assert len(page) < 500_000
+
+
+def test_thinning_keeps_means_and_corners_keep_every_change() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=10_000)
+    steps, means = thinned(range(10_000), values)
+    assert len(steps) == 1000
+    assert steps[-1] == 9999
+    np.testing.assert_allclose(means, values.reshape(1000, 10).mean(axis=1), rtol=0, atol=1e-12)
+    levels = 2.0 ** rng.integers(0, 3, 500)
+    places, kept = corners(range(500), levels)
+    again = kept[np.searchsorted(places, np.arange(500), side="right") - 1]
+    np.testing.assert_array_equal(again, levels)
 
 
 def test_histogram_and_what_if_name_what_they_show(log: RunLog) -> None:

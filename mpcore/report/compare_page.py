@@ -14,7 +14,7 @@ from mpcore.report.bars import Stack, memory_figure, time_figure
 from mpcore.report.page import Event, Events, Picture, Section, render_page
 from mpcore.report.run_figures import style_of
 from mpcore.report.run_page import course_sections, gradient_sections, lost_updates_section
-from mpcore.report.svg import COLOURS, clipped, new_axes, smooth, to_svg
+from mpcore.report.svg import COLOURS, clipped, new_axes, smooth, thinned, to_svg
 
 
 def render_comparison(comparison: Comparison) -> str:
@@ -88,7 +88,13 @@ def _difference_section(comparison: Comparison) -> tuple[Section, ...]:
             return ()
         colour, dashes = style_of(label, labels)
         mean = np.mean([curve[:length] for curve in curves], axis=0)
-        axes.plot(smooth(mean), color=colour, ls=dashes, lw=1.4, label=clipped(label))
+        axes.plot(
+            *thinned(range(length), smooth(mean)),
+            color=colour,
+            ls=dashes,
+            lw=1.4,
+            label=clipped(label),
+        )
     axes.axhline(0, color=COLOURS[0], lw=0.8)
     svg = to_svg(figure, "Loss of every policy minus that of FP32 on the same batches", "above")
     return (Section("How far above FP32", (Picture(svg, _DIFFERENCE),)),)

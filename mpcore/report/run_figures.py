@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from mpcore.monitoring.findings import HIGHEST, LOWEST
 from mpcore.monitoring.reading import Reading
 from mpcore.monitoring.run_log import RunLog
-from mpcore.report.svg import COLOURS, DASHES, clipped, new_axes, smooth, to_svg
+from mpcore.report.svg import COLOURS, DASHES, clipped, new_axes, smooth, thinned, to_svg
 
 _SMALLEST_NORMAL = -14  # the exponent of float16's
+_POINTS = 500  # that are marked one by one
 _DOUBLINGS = 16  # to both sides of the scale of now, in "what if"
 
 
@@ -33,7 +34,9 @@ def loss_figure(logs: Sequence[RunLog], names: Sequence[str], name: str = "loss"
         colour, dashes = style_of(log.name, names)
         # early ones are wider: where curves fall together all of them can be seen
         width = 1.3 + 1.6 * (len(logs) - 1 - index) / max(len(logs) - 1, 1)
-        axes.plot(steps, losses, color=colour, ls=dashes, lw=width, label=clipped(log.name))
+        axes.plot(
+            *thinned(steps, losses), color=colour, ls=dashes, lw=width, label=clipped(log.name)
+        )
         _mark_resumed(axes, log)
     return to_svg(figure, "Loss of each run over its steps", name)
 
@@ -143,7 +146,9 @@ def lost_updates_figure(logs: Sequence[RunLog], names: Sequence[str], name: str 
     """Plots the updates that weights without masters would have lost; arguments as for losses."""
     figure, axes = new_axes("step", "updates lost (%)", height=2.8)
     for log in logs:
-        known = [(r.step, 100 * r.lost_updates) for r in log.readings if r.lost_updates is not None]
+        known = _some(
+            [(r.step, 100 * r.lost_updates) for r in log.readings if r.lost_updates is not None]
+        )
         colour, dashes = style_of(log.name, names)
         axes.plot(
             *([step for step, _ in known], [lost for _, lost in known]),
@@ -161,6 +166,14 @@ def lost_updates_figure(logs: Sequence[RunLog], names: Sequence[str], name: str 
 def _percent(reading: Reading) -> NDArray[np.float64]:
     counts = np.asarray(reading.histogram, dtype=np.float64)
     return np.asarray(100 * counts / max(counts.sum(), 1))
+
+
+def _some(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Returns at most as many points as a plot has room for, evenly spread, both ends included."""
+    if len(points) <= _POINTS:
+        return list(points)
+    places = np.linspace(0, len(points) - 1, _POINTS).round().astype(int)
+    return [points[place] for place in places]
 
 
 def _mark_resumed(axes: Axes, log: RunLog) -> None:

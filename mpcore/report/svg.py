@@ -6,6 +6,7 @@ import html
 import io
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from matplotlib import rc_context
@@ -96,6 +97,41 @@ def smooth(values: ArrayLike) -> NDArray[np.float64]:
 
     counts = np.maximum(windows(known.astype(np.float64)), 1)
     return np.where(known, windows(np.where(known, data, 0.0)) / counts, data)
+
+
+def thinned(
+    steps: ArrayLike, values: ArrayLike, count: int = 1000
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Returns a curve of at most so many points: means of neighbours, at the last of their steps.
+
+    What is not finite counts in no mean.
+
+    Example:
+        >>> thinned(range(6), [1.0, 3.0, 2.0, 4.0, 5.0, 5.0], count=3)
+        (array([1., 3., 5.]), array([2., 3., 5.]))
+    """
+    x, y = np.asarray(steps, dtype=np.float64), np.asarray(values, dtype=np.float64)
+    if len(x) <= count:
+        return x, y
+    ends = np.linspace(0, len(x), count + 1).round().astype(int)
+    parts = [y[a:b][np.isfinite(y[a:b])] for a, b in pairwise(ends)]
+    means = [part.mean() if len(part) else np.nan for part in parts]
+    return x[ends[1:] - 1], np.asarray(means)
+
+
+def corners(steps: ArrayLike, values: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Returns the points of a curve of steps at which it changes, before and after; and its ends.
+
+    Example:
+        >>> corners(range(5), [8.0, 8.0, 8.0, 4.0, 4.0])
+        (array([0., 2., 3., 4.]), array([8., 8., 4., 4.]))
+    """
+    x, y = np.asarray(steps, dtype=np.float64), np.asarray(values, dtype=np.float64)
+    if not len(x):
+        return x, y
+    moved = np.flatnonzero(y[1:] != y[:-1])
+    places = np.unique(np.concatenate(([0, len(x) - 1], moved, moved + 1)))
+    return x[places], y[places]
 
 
 def clipped(name: str, length: int = 30) -> str:
