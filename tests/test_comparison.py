@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,20 @@ def test_impossible_arguments_are_refused_before_anything_runs(
 
     with pytest.raises(mpcore.ArgumentError, match=message):
         mpcore.compare(train, **options)
+
+
+def test_without_scipy_several_seeds_are_refused_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(run: mpcore.TrainingRun) -> None:
+        raise AssertionError("it ran")
+
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    monkeypatch.setattr("mpcore.comparison.statistics.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"needs scipy.*mpcore\[report\]"):
+        mpcore.compare(refuse)
+    result = mpcore.compare(loop(steps=2), ["bfloat16"], seeds=1)
+    assert "one seed" in str(result)
 
 
 @pytest.mark.parametrize("policies", ["float16", [3], [("float16", "dynamic")]])

@@ -18,6 +18,7 @@ from mpcore.cli.output import check_writable, progress_on, show_table
 from mpcore.comparison.compare import compare
 from mpcore.comparison.contender import contenders
 from mpcore.errors import ArgumentError
+from mpcore.report.compare_page import render_comparison
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def compare_and_show(target: str, options: CompareOptions, console: Console) -> 
     for label, found in result.agreements.items():
         console.print(f"{label}: ", end="", style="bold", highlight=False)
         console.print(found.text, highlight=False)
-    result.write_html(options.output)
+    options.output.write_text(render_comparison(result), encoding="utf-8")
     console.print("\nReport: ", end="")
     console.print(str(options.output), style="bold", soft_wrap=True, highlight=False)
 

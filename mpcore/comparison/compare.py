@@ -13,6 +13,7 @@ from torch import Tensor
 from mpcore._checks import check_count, check_number
 from mpcore.comparison.contender import BASELINE, Choice, Contender, contenders
 from mpcore.comparison.result import Comparison, Outcome
+from mpcore.comparison.statistics import check_scipy
 from mpcore.comparison.training_run import TrainingRun
 from mpcore.errors import ArgumentError, ArgumentTypeError, LossScaleError, StageError
 
@@ -53,6 +54,7 @@ def compare(
         ArgumentTypeError: An argument is of another type.
         ArgumentError: A policy is there twice or unknown, or `margin` or `seeds` is impossible.
         StageError: `train` took no step with what `run.prepare` returned.
+        ModuleNotFoundError: There are several seeds and no SciPy; it comes with the extra `report`.
 
     Example:
         >>> import torch, mpcore
@@ -79,6 +81,8 @@ def compare(
     if not check_number("margin", margin) > 0:
         raise ArgumentError(f"margin: expected a number above 0, got {margin}.")
     check_count("every", every)
+    if len(chosen) > 1:
+        check_scipy()
     outcomes = []
     with _generators_kept():
         for seed in chosen:  # all policies in turn, so that a slow hour slows each of them

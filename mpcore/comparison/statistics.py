@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 CONFIDENCE = 0.9  # of an interval: 95 % to each side
 
@@ -30,6 +31,16 @@ class Agreement:
     p: float | None
     margin: float
     text: str
+
+
+def check_scipy() -> None:
+    """Raises if the test of several seeds cannot be made: better before hours of training."""
+    if find_spec("scipy") is None:
+        raise ModuleNotFoundError(
+            'compare: the test of several seeds needs scipy. Run: pip install "mpcore[report]", or '
+            "pass seeds=1.",
+            name="scipy",
+        )
 
 
 def agreement(
