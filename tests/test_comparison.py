@@ -284,4 +284,5 @@ def test_means_show_as_many_digits_as_their_spread_allows() -> None:
     assert mean_and_spread([1.0, 3.0]) == "2.0 ± 1.4"
     assert mean_and_spread([0.12345, 0.12349]) == "0.123470 ± 0.000028"
     assert mean_and_spread([100.0, 300.0]) == "200 ± 141"
+    assert mean_and_spread([1.0e-9, 1.2e-9]) == "1.1e-09 ± 1.4e-10"
     assert mean_and_spread([float("nan"), 1.0]) == "nan"

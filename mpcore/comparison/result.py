@@ -205,6 +205,8 @@ def mean_and_spread(values: Sequence[float]) -> str:
     spread = statistics.stdev(values) if known else 0.0
     if not spread:
         return f"{mean:.4g}"
+    if not 1e-3 <= abs(mean) < 1e6:
+        return f"{mean:.3g} ± {spread:.2g}"
     places = max(0, 1 - math.floor(math.log10(spread)))
     return f"{mean:.{places}f} ± {spread:.{places}f}"
 
