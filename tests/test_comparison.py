@@ -179,6 +179,30 @@ def test_runs_that_do_not_begin_alike_are_told_of() -> None:
     assert all(warning in str(result) for warning in result.warnings)
 
 
+def test_closures_begin_alike_and_short_runs_have_their_bytes() -> None:
+    def train(run: mpcore.TrainingRun) -> float:
+        model = nn.Linear(8, 1)
+        lbfgs = torch.optim.LBFGS(model.parameters(), lr=0.5, max_iter=4)
+        model, optimizer = run.prepare(model, lbfgs)
+        inputs, targets = batch()
+
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = F.mse_loss(model(inputs), targets)
+            optimizer.backward(loss)
+            return loss
+
+        for _ in range(3):
+            optimizer.step(closure)
+        return 1.0
+
+    result = mpcore.compare(train, seeds=2)
+    assert result.warnings == []
+    memory = result.of("float16")[0].memory
+    assert memory is not None
+    assert (memory.weights, memory.gradients, memory.masters) == (18, 18, 36)
+
+
 def test_loops_that_do_not_use_what_they_are_given_are_told() -> None:
     def without(run: mpcore.TrainingRun) -> float:
         return 1.0
@@ -237,6 +261,17 @@ def test_without_scipy_several_seeds_are_refused_before_anything_runs(
         mpcore.compare(refuse)
     result = mpcore.compare(loop(steps=2), ["bfloat16"], seeds=1)
     assert "one seed" in str(result)
+
+
+@pytest.mark.parametrize(
+    "metric", [2.0, np.float32(2.0), torch.tensor(2.0, requires_grad=True), torch.tensor([2.0])]
+)
+def test_a_metric_is_any_number(metric: Any) -> None:
+    def train(run: mpcore.TrainingRun) -> Any:
+        loop(steps=1)(run)
+        return metric
+
+    assert mpcore.compare(train, seeds=1).outcomes[0].metric == 2.0
 
 
 @pytest.mark.parametrize("policies", ["float16", [3], [("float16", "dynamic")]])

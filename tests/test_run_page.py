@@ -20,7 +20,12 @@ from mpcore.monitoring.run_log import RunLog
 from mpcore.report.bars import Stack, memory_figure, time_figure
 from mpcore.report.heat import digits_map, grouped, room_map
 from mpcore.report.page import Section, Text, render_page
-from mpcore.report.run_figures import histogram_figure, scale_figure, what_if_figure
+from mpcore.report.run_figures import (
+    histogram_figure,
+    scale_figure,
+    style_of,
+    what_if_figure,
+)
 from mpcore.report.run_page import render_runs
 from mpcore.report.svg import corners, thinned
 from torch import nn
@@ -153,6 +158,11 @@ def test_a_run_of_a_million_steps_has_a_page_of_a_usual_size() -> None:
     page = render_runs([RunLog.of("long", courses)], "Long")
     assert "1,000,000 steps" in page
     assert len(page) < 500_000
+
+
+def test_twenty_runs_differ_in_colour_or_dashes() -> None:
+    names = [f"run{i}" for i in range(20)]
+    assert len({style_of(name, names) for name in names}) >= 18  # two dashes are solid twice
 
 
 def test_thinning_keeps_means_and_corners_keep_every_change() -> None:

@@ -115,7 +115,7 @@ def _run(train: Train, contender: Contender, seed: int, every: int) -> Outcome:
 
 def _metric(returned: float | Tensor | None, run: TrainingRun) -> float:
     if returned is not None:
-        return float(returned)
+        return float(returned.detach() if isinstance(returned, Tensor) else returned)
     losses = [loss for _, loss in run.log.losses]
     if not losses:
         raise StageError(

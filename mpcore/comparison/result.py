@@ -30,8 +30,9 @@ class Outcome:
         metric: What the loop returned; NaN if it failed.
         log: Losses, scales, skipped steps, readings.
         seconds: Median of a step, from the end of one to the end of the next; None of one step.
-        memory: Bytes that stay; None if the run was too short for a reading.
+        memory: Bytes that stay.
         activations: Bytes that the first forward pass saved for its backward pass.
+        first_loss: Of the first backward pass; None if the optimizer did not see it.
         failure: Why it failed; None if it did not.
     """
 
@@ -42,6 +43,7 @@ class Outcome:
     seconds: float | None
     memory: Resident | None
     activations: int | None
+    first_loss: float | None
     failure: str | None = None
 
     @staticmethod
@@ -50,7 +52,8 @@ class Outcome:
         log = run.log
         seconds = statistics.median(log.seconds) if log.seconds else None
         return Outcome(
-            *(run.label, run.seed, metric, log, seconds, run.memory, run.activations, failure)
+            *(run.label, run.seed, metric, log, seconds, run.memory, run.activations),
+            *(run.first_loss, failure),
         )
 
 
@@ -67,7 +70,7 @@ class Comparison:
     Example:
         >>> from dataclasses import replace
         >>> log = RunLog("float32", (), (), ())
-        >>> run = Outcome("float32", 0, 0.5, log, None, None, None)
+        >>> run = Outcome("float32", 0, 0.5, log, None, None, None, None)
         >>> found = Comparison("loss", False, 0.01, (run, replace(run, label="float16")))
         >>> print(found.agreements["float16"].text)
         +0.00% of FP32 with one seed; run more to know what another seed would give.
@@ -115,11 +118,11 @@ class Comparison:
                         f"{label}, seed {run.seed}: {len(run.log.steps):,} steps, and "
                         f"{len(base.log.steps):,} in FP32."
                     )
-                elif _begin_apart(run.log.losses, base.log.losses):
+                elif _begin_apart(run, base):
                     found.append(
-                        f"{label}, seed {run.seed}: the first loss is {run.log.losses[0][1]:.4g}, "
-                        f"and {base.log.losses[0][1]:.4g} in FP32. Do weights and batches follow "
-                        "from run.seed alone?"
+                        f"{label}, seed {run.seed}: the first loss is {run.first_loss:.4g}, and "
+                        f"{base.first_loss:.4g} in FP32. Do weights and batches follow from "
+                        "run.seed alone?"
                     )
         return found
 
@@ -211,9 +214,10 @@ def mean_and_spread(values: Sequence[float]) -> str:
     return f"{mean:.{places}f} ± {spread:.{places}f}"
 
 
-def _begin_apart(losses: Sequence[tuple[int, float]], others: Sequence[tuple[int, float]]) -> bool:
+def _begin_apart(run: Outcome, base: Outcome) -> bool:
     """Whether first losses differ by more than rounding explains, against what losses are like."""
-    if not losses or not others:
+    if run.first_loss is None or base.first_loss is None:
         return False
-    size = max((abs(loss) for _, loss in others if math.isfinite(loss)), default=0.0)
-    return not abs(losses[0][1] - others[0][1]) <= _APART * size
+    sizes = [abs(base.first_loss), *(abs(loss) for _, loss in base.log.losses)]
+    size = max(filter(math.isfinite, sizes), default=0.0)
+    return not abs(run.first_loss - base.first_loss) <= _APART * size

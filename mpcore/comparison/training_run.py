@@ -6,32 +6,45 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mpcore.comparison.contender import BASELINE, Contender
 from mpcore.errors import StageError
-from mpcore.monitoring.memory import Resident, SavedForBackward
+from mpcore.gradients import StepGradients
+from mpcore.monitoring.memory import Resident, SavedForBackward, resident_bytes
 from mpcore.monitoring.monitor import Monitor
-from mpcore.monitoring.reading import Reading
 from mpcore.monitoring.records import Record
 from mpcore.monitoring.run_log import RunLog
 from mpcore.optimizer import MixedPrecisionOptimizer
 from mpcore.policy import Policy
+from mpcore.step_result import StepResult
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 class _RunMonitor(Monitor):
-    """A monitor that says when the first loss is there: its graph is complete then."""
+    """A monitor that also keeps the first loss, and what its graph had saved by then."""
 
     saved: SavedForBackward | None = None
     activations: int | None = None
+    first_loss: Tensor | None = None
+    memory: Resident | None = None
 
     def see_loss(self, outputs: Any) -> None:
         """Hears what is going to be scaled."""
         if self.saved is not None:
             self.activations, self.saved = self.saved.stop(), None
+            if isinstance(outputs, Tensor) and outputs.numel() == 1:
+                self.first_loss = outputs.detach().clone()
         super().see_loss(outputs)
+
+    def end_step(self, gradients: StepGradients, result: StepResult, *, own_scale: bool) -> None:
+        """Hears how a step ended."""
+        super().end_step(gradients, result, own_scale=own_scale)
+        if self.reading is not None:
+            self.memory = self.reading.memory
+        else:  # short runs have no reading; the first steps may have been skipped
+            self.memory = resident_bytes(self._optimizer)
 
     def give_up(self) -> None:
         """Ends what no loss has ended."""
@@ -125,5 +138,10 @@ class TrainingRun:
     @property
     def memory(self) -> Resident | None:
         """Bytes that stay, as of the last reading."""
-        readings = [record for record in self._records if isinstance(record, Reading)]
-        return readings[-1].memory if readings else None
+        return None if self._monitor is None else self._monitor.memory
+
+    @property
+    def first_loss(self) -> float | None:
+        """The loss of the first backward pass, if it went through the optimizer; syncs."""
+        first = None if self._monitor is None else self._monitor.first_loss
+        return None if first is None else float(first)

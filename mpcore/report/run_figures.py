@@ -189,4 +189,6 @@ def style_of(name: str, names: Sequence[str]) -> tuple[str, str]:
         ('#0072B2', '-')
     """
     index = list(names).index(name)
-    return COLOURS[index % len(COLOURS)], DASHES[index % len(DASHES)]
+    # after all colours the dashes shift, so that many runs differ in one of the two
+    dashes = DASHES[(index + index // len(COLOURS)) % len(DASHES)]
+    return COLOURS[index % len(COLOURS)], dashes
