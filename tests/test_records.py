@@ -125,6 +125,19 @@ def test_a_window_shorter_than_a_reading_loses_no_step(engine: Engine) -> None:
     assert len(monitor.course().loss_scale) == 2
 
 
+def test_rare_readings_keep_no_more_than_the_last_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mpcore.monitoring.monitor._LONGEST", 3)
+    records: list[Any] = []
+    params, optimizer = make(Engine("cpu", "fused"))
+    with mpcore.Monitor(optimizer, every=10**9, window=2, sinks=[records.append]):
+        for step in range(5):
+            set_gradients(params, optimizer, step)
+            optimizer.step()
+            optimizer.zero_grad()
+    [course] = records
+    assert (course.step, len(course.loss_scale), len(course.seconds)) == (2, 3, 3)
+
+
 def test_a_reading_counts_the_bytes_of_the_optimizer(engine: Engine) -> None:
     monitor = watched(engine, every=1)
     memory = monitor.reading.memory

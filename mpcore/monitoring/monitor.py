@@ -26,6 +26,8 @@ from mpcore.monitoring.verdicts import Facts, verdict_on
 from mpcore.optimizer import MixedPrecisionOptimizer
 from mpcore.step_result import StepResult
 
+_LONGEST = 2**14  # steps that a course holds, however rare readings are
+
 
 class _Step(NamedTuple):
     """The last step, as long as it is the last.
@@ -53,7 +55,7 @@ class Monitor:
     for overflow, and makes a `Reading`. On a skipped step it makes an `OverflowReport`:
     at once on a CPU, where looking costs nothing; on a GPU in reported steps, or when `report()` is
     called. Both go to the sinks, and with each reading a `Course`: what became of each step since
-    the one before. Verdicts go to the logger "mpcore.monitor" too, one line each and
+    the one before, of the last 16,384 at most. Verdicts go to the logger "mpcore.monitor" too, one line each and
     each kind once in `every` steps: INFO where nothing is wrong, else WARNING.
 
     Copies and pickles of the optimizer are not watched.
@@ -101,7 +103,7 @@ class Monitor:
         self._sinks = list(sinks)
         self._device = optimizer._scale.scale.device
         self._window = check_count("window", window)
-        self._history = History(max(window, every), self._device)
+        self._history = History(max(window, min(every, _LONGEST)), self._device)
         self._told = 0  # steps that sinks have heard of
         self._loss: Tensor | None = None
         self._sample: UpdateSample | None = None
