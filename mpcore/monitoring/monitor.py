@@ -55,8 +55,8 @@ class Monitor:
     for overflow, and makes a `Reading`. On a skipped step it makes an `OverflowReport`:
     at once on a CPU, where looking costs nothing; on a GPU in reported steps, or when `report()` is
     called. Both go to the sinks, and with each reading a `Course`: what became of each step since
-    the one before, of the last 16,384 at most. Verdicts go to the logger "mpcore.monitor" too, one line each and
-    each kind once in `every` steps: INFO where nothing is wrong, else WARNING.
+    the one before, of the last 16,384 at most. Verdicts go to the logger "mpcore.monitor" too, one
+    line each and each kind once in `every` steps: INFO where nothing is wrong, else WARNING.
 
     Copies and pickles of the optimizer are not watched.
 
