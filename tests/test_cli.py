@@ -91,11 +91,11 @@ def test_version_is_that_of_the_package():
     assert run("--version").output.strip() == mpcore.__version__
 
 
-def test_help_names_both_commands():
+def test_help_names_every_command():
     result = run("--help")
     assert result.exit_code == 0
-    assert "demo" in result.output
-    assert "doctor" in result.output
+    for command in ("demo", "bench", "reproduce", "compare", "report", "doctor"):
+        assert f" {command} " in result.output
 
 
 @pytest.mark.parametrize(
