@@ -14,6 +14,7 @@ from mpcore.cli.output import show_table
 from mpcore.demo.experiment import make_settings, run_demo
 from mpcore.demo.regimes import DIGITS_REGIMES, GPT_REGIMES
 from mpcore.demo.tables import digits_table, gpt_table
+from mpcore.table import Table
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -69,6 +70,19 @@ def test_tables_fit_a_terminal_of_80_columns():
         assert "…" not in shown
         for row in table.rows:
             assert any(line.split() == " ".join(row).split() for line in shown.splitlines()), row
+
+
+def test_numbers_are_never_cut_off_in_a_terminal_of_80_columns():
+    rows = tuple(
+        (name, "2.3913 (2.3760 to 2.4095)", "+46.47%", "5.8 (5 to 7)", "2^28 2^29", "0.0%", "27.1%")
+        for name in ("FP16 + masters + headroom", "FP32")
+    )
+    header = ("Regime", "Loss", "vs FP32", "Skips", "Final scale", "Tiny grads", "Updates lost")
+    console = Console(width=80, record=True, file=io.StringIO())
+    show_table(Table("Title", header, rows, ()), console)
+    words = console.export_text().split()
+    assert not [word for word in words if "…" in word]
+    assert {word for row in rows for cell in row for word in cell.split()} <= set(words)
 
 
 def test_doctor_prints_what_it_found():

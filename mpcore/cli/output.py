@@ -86,10 +86,15 @@ def show_table(table: Table, console: Console) -> None:
     """
     # tight enough for the widest table to fit 80 columns
     shown = RichTable(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
-    for index, name in enumerate(table.header):
+    for index, cells in enumerate(zip(table.header, *table.rows, strict=True)):
         first = index == 0
         shown.add_column(
-            "\n".join(name.split()), justify="left" if first else "right", no_wrap=first
+            "\n".join(cells[0].split()),
+            # columns without a name hold bars
+            justify="left" if first or not cells[0] else "right",
+            no_wrap=first,
+            # lines break between words: what is cut off a number makes it another one
+            min_width=max(len(word) for cell in cells for word in [*cell.split(), ""]),
         )
     for row in table.rows:
         shown.add_row(*map(Text, row))
