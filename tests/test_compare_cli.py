@@ -56,6 +56,12 @@ def test_a_loop_in_a_file_or_a_module_is_compared(loop: Path, target: str) -> No
     check_well_formed(page)
 
 
+def test_a_metric_with_brackets_is_shown_as_it_is(loop: Path) -> None:
+    result = run("my_loop.py:train", "--seeds", 1, "--metric", "mAP [/val]")
+    assert result.exit_code == 0, result.output
+    assert "mAP [/val] (lower is better)" in result.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

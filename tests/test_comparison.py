@@ -12,39 +12,10 @@ import numpy as np
 import pytest
 import torch
 from mpcore.comparison.result import mean_and_spread
-from torch import nn
 from torch.nn import functional as F
 
+from mpcore_testing.loops import batch, draw, loop, make
 from mpcore_testing.pages import Elements, check_fetches_nothing, check_well_formed, pictures
-
-
-def draw() -> tuple[float, float, float]:
-    legacy = float(np.random.rand())  # noqa: NPY002 - what many loops still draw from
-    return random.random(), legacy, float(torch.rand(()))
-
-
-def make(lr: float = 0.05) -> tuple[nn.Module, torch.optim.Optimizer]:
-    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1))
-    return model, torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
-
-
-def batch() -> tuple[torch.Tensor, torch.Tensor]:
-    inputs = torch.randn(32, 8)
-    return inputs, inputs.sum(dim=1, keepdim=True).tanh()
-
-
-def loop(weight: float = 1.0, steps: int = 60, lr: float = 0.05) -> Any:
-    """A loop whose loss is multiplied by a weight that its learning rate takes back."""
-
-    def train(run: mpcore.TrainingRun) -> None:
-        model, optimizer = run.prepare(*make(lr / weight))
-        for _ in range(steps):
-            inputs, targets = batch()
-            optimizer.backward(F.mse_loss(model(inputs), targets) * weight)
-            optimizer.step()
-            optimizer.zero_grad()
-
-    return train
 
 
 def test_the_float32_run_is_plain_torch_bit_for_bit() -> None:
@@ -109,34 +80,6 @@ def test_the_callers_random_numbers_go_on_as_if_nothing_had_been() -> None:
     assert [first, draw()] == expected
 
 
-def test_bytes_are_those_counted_by_hand() -> None:
-    result = mpcore.compare(loop(steps=20), ["float16"], seeds=1)
-    fp32, fp16 = result.of("float32")[0], result.of("float16")[0]
-    count = 8 * 16 + 16 + 16 + 1
-    assert fp32.memory is not None
-    assert fp16.memory is not None
-    sizes = (fp32.memory.weights, fp32.memory.gradients, fp32.memory.masters, fp32.memory.moments)
-    assert sizes == (4 * count, 4 * count, 0, 4 * count)
-    sizes = (fp16.memory.weights, fp16.memory.gradients, fp16.memory.masters, fp16.memory.moments)
-    assert sizes == (2 * count, 2 * count, 4 * count, 4 * count)
-    # saved: inputs 32 x 8, tanh 32 x 16, the result and the targets 32 of the loss
-    assert fp32.activations == 4 * (32 * 8 + 32 * 16 + 32 + 32)
-    # the casts save nothing; the loss is FP32 under each policy
-    assert fp16.activations == 2 * (32 * 8 + 32 * 16) + 4 * (32 + 32)
-
-
-def test_measuring_ends_with_the_first_loss_and_in_runs_that_raise() -> None:
-    def raising(run: mpcore.TrainingRun) -> None:
-        run.prepare(*make())
-        raise RuntimeError("mine")
-
-    with pytest.raises(RuntimeError, match="mine"):
-        mpcore.compare(raising)
-    # refuses to be entered while hooks of saved tensors are in force
-    with torch.autograd.graph.disable_saved_tensors_hooks("in force"):
-        pass
-
-
 def test_a_metric_that_is_not_finite_and_a_scale_at_its_floor_fail() -> None:
     def train(run: mpcore.TrainingRun) -> float:
         model, optimizer = run.prepare(*make())
@@ -177,30 +120,6 @@ def test_runs_that_do_not_begin_alike_are_told_of() -> None:
     assert "4 steps, and 3 in FP32" in result.warnings[0]
     assert "the first loss is" in result.warnings[1]
     assert all(warning in str(result) for warning in result.warnings)
-
-
-def test_closures_begin_alike_and_short_runs_have_their_bytes() -> None:
-    def train(run: mpcore.TrainingRun) -> float:
-        model = nn.Linear(8, 1)
-        lbfgs = torch.optim.LBFGS(model.parameters(), lr=0.5, max_iter=4)
-        model, optimizer = run.prepare(model, lbfgs)
-        inputs, targets = batch()
-
-        def closure() -> torch.Tensor:
-            optimizer.zero_grad()
-            loss = F.mse_loss(model(inputs), targets)
-            optimizer.backward(loss)
-            return loss
-
-        for _ in range(3):
-            optimizer.step(closure)
-        return 1.0
-
-    result = mpcore.compare(train, seeds=2)
-    assert result.warnings == []
-    memory = result.of("float16")[0].memory
-    assert memory is not None
-    assert (memory.weights, memory.gradients, memory.masters) == (18, 18, 36)
 
 
 def test_loops_that_do_not_use_what_they_are_given_are_told() -> None:
@@ -320,4 +239,4 @@ def test_means_show_as_many_digits_as_their_spread_allows() -> None:
     assert mean_and_spread([0.12345, 0.12349]) == "0.123470 ± 0.000028"
     assert mean_and_spread([100.0, 300.0]) == "200 ± 141"
     assert mean_and_spread([1.0e-9, 1.2e-9]) == "1.1e-09 ± 1.4e-10"
-    assert mean_and_spread([float("nan"), 1.0]) == "nan"
+    assert mean_and_spread([float("nan"), 1.0]) == "not finite"

@@ -66,7 +66,7 @@ def test_equal_metrics_match_and_equal_differences_have_no_p():
     same = agreement([1.0, 2.0], [1.0, 2.0], higher_is_better=False, margin=0.01)
     assert (same.name, same.p, same.interval) == ("matches", 1.0, (0.0, 0.0))
     shifted = agreement([1.5, 2.5], [1.0, 2.0], higher_is_better=False, margin=0.01)
-    assert (shifted.name, shifted.p) == ("worse", None)
+    assert (shifted.name, shifted.p) == ("undecided", None)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

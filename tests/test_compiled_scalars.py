@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import mpcore
@@ -83,6 +84,12 @@ def test_a_batch_that_counts_no_steps_is_at_its_first() -> None:
     assert plan.scalars[0][0].tolist()[4] == 1.0  # "first"
 
 
+def test_groups_that_are_not_there_are_refused() -> None:
+    plan = compiled.plan_update("sgd", [Batch([torch.zeros(2)], None, [], None, [7])])
+    with pytest.raises(IndexError, match="groups: expected some of 1, got 7"):
+        compiled.prepare_(plan, Hyper(((0.1, 0.9, 0.0, 0.0, 0.0, 0.0),), (None,)))
+
+
 def gradients(seed: int, sizes: list[int], size: float) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
@@ -115,3 +122,22 @@ def test_coefficients_that_leave_float32_are_looked_at_again(coefficient: float)
     chunks, sums = torch.tensor([[0, 0, 4]]), torch.tensor([1.0], dtype=torch.float64)
     factor = torch.tensor(coefficient)
     assert _c_inspection._summed_up(chunks, sums, 1, factor, 1.0) is None
+
+
+@pytest.mark.parametrize("backend", ["compiled", "cpu"])
+def test_the_default_device_of_torch_is_nobody_elses_memory(backend: str) -> None:
+    def train(where: Any) -> list[Tensor]:
+        torch.manual_seed(0)
+        weights = [torch.nn.Parameter(torch.randn(3, 4).half()), torch.nn.Parameter(torch.randn(5))]
+        adam = torch.optim.AdamW(weights, lr=0.1)
+        optimizer = mpcore.MixedPrecisionOptimizer(adam, backend=backend)
+        for value in (1.0, torch.inf, 0.5):
+            optimizer.scale(torch.ones(()))
+            for weight in weights:
+                weight.grad = torch.full_like(weight, value)
+            with where:
+                optimizer.clip_grad_norm_(1.0)
+                optimizer.step()
+        return [*weights, *(optimizer.state[w]["exp_avg"] for w in weights)]
+
+    assert same_bits(train(nullcontext()), train(torch.device("meta")))

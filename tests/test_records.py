@@ -186,6 +186,18 @@ def test_a_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
         assert read_records(path) == whole[:-1]
 
 
+def test_a_run_that_goes_on_in_the_file_of_one_that_was_killed(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    first = Course(0, (8.0,), (False,), (1.0,), (None,), (None,))
+    mpcore.JsonLines(path)(first)
+    whole = path.read_text()
+    path.write_text(whole + whole[:20])
+    sink = mpcore.JsonLines(path)
+    sink(first)
+    sink(first)
+    assert read_records(path) == [first] * 3
+
+
 @pytest.mark.parametrize(
     "line", ["{", "[]", "1", '{"kind": "other"}', '{"step": 1}', '{"kind": "course", "steps": 1}']
 )

@@ -27,7 +27,7 @@ from mpcore.report.run_figures import (
     what_if_figure,
 )
 from mpcore.report.run_page import render_runs
-from mpcore.report.svg import corners, thinned
+from mpcore.report.svg import corners, smooth, thinned
 from torch import nn
 from typer.testing import CliRunner
 
@@ -105,6 +105,38 @@ def test_a_run_that_was_killed_between_readings_counts_on_from_what_is_known() -
     log = RunLog.of("run", [*killed, *second])
     assert log.steps == list(range(10))
     assert log.resumed == (5,)
+
+
+def test_a_reading_after_a_restart_counts_from_there() -> None:
+    def course(step: int, count: int) -> Course:
+        return Course(step, (8.0,) * count, (False,) * count, *[(1.0,) * count] * 3)
+
+    told = [course(0, 10), reading(99), course(0, 100), reading(199), course(100, 100)]
+    log = RunLog.of("run", told)
+    assert log.resumed == (10,)
+    assert [r.step for r in log.readings] == [109, 209]
+    assert log.steps == list(range(210))
+
+
+@pytest.mark.parametrize(
+    "name", ["lr_$0.1 and $x^$", "_hidden", "a\udcff", "-->", "a\nb", "<script>"]
+)
+def test_names_of_any_kind_have_a_page(log: RunLog, name: str) -> None:
+    page = render_runs([replace(log, name=name), replace(log, name="other")], name)
+    check_fetches_nothing(page)
+    check_well_formed(page)
+    page.encode()
+
+
+@pytest.mark.parametrize("loss", [1e20, 1.7e308, math.inf, math.nan])
+def test_one_huge_loss_is_forgotten_by_the_curve(loss: float) -> None:
+    values = np.full(2000, 0.5)
+    values[10] = loss
+    assert smooth(values)[-1] == 0.5
+    course = Course(
+        *(0, (8.0,) * 2000, (False,) * 2000, (1.0,) * 2000, tuple(values), (0.1,) * 2000)
+    )
+    check_well_formed(render_runs([RunLog.of("run", [course])], "Huge"))
 
 
 def test_the_page_of_a_run_is_complete_in_itself(log: RunLog) -> None:

@@ -113,7 +113,7 @@ def layout(block: Sequence[Piece], scratch: Tensor) -> list[Tensor]:
 
 def new_scratch(sizes: Sequence[int]) -> Tensor:
     """Returns float32 room for the largest block of tensors of these sizes."""
-    return torch.empty(min(sum(sizes), CHUNK), dtype=torch.float32)
+    return torch.empty(min(sum(sizes), CHUNK), dtype=torch.float32, device="cpu")
 
 
 def copy_all(destinations: list[Tensor], sources: list[Tensor]) -> None:

@@ -53,7 +53,7 @@ def _square_sums(flat: list[Tensor]) -> tuple[Tensor, Tensor]:
     whole = cut_chunks([grad.numel() for grad in flat])
     parts = []
     for dtype, cut, addresses in by_dtype(flat, whole):
-        sums = torch.empty(len(cut.chunks), dtype=torch.float64)
+        sums = torch.empty(len(cut.chunks), dtype=torch.float64, device="cpu")
         work = Work()
         work.take_up(dtype, cut, addresses)
         work.sums = sums.data_ptr()
@@ -61,17 +61,16 @@ def _square_sums(flat: list[Tensor]) -> tuple[Tensor, Tensor]:
         parts.append((cut.chunks, sums))
     if len(parts) == 1:
         return parts[0]
-    tables, each = (
-        zip(*parts, strict=True) if parts else ([whole.chunks], [torch.empty(0).double()])
-    )
-    return torch.cat(list(tables)), torch.cat(list(each))
+    none = torch.empty(0, dtype=torch.float64, device="cpu")
+    tables, each = [whole.chunks[:0], *(t for t, _ in parts)], [none, *(s for _, s in parts)]
+    return torch.cat(tables), torch.cat(each)
 
 
 def _summed_up(
     chunks: Tensor, sums: Tensor, count: int, coefficient: Tensor, limit: float
 ) -> Inspection | None:
     """Returns what `conclude` would, without its many small operations; None: look again."""
-    squares = torch.zeros(count, dtype=torch.float64)
+    squares = torch.zeros(count, dtype=torch.float64, device="cpu")
     factor = float(coefficient)
     unknown = _sum_up()(
         *(chunks.data_ptr(), sums.data_ptr(), len(sums), factor),
@@ -79,8 +78,8 @@ def _summed_up(
     )
     if unknown:
         return None
-    kinds = torch.zeros(count, dtype=torch.int32)
-    first_bad = torch.full((count,), -1, dtype=torch.int64)
+    kinds = torch.zeros(count, dtype=torch.int32, device="cpu")
+    first_bad = torch.full((count,), -1, dtype=torch.int64, device="cpu")
     return _cpu_inspection.inspection_of(squares, kinds, first_bad, False, factor, limit)
 
 

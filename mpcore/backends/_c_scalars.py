@@ -33,17 +33,27 @@ def prepare_(plan: _update.Plan, hyper: Hyper) -> None:
     ]
     numbers = array("d", chain.from_iterable(rows))
     counted = zip(plan.batches, plan.counts, strict=True)
-    plan.scalars = [_scalars(plan.rule, batch, counts, numbers) for batch, counts in counted]
+    plan.scalars = [
+        _scalars(plan.rule, batch, counts, numbers, len(rows)) for batch, counts in counted
+    ]
     plan.hyper = hyper
 
 
 def _scalars(
-    rule: UpdateRule, batch: Batch, counts: Tensor | None, numbers: array[float]
+    rule: UpdateRule,
+    batch: Batch,
+    counts: Tensor | None,
+    numbers: array[float],
+    groups_there: int,
 ) -> Tensor:
     if counts is None and batch.steps:
         counts = torch.stack(list(batch.steps))
     wide = None if counts is None else counts.double()
-    scalars = torch.empty(len(batch.groups), len(rule.columns), dtype=torch.float32)
+    if batch.groups and not 0 <= min(batch.groups) <= max(batch.groups) < groups_there:
+        raise IndexError(f"groups: expected some of {groups_there}, got {max(batch.groups)}.")
+    shape = (len(batch.groups), len(rule.columns))
+    # whatever torch.set_default_device says: C writes there
+    scalars = torch.empty(shape, dtype=torch.float32, device="cpu")
     groups = array("q", batch.groups)
     _fill()(
         STEPS.index((rule.name, len(batch.moments))),

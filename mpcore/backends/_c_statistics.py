@@ -24,10 +24,10 @@ def with_statistics(found: Inspection, flat: list[Tensor], coefficient: Tensor) 
         flat: The gradients, elements in the order of memory.
         coefficient: 0-d float32.
     """
-    rows = torch.zeros(len(flat), COUNTS - 1, dtype=torch.int64)
-    largest = torch.zeros(len(flat), dtype=torch.int64)
+    rows = torch.zeros(len(flat), COUNTS - 1, dtype=torch.int64, device="cpu")
+    largest = torch.zeros(len(flat), dtype=torch.int64, device="cpu")
     for dtype, cut, addresses in by_dtype(flat, cut_chunks([grad.numel() for grad in flat])):
-        counts = torch.empty(len(cut.chunks), COUNTS, dtype=torch.int64)
+        counts = torch.empty(len(cut.chunks), COUNTS, dtype=torch.int64, device="cpu")
         work = Work()
         work.take_up(dtype, cut, addresses)
         work.counts = counts.data_ptr()
@@ -50,7 +50,7 @@ def with_statistics(found: Inspection, flat: list[Tensor], coefficient: Tensor) 
 def _kinds(rows: Tensor, dtypes: list[torch.dtype]) -> Tensor:
     """Returns how many values are NaN, +inf, -inf (told apart later), 0, subnormal, normal."""
     sums = rows[:, :256].cumsum(1)
-    first = torch.tensor([_FIRST_NORMAL[dtype] for dtype in dtypes], dtype=torch.int64)
+    first = torch.tensor([_FIRST_NORMAL[d] for d in dtypes], dtype=torch.int64, device="cpu")
     small = sums.gather(1, first[:, None] - 1).squeeze(1)
     zeros, finite, none = rows[:, 256], sums[:, 254], torch.zeros_like(small)
     return torch.stack([none, none, none, zeros, small - zeros, finite - small], dim=1)

@@ -84,11 +84,11 @@ def cut_chunks(sizes: Sequence[int]) -> Cut:
 
 @lru_cache(maxsize=16)  # of a model they are the same at every step
 def _cut(sizes: tuple[int, ...]) -> Cut:
-    size = torch.tensor(sizes, dtype=torch.int64)
+    size = torch.tensor(sizes, dtype=torch.int64, device="cpu")
     pieces = (size + CHUNK - 1) // CHUNK
-    tensor = torch.repeat_interleave(torch.arange(len(size)), pieces)
+    tensor = torch.repeat_interleave(torch.arange(len(size), device="cpu"), pieces)
     first = torch.cumsum(pieces, 0) - pieces
-    start = (torch.arange(len(tensor)) - first[tensor]) * CHUNK
+    start = (torch.arange(len(tensor), device="cpu") - first[tensor]) * CHUNK
     chunks = torch.stack([tensor, start, torch.minimum(start + CHUNK, size[tensor])], dim=1)
     return Cut(chunks.contiguous(), sum(sizes))
 
@@ -100,7 +100,7 @@ def by_dtype(flat: Sequence[Tensor], cut: Cut) -> list[tuple[torch.dtype, Cut, a
         return [(dtypes.pop(), cut, addresses_of(flat))]
     parts = []
     for dtype in dict.fromkeys(tensor.dtype for tensor in flat):
-        mask = torch.tensor([tensor.dtype == dtype for tensor in flat])
+        mask = torch.tensor([tensor.dtype == dtype for tensor in flat], device="cpu")
         chunks = cut.chunks[mask[cut.chunks[:, 0]]].contiguous()
         elements = sum(tensor.numel() for tensor in flat if tensor.dtype == dtype)
         parts.append((dtype, Cut(chunks, elements), addresses_of(flat)))

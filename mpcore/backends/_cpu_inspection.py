@@ -95,9 +95,10 @@ def conclude(
     if not bool(known.all()):
         for i in known.logical_not().nonzero().flatten().tolist():
             squares[i] = _look_again(flat, chunks[i].tolist(), coefficient, found)
-    each = torch.zeros(count, dtype=torch.float64).index_add_(0, chunks[:, 0], squares)
-    kinds = torch.tensor(found.kinds, dtype=torch.int32)
-    first_bad = torch.tensor(found.first_bad, dtype=torch.int64)
+    none = torch.zeros(count, dtype=torch.float64, device="cpu")
+    each = none.index_add_(0, chunks[:, 0], squares)
+    kinds = torch.tensor(found.kinds, dtype=torch.int32, device="cpu")
+    first_bad = torch.tensor(found.first_bad, dtype=torch.int64, device="cpu")
     return inspection_of(each, kinds, first_bad, any(found.kinds), factor, limit)
 
 
@@ -126,9 +127,9 @@ def inspection_of(
         first_bad=first_bad,
         square_sum=square_sum,
         largest=None,
-        found_inf=torch.tensor(int(overflow), dtype=torch.int32),
-        grad_norm=torch.tensor(norm, dtype=torch.float32),
-        coefficient=torch.tensor(factor * clip, dtype=torch.float32),
+        found_inf=torch.tensor(int(overflow), dtype=torch.int32, device="cpu"),
+        grad_norm=torch.tensor(norm, dtype=torch.float32, device="cpu"),
+        coefficient=torch.tensor(factor * clip, dtype=torch.float32, device="cpu"),
     )
 
 
@@ -169,8 +170,8 @@ def _square_sums(flat: list[Tensor]) -> tuple[Tensor, Tensor]:
         squares.mul_(squares)
         sums += [part.sum() for part in here]
         chunks += [(piece.index, piece.start, piece.stop) for piece in block]
-    table = torch.tensor(chunks, dtype=torch.int64).view(-1, 3)
-    return table, torch.stack([torch.zeros(()), *sums])[1:].double()
+    table = torch.tensor(chunks, dtype=torch.int64, device="cpu").view(-1, 3)
+    return table, torch.stack([torch.zeros((), device="cpu"), *sums])[1:].double()
 
 
 def _wide_square_sum(values: Tensor) -> float:

@@ -194,4 +194,4 @@ def _round(
     if none_reaches(masters, scratch, torch.finfo(weights[0].dtype).max):
         copy_all(weights, masters)
     else:
-        cast_into(masters, weights, torch.zeros((), dtype=torch.int32), saturated)
+        cast_into(masters, weights, torch.zeros((), dtype=torch.int32, device="cpu"), saturated)

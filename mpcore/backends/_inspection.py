@@ -151,7 +151,7 @@ def check_max_norm(max_norm: float | None) -> float:
 
 def rounded_max_norm(max_norm: float | None) -> float:
     """Returns the limit of the norm as a float32 number, whatever torch's default dtype is."""
-    return float(torch.tensor(check_max_norm(max_norm), dtype=torch.float32))
+    return float(torch.tensor(check_max_norm(max_norm), dtype=torch.float32, device="cpu"))
 
 
 def check_dtypes(grads: Sequence[Tensor]) -> None:

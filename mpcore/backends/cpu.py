@@ -46,7 +46,7 @@ def unscale_(grads: Sequence[Tensor], coefficient: Tensor, nonfinite: Tensor) ->
     ):
         reference.unscale_(grads, coefficient, nonfinite)
         return
-    found = torch.zeros(1)
+    found = torch.zeros(1, device="cpu")
     for block in blocks([grad.numel() for grad in flat]):
         _multiply(cut(flat, block), coefficient, found)
     _flag(flat, coefficient, found, nonfinite)
@@ -65,7 +65,7 @@ def unscale_into(
         if not (_alike(grad, out) and _shares(target, out)):
             reference.unscale_into(grads, outs, coefficient, nonfinite)
             return
-    found = torch.zeros(1)
+    found = torch.zeros(1, device="cpu")
     for block in blocks([out.numel() for out in flat]):
         here = cut(flat, block)
         copy_all(here, cut(sources, block))

@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress, TaskID
+from rich.text import Text
 
 from mpcore._checks import check_count
 from mpcore.cli.output import check_writable, progress_on, show_table
@@ -63,13 +64,12 @@ def compare_and_show(target: str, options: CompareOptions, console: Console) -> 
             on_run=runs.begin,
         )
         runs.end()
+    options.output.write_text(render_comparison(result), encoding="utf-8")
     show_table(result.table(), console)
     for label, found in result.agreements.items():
-        console.print(f"{label}: ", end="", style="bold", highlight=False)
-        console.print(found.text, highlight=False)
-    options.output.write_text(render_comparison(result), encoding="utf-8")
+        console.print(Text.assemble((f"{label}: ", "bold"), found.text))
     console.print("\nReport: ", end="")
-    console.print(str(options.output), style="bold", soft_wrap=True, highlight=False)
+    console.print(Text(str(options.output), "bold"), soft_wrap=True)
 
 
 class _Runs:

@@ -89,7 +89,7 @@ def show_table(table: Table, console: Console) -> None:
     for index, cells in enumerate(zip(table.header, *table.rows, strict=True)):
         first = index == 0
         shown.add_column(
-            "\n".join(cells[0].split()),
+            Text("\n".join(cells[0].split())),
             # columns without a name hold bars
             justify="left" if first or not cells[0] else "right",
             no_wrap=first,

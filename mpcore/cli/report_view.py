@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
 from mpcore.cli.output import check_writable, show_table
 from mpcore.errors import ArgumentError
@@ -35,7 +36,7 @@ def write_report(runs: Sequence[Path], output: Path, title: str, console: Consol
     output.write_text(render_runs(logs, title), encoding="utf-8")
     show_table(replace(summary_table(logs), title=title), console)
     console.print("Report: ", end="")
-    console.print(str(output), style="bold", soft_wrap=True, highlight=False)
+    console.print(Text(str(output), "bold"), soft_wrap=True)
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:
@@ -47,10 +48,14 @@ def names_of(paths: Sequence[Path]) -> list[str]:
     Example:
         >>> names_of([Path("run.jsonl")]), names_of([Path("a/run.jsonl"), Path("b/run.jsonl")])
         (['run'], ['a/run', 'b/run'])
+        >>> names_of([Path("run.1"), Path("run.2")])
+        ['run.1', 'run.2']
     """
-    parts = [path.absolute().with_suffix("").parts for path in paths]
-    for length in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-length:]) for part in parts]
-        if len(set(names)) == len(names):
-            return names
+    for suffixes in (False, True):  # run.1 and run.2 differ in theirs
+        whole = [path.absolute() for path in paths]
+        parts = [(path if suffixes else path.with_suffix("")).parts for path in whole]
+        for length in range(1, max(map(len, parts)) + 1):
+            names = ["/".join(part[-length:]) for part in parts]
+            if len(set(names)) == len(names):
+                return names
     raise ArgumentError(f"runs: expected each file once, got {', '.join(map(str, paths))}.")

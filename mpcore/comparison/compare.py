@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mpcore._checks import check_count, check_number
-from mpcore.comparison.contender import BASELINE, Choice, Contender, contenders
+from mpcore.comparison.contender import BASELINE, Choice, contenders
 from mpcore.comparison.result import Comparison, Outcome
 from mpcore.comparison.statistics import check_scipy
 from mpcore.comparison.training_run import TrainingRun
@@ -30,6 +30,7 @@ def compare(
     higher_is_better: bool = False,
     margin: float = 0.01,
     every: int = 20,
+    activations: bool = True,
     on_run: Listener | None = None,
 ) -> Comparison:
     """Trains under FP32 and under each policy with the same seeds; as long as that takes.
@@ -45,6 +46,9 @@ def compare(
         higher_is_better: Whether a large metric is a good one.
         margin: Share of FP32's mean metric that does not matter to you.
         every: Steps between two readings of the gradients.
+        activations: Whether to count what the first forward pass saves for its backward pass. Done
+            with `torch.autograd.graph.saved_tensors_hooks`, which `torch.func` refuses to run
+            under: pass False for such a loop, and for one with hooks of its own around `backward`.
         on_run: Is told the label and the seed of each run before it begins.
 
     Returns:
@@ -89,13 +93,13 @@ def compare(
             for contender in (BASELINE, *others):
                 if on_run is not None:
                     on_run(contender.label, seed)
-                outcomes.append(_run(train, contender, seed, every))
+                run = TrainingRun(contender, seed, every, counts_activations=activations)
+                outcomes.append(_run(train, run))
     return Comparison(metric, higher_is_better, margin, tuple(outcomes))
 
 
-def _run(train: Train, contender: Contender, seed: int, every: int) -> Outcome:
-    _seed(seed)
-    run = TrainingRun(contender, seed, every)
+def _run(train: Train, run: TrainingRun) -> Outcome:
+    _seed(run.seed)
     returned: float | Tensor | None = None
     failure = None
     try:
@@ -115,7 +119,13 @@ def _run(train: Train, contender: Contender, seed: int, every: int) -> Outcome:
 
 def _metric(returned: float | Tensor | None, run: TrainingRun) -> float:
     if returned is not None:
-        return float(returned.detach() if isinstance(returned, Tensor) else returned)
+        try:
+            return float(returned.detach() if isinstance(returned, Tensor) else returned)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ArgumentTypeError(
+                f"train: expected it to return a number or None, got {type(returned).__name__}: "
+                f"{error}."
+            ) from error
     losses = [loss for _, loss in run.log.losses]
     if not losses:
         raise StageError(

@@ -6,7 +6,7 @@ import math
 import os
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -68,7 +68,6 @@ class Comparison:
         outcomes: One for each policy and seed, in the order of the runs.
 
     Example:
-        >>> from dataclasses import replace
         >>> log = RunLog("float32", (), (), ())
         >>> run = Outcome("float32", 0, 0.5, log, None, None, None, None)
         >>> found = Comparison("loss", False, 0.01, (run, replace(run, label="float16")))
@@ -94,16 +93,20 @@ class Comparison:
     def agreements(self) -> dict[str, Agreement]:
         """What may be said of each policy; needs SciPy if there are several seeds."""
         baseline = [outcome.metric for outcome in self.of(BASELINE.label)]
-        return {
-            label: agreement(
-                [outcome.metric for outcome in self.of(label)],
+        found = {}
+        for label in self.labels[1:]:
+            runs = self.of(label)
+            found[label] = agreement(
+                [run.metric for run in runs],
                 baseline,
                 higher_is_better=self.higher_is_better,
                 margin=self.margin,
             )
-            for label in self.labels
-            if label != BASELINE.label
-        }
+            stuck = [run for run in runs if 2 * len(run.log.skipped) > len(run.log.steps) > 0]
+            if stuck:
+                text = f"Most steps were skipped in {len(stuck)} of {len(runs)} runs."
+                found[label] = replace(found[label], name="fails", text=text)
+        return found
 
     @property
     def warnings(self) -> list[str]:
@@ -133,7 +136,7 @@ class Comparison:
         return Table(
             title=f"{self.metric} ({better}), seeds: {', '.join(map(str, seeds))}",
             header=(
-                *("Policy", self.metric.capitalize(), "vs FP32", "p", "Verdict", "Skips"),
+                *("Policy", capitalized(self.metric), "vs FP32", "p", "Verdict", "Skips"),
                 *("ms per step", "Bytes per param", "Activations"),
             ),
             rows=tuple(self._row(label) for label in self.labels),
@@ -203,8 +206,10 @@ def mean_and_spread(values: Sequence[float]) -> str:
         >>> mean_and_spread([95.0, 97.0]), mean_and_spread([0.5]), mean_and_spread([1.0, 1.0])
         ('96.0 ± 1.4', '0.5', '1')
     """
+    if not all(map(math.isfinite, values)):
+        return "not finite"
     mean = statistics.fmean(values)
-    known = len(values) > 1 and all(map(math.isfinite, values))
+    known = len(values) > 1
     spread = statistics.stdev(values) if known else 0.0
     if not spread:
         return f"{mean:.4g}"
@@ -212,6 +217,16 @@ def mean_and_spread(values: Sequence[float]) -> str:
         return f"{mean:.3g} ± {spread:.2g}"
     places = max(0, 1 - math.floor(math.log10(spread)))
     return f"{mean:.{places}f} ± {spread:.{places}f}"
+
+
+def capitalized(text: str) -> str:
+    """Returns a text with a large first letter, the others as they are.
+
+    Example:
+        >>> capitalized("mAP"), capitalized("loss")
+        ('MAP', 'Loss')
+    """
+    return text[:1].upper() + text[1:]
 
 
 def _begin_apart(run: Outcome, base: Outcome) -> bool:

@@ -82,6 +82,8 @@ def agreement(
     low, high, p = _paired(differences)
     best, worst = (-high, -low) if higher_is_better else (low, high)
     name = "matches" if worst <= width else "worse" if best > width else "undecided"
+    if p is None:  # equal differences have no spread, which says little of other seeds
+        name = "undecided"
     text = {
         "matches": f"No worse than FP32 by more than {margin:.1%}",
         "worse": f"Worse than FP32 by more than {margin:.1%}",

@@ -32,8 +32,9 @@ class _RunMonitor(Monitor):
 
     def see_loss(self, outputs: Any) -> None:
         """Hears what is going to be scaled."""
-        if self.saved is not None:
-            self.activations, self.saved = self.saved.stop(), None
+        saved, self.saved = self.saved, None
+        if saved is not None:
+            self.activations = saved.stop()
             if isinstance(outputs, Tensor) and outputs.numel() == 1:
                 self.first_loss = outputs.detach().clone()
         super().see_loss(outputs)
@@ -41,6 +42,7 @@ class _RunMonitor(Monitor):
     def end_step(self, gradients: StepGradients, result: StepResult, *, own_scale: bool) -> None:
         """Hears how a step ended."""
         super().end_step(gradients, result, own_scale=own_scale)
+        self.give_up()  # the loop goes around `backward`: what was saved must not pile up
         if self.reading is not None:
             self.memory = self.reading.memory
         else:  # short runs have no reading; the first steps may have been skipped
@@ -48,9 +50,9 @@ class _RunMonitor(Monitor):
 
     def give_up(self) -> None:
         """Ends what no loss has ended."""
-        if self.saved is not None:
-            self.saved.stop()
-            self.saved = None
+        saved, self.saved = self.saved, None
+        if saved is not None:
+            saved.stop()
 
 
 class TrainingRun:
@@ -76,12 +78,15 @@ class TrainingRun:
         float16 0 torch.float16
     """
 
-    def __init__(self, contender: Contender, seed: int, every: int) -> None:
+    def __init__(
+        self, contender: Contender, seed: int, every: int, *, counts_activations: bool = True
+    ) -> None:
         self.label = contender.label
         self.policy: Policy = contender.policy
         self.seed = seed
         self._contender = contender
         self._every = every
+        self._counts_activations = counts_activations
         self._records: list[Record] = []
         self._monitor: _RunMonitor | None = None
         self._optimizer: MixedPrecisionOptimizer | None = None
@@ -114,8 +119,9 @@ class TrainingRun:
         wrapped = MixedPrecisionOptimizer(optimizer, self._contender.loss_scale, path=path)
         model = self.policy.apply(model, wrapped, overrides=overrides)
         monitor = _RunMonitor(wrapped, model, every=self._every, sinks=[self._records.append])
-        monitor.saved = SavedForBackward(model.parameters())
-        monitor.saved.start()
+        if self._counts_activations:
+            monitor.saved = SavedForBackward(model.parameters())
+            monitor.saved.start()
         self._monitor, self._optimizer = monitor, wrapped
         return model, wrapped
 

@@ -114,7 +114,8 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 class SavedForBackward:
     """Counts bytes that autograd saves for the backward pass, from `start` to `stop`; no host sync.
 
-    Each storage counts once; parameters are left out.
+    Each storage counts once; parameters and sparse tensors are left out. What is counted stays
+    alive until then.
 
     Args:
         parameters: Their storages do not count.
@@ -140,7 +141,8 @@ class SavedForBackward:
     def stop(self) -> int:
         """Ends counting and returns the bytes."""
         self._hooks.__exit__()
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in self._kept}
+        dense = [t for t in self._kept if t.layout == torch.strided]  # others have no one storage
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in dense}
         self._kept.clear()
         return sum(size.nbytes() for at, size in storages.items() if at not in self._own)
 

@@ -19,11 +19,13 @@ from mpcore.monitoring.verdicts import Verdict
 
 Record = Reading | OverflowReport | Course
 
+_BEGINNING = '{"kind": "'
+
 
 def read_records(path: str | os.PathLike[str]) -> list[Record]:
     """Returns the records of a file that `JsonLines` wrote, in its order.
 
-    A last line without an end is left out: the run was stopped while it was written.
+    Lines that were cut off are left out: a run was stopped while it wrote them.
 
     Args:
         path: The file.
@@ -49,6 +51,8 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
     lines = text.split("\n")
     records = []
     for number, line in enumerate(lines[:-1], start=1):
+        if line.startswith(_BEGINNING) and not _is_json(line):
+            continue
         try:
             records.append(_record(json.loads(line)))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -57,6 +61,14 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
                 f"got {line[:80]!r}. Give the file of one run, as it was written."
             ) from error
     return records
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
 
 
 def _record(entry: dict[str, Any]) -> Record:

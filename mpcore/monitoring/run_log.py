@@ -52,17 +52,21 @@ class RunLog:
         overflows: list[OverflowReport] = []
         resumed: list[int] = []
         base = covered = 0  # where this monitor began; steps that its courses hold
-        for record in records:
-            if record.step < covered:
+        waiting: list[Reading | OverflowReport] = []  # for the course that follows them
+        for record in [*records, None]:
+            if record is not None and not isinstance(record, Course):
+                waiting.append(record)
+                continue
+            first = min([r.step for r in (record, *waiting) if r is not None], default=covered)
+            if first < covered:
                 base, covered = base + covered, 0
                 resumed.append(base)
-            if isinstance(record, Course):
+            readings += [_moved(r, base) for r in waiting if isinstance(r, Reading)]
+            overflows += [_moved(r, base) for r in waiting if isinstance(r, OverflowReport)]
+            waiting.clear()
+            if record is not None:
                 courses.append(_moved(record, base))
                 covered = record.step + len(record.loss_scale)
-            elif isinstance(record, Reading):
-                readings.append(_moved(record, base))
-            else:
-                overflows.append(_moved(record, base))
         return RunLog(name, tuple(courses), tuple(readings), tuple(overflows), tuple(resumed))
 
     @staticmethod

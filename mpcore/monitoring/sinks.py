@@ -26,12 +26,18 @@ class JsonLines:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = Path(path)
+        self._goes_on = False
 
     def __call__(self, record: Record) -> None:
         """Writes a record."""
         line = json.dumps(record.to_dict(), allow_nan=False)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        with self._path.open("a+b") as file:
+            if not self._goes_on and file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # the run before was stopped in the middle of a line
+                    file.write(b"\n")
+            self._goes_on = True
+            file.write(line.encode() + b"\n")
 
 
 class _Writer(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpcore.comparison.contender import BASELINE
-from mpcore.comparison.result import Comparison
+from mpcore.comparison.result import Comparison, capitalized
 from mpcore.report.bars import Stack, memory_figure, time_figure
 from mpcore.report.page import Event, Events, Picture, Section, render_page
 from mpcore.report.run_figures import style_of
@@ -28,7 +29,7 @@ def render_comparison(comparison: Comparison) -> str:
     sections = (
         Section("Verdict", (_verdicts(comparison), table.without_title())),
         Section(
-            f"{comparison.metric.capitalize()}, seed by seed",
+            f"{capitalized(comparison.metric)}, seed by seed",
             (Picture(_metric_figure(comparison), _METRIC),),
         ),
         *course_sections(logs),
@@ -59,15 +60,18 @@ def _verdicts(comparison: Comparison) -> Events:
 
 def _metric_figure(comparison: Comparison) -> str:
     labels = comparison.labels
-    figure, axes = new_axes(comparison.metric, "", height=1.0 + 0.4 * len(labels))
+    figure, axes = new_axes(clipped(comparison.metric), "", height=1.0 + 0.4 * len(labels))
     for row, label in enumerate(labels):
         metrics = [outcome.metric for outcome in comparison.of(label)]
         colour, _ = style_of(label, labels)
         axes.plot(metrics, [row] * len(metrics), "o", color=colour, ms=5, alpha=0.6)
-        axes.plot([statistics.fmean(metrics)], [row], "|", color=colour, ms=18, mew=2)
-    base = statistics.fmean(outcome.metric for outcome in comparison.of(BASELINE.label))
-    width = comparison.margin * abs(base)
-    axes.axvspan(base - width, base + width, color="#009E73", alpha=0.12, lw=0)
+        if all(map(math.isfinite, metrics)):
+            axes.plot([statistics.fmean(metrics)], [row], "|", color=colour, ms=18, mew=2)
+    bases = [outcome.metric for outcome in comparison.of(BASELINE.label)]
+    if all(map(math.isfinite, bases)):
+        base = statistics.fmean(bases)
+        width = comparison.margin * abs(base)
+        axes.axvspan(base - width, base + width, color="#009E73", alpha=0.12, lw=0)
     axes.set_yticks(range(len(labels)), map(clipped, labels), fontsize=8.5)
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
@@ -87,9 +91,10 @@ def _difference_section(comparison: Comparison) -> tuple[Section, ...]:
         if not length:
             return ()
         colour, dashes = style_of(label, labels)
-        mean = np.mean([curve[:length] for curve in curves], axis=0)
+        with np.errstate(invalid="ignore"):  # of infinite losses
+            mean = np.mean([curve[:length] for curve in curves], axis=0)
         axes.plot(
-            *thinned(range(length), smooth(mean)),
+            *_smoothed(mean),
             color=colour,
             ls=dashes,
             lw=1.4,
@@ -98,6 +103,11 @@ def _difference_section(comparison: Comparison) -> tuple[Section, ...]:
     axes.axhline(0, color=COLOURS[0], lw=0.8)
     svg = to_svg(figure, "Loss of every policy minus that of FP32 on the same batches", "above")
     return (Section("How far above FP32", (Picture(svg, _DIFFERENCE),)),)
+
+
+def _smoothed(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    steps, means = thinned(range(len(values)), values)
+    return steps, smooth(means)
 
 
 def _difference(

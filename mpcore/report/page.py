@@ -128,9 +128,10 @@ def render_page(title: str, lead: str, sections: tuple[Section, ...], footer: st
     environment.filters["powers"] = with_powers
     environment.filters["safe_svg"] = Markup
     environment.filters["kind"] = lambda block: type(block).__name__
-    return environment.get_template("page.html.j2").render(
+    page = environment.get_template("page.html.j2").render(
         title=title, lead=lead, sections=sections, footer=footer, versions=_versions()
     )
+    return page.encode("utf-8", "replace").decode()  # names of files may be in other codes
 
 
 def with_powers(text: str) -> Markup:
@@ -140,6 +141,7 @@ def with_powers(text: str) -> Markup:
         >>> with_powers("2^-10 < 1")
         Markup('2<sup>&minus;10</sup> &lt; 1')
     """
+    text = text.encode("utf-8", "replace").decode()
     unbroken = re.sub(r"(\de)-(\d)", r"\1&#8209;\2", html.escape(text))
     raised = re.sub(r"2\^(-?)(\d+)", r"2<sup>\1\2</sup>", unbroken)
     return Markup(raised.replace("<sup>-", "<sup>&minus;"))

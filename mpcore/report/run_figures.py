@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 from mpcore.monitoring.findings import HIGHEST, LOWEST
 from mpcore.monitoring.reading import Reading
 from mpcore.monitoring.run_log import RunLog
-from mpcore.report.svg import COLOURS, DASHES, clipped, new_axes, smooth, thinned, to_svg
+from mpcore.report.svg import COLOURS, DASHES, clipped, corners, new_axes, smooth, thinned, to_svg
 
 _SMALLEST_NORMAL = -14  # the exponent of float16's
 _POINTS = 500  # that are marked one by one
@@ -29,13 +28,15 @@ def loss_figure(logs: Sequence[RunLog], names: Sequence[str], name: str = "loss"
     """
     figure, axes = new_axes("step", "loss")
     for index, log in enumerate(logs):
-        steps = [step for step, _ in log.losses]
-        losses = smooth([loss for _, loss in log.losses])
+        known = log.losses
+        steps, losses = thinned([step for step, _ in known], [loss for _, loss in known])
         colour, dashes = style_of(log.name, names)
         # early ones are wider: where curves fall together all of them can be seen
         width = 1.3 + 1.6 * (len(logs) - 1 - index) / max(len(logs) - 1, 1)
+        label = clipped(log.name)
+        mark = "o" if len(steps) == 1 else None
         axes.plot(
-            *thinned(steps, losses), color=colour, ls=dashes, lw=width, label=clipped(log.name)
+            steps, smooth(losses), color=colour, ls=dashes, lw=width, marker=mark, label=label
         )
         _mark_resumed(axes, log)
     return to_svg(figure, "Loss of each run over its steps", name)
@@ -47,16 +48,10 @@ def scale_figure(logs: Sequence[RunLog], names: Sequence[str], name: str = "scal
     axes.set_yscale("log", base=2)
     for log in logs:
         colour, dashes = style_of(log.name, names)
-        axes.step(
-            log.steps,
-            log.scales,
-            where="mid",
-            color=colour,
-            ls=dashes,
-            lw=1.4,
-            label=clipped(log.name),
-        )
-        marks = log.skipped
+        steps, scales = corners(log.steps, log.scales)
+        label = clipped(log.name)
+        axes.step(steps, scales, where="mid", color=colour, ls=dashes, lw=1.4, label=label)
+        marks = _some(log.skipped)
         axes.plot([s for s, _ in marks], [s for _, s in marks], "x", color=colour, ms=7, mew=1.6)
         _mark_resumed(axes, log)
     if any(log.skipped for log in logs):
@@ -117,8 +112,8 @@ def what_if_figure(reading: Reading, name: str = "what-if") -> str:
     figure, axes = new_axes("if the loss scale were", "share of the values (%)", height=2.8)
     doublings = range(-_DOUBLINGS, _DOUBLINGS + 1)
     shares = [reading.at_scale(k) for k in doublings]
-    now = round(math.log2(reading.loss_scale))
-    scales = [2.0 ** (now + k) for k in doublings]
+    now = reading.loss_scale
+    scales = [now * 2.0**k for k in doublings]
     axes.set_xscale("log", base=2)
     axes.plot(scales, [100 * lost for lost, _ in shares], color="#0072B2", label="become 0")
     axes.plot(
@@ -127,10 +122,10 @@ def what_if_figure(reading: Reading, name: str = "what-if") -> str:
         ls="--",
         label="become infinite: the step is skipped",
     )
-    axes.axvline(2.0**now, color="#1c2430", lw=1, ls=":")
+    axes.axvline(now, color="#1c2430", lw=1, ls=":")
     axes.annotate(
         "scale of the step",
-        (2.0**now, 0.98),
+        (now, 0.98),
         xycoords=axes.get_xaxis_transform(),
         xytext=(4, 0),
         textcoords="offset points",

@@ -20,6 +20,7 @@ COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#5
 DASHES = ("-", "-", "--", "-.", ":", "-", "--", "-.")
 _SIZE = (4.6, 3.2)  # inches: text stays readable on a phone, where the page shrinks it
 _LINE = 0.17  # of a legend
+_HUGE = 1e300  # beyond, axes have no numbers left for their ticks
 
 
 def new_axes(x_label: str, y_label: str, *, height: float = _SIZE[1]) -> tuple[Figure, Axes]:
@@ -88,15 +89,12 @@ def smooth(values: ArrayLike) -> NDArray[np.float64]:
     data = np.asarray(values, dtype=np.float64)
     known = np.isfinite(data)
     width = max(1, len(data) // 20)
-    ends = np.arange(1, len(data) + 1)
-    starts = np.maximum(0, ends - width)
-
-    def windows(some: NDArray[np.float64]) -> NDArray[np.float64]:
-        sums = np.cumsum(np.concatenate(([0.0], some)))
-        return np.asarray(sums[ends] - sums[starts], dtype=np.float64)
-
-    counts = np.maximum(windows(known.astype(np.float64)), 1)
-    return np.where(known, windows(np.where(known, data, 0.0)) / counts, data)
+    smoothed: NDArray[np.float64] = data.copy()
+    # each window by itself: a running sum would never forget a loss of 1e20
+    for i in np.flatnonzero(known):
+        here = slice(max(0, i + 1 - width), i + 1)
+        smoothed[i] = data[here][known[here]].mean()
+    return smoothed
 
 
 def thinned(
@@ -104,13 +102,14 @@ def thinned(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Returns a curve of at most so many points: means of neighbours, at the last of their steps.
 
-    What is not finite counts in no mean.
+    What is not finite, or as good as that, counts in no mean and is not shown.
 
     Example:
         >>> thinned(range(6), [1.0, 3.0, 2.0, 4.0, 5.0, 5.0], count=3)
         (array([1., 3., 5.]), array([2., 3., 5.]))
     """
     x, y = np.asarray(steps, dtype=np.float64), np.asarray(values, dtype=np.float64)
+    y = np.where(np.abs(y) < _HUGE, y, np.nan)
     if len(x) <= count:
         return x, y
     ends = np.linspace(0, len(x), count + 1).round().astype(int)
@@ -141,4 +140,7 @@ def clipped(name: str, length: int = 30) -> str:
         >>> clipped("runs/2026/first.jsonl", length=12)
         '...rst.jsonl'
     """
-    return name if len(name) <= length else "..." + name[3 - length :]
+    name = name.encode("utf-8", "replace").decode()  # of files that are named in other codes
+    short = name if len(name) <= length else "..." + name[3 - length :]
+    # to Matplotlib a dollar begins a formula, and a label with a leading _ is none
+    return short.replace("$", r"\$").replace("_", " _", 1 if short.startswith("_") else 0)

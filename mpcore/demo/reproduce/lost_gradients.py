@@ -141,7 +141,10 @@ def tables(found: dict[int, GradientCounts], settings: DigitsSettings) -> tuple[
         title="Gradients of activations by binary exponent, in % of all",
         header=("Exponent", f"epoch {min(found)}", "", f"epoch {max(found)}", ""),
         rows=rows,
-        notes=("FP16 makes 0 of what is below 2^-25 and keeps all digits from 2^-14 on.",),
+        notes=(
+            f"FP16 makes 0 of what is below 2^-25 and keeps all digits from 2^-14 on. What is "
+            f"smaller than 2^{LOWEST} is counted there.",
+        ),
     )
 
 
