@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -30,6 +32,23 @@ def passes() -> ctypes.CDLL:
             f"backend: expected a library that this system can load in {built}, got: {error}. Pass "
             'backend="cpu".'
         ) from error
+
+
+@cache
+def declared(name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
+    """Returns a function of the library, with the types that C gives it.
+
+    Args:
+        name: Of the function.
+        result: Its type, None for void.
+        arguments: The types of what it takes.
+
+    Raises:
+        BackendError: As `passes`.
+    """
+    function = getattr(passes(), name)
+    function.argtypes, function.restype = arguments, result
+    return cast(Callable[..., Any], function)
 
 
 def find_built() -> Path | None:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from mpcore.backends import _cpu_inspection, _inspection, _update
 from mpcore.backends._blocks import all_in_memory_order
-from mpcore.backends._c_compiler import passes
+from mpcore.backends._c_compiler import declared, passes
 from mpcore.backends._c_scalars import prepare_
 from mpcore.backends._c_statistics import with_statistics
 from mpcore.backends._c_work import Work, by_dtype, cut_chunks, run
 from mpcore.backends._inspection import Inspection
 from mpcore.updates import Hyper
 
+_POINTER = ctypes.c_void_p
+_ARGUMENTS = (_POINTER, _POINTER, ctypes.c_int64, ctypes.c_double, _POINTER, _POINTER)
 _BOUNDS = (ctypes.c_double * 4)(*_cpu_inspection.BOUNDS)
 
 
@@ -72,7 +73,7 @@ def _summed_up(
     """Returns what `conclude` would, without its many small operations; None: look again."""
     squares = torch.zeros(count, dtype=torch.float64, device="cpu")
     factor = float(coefficient)
-    unknown = _sum_up()(
+    unknown = declared("sum_up", ctypes.c_int64, *_ARGUMENTS)(
         *(chunks.data_ptr(), sums.data_ptr(), len(sums), factor),
         *(ctypes.addressof(_BOUNDS), squares.data_ptr()),
     )
@@ -81,12 +82,3 @@ def _summed_up(
     kinds = torch.zeros(count, dtype=torch.int32, device="cpu")
     first_bad = torch.full((count,), -1, dtype=torch.int64, device="cpu")
     return _cpu_inspection.inspection_of(squares, kinds, first_bad, False, factor, limit)
-
-
-@cache
-def _sum_up() -> Callable[..., int]:
-    function = passes().sum_up
-    pointer, number = ctypes.c_void_p, ctypes.c_double
-    function.argtypes = [pointer, pointer, ctypes.c_int64, number, pointer, pointer]
-    function.restype = ctypes.c_int64
-    return function

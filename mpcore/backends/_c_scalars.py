@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from collections.abc import Callable
-from functools import cache
 from itertools import chain
 
 import torch
 from torch import Tensor
 
 from mpcore.backends import _update
-from mpcore.backends._c_compiler import passes
+from mpcore.backends._c_compiler import declared
 from mpcore.backends._c_source import STEPS
 from mpcore.updates import Batch, Hyper, UpdateRule
+
+_ARGUMENTS = (ctypes.c_int32, ctypes.c_int64, *[ctypes.c_void_p] * 4)
 
 
 def prepare_(plan: _update.Plan, hyper: Hyper) -> None:
@@ -55,7 +55,7 @@ def _scalars(
     # whatever torch.set_default_device says: C writes there
     scalars = torch.empty(shape, dtype=torch.float32, device="cpu")
     groups = array("q", batch.groups)
-    _fill()(
+    declared("fill_scalars", None, *_ARGUMENTS)(
         STEPS.index((rule.name, len(batch.moments))),
         len(batch.groups),
         groups.buffer_info()[0],
@@ -64,12 +64,3 @@ def _scalars(
         scalars.data_ptr(),
     )
     return scalars
-
-
-@cache
-def _fill() -> Callable[..., None]:
-    function = passes().fill_scalars
-    pointers = [ctypes.c_void_p] * 4
-    function.argtypes = [ctypes.c_int32, ctypes.c_int64, *pointers]
-    function.restype = None
-    return function

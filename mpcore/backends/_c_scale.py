@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from mpcore.backends import _scale
-from mpcore.backends._c_compiler import passes
+from mpcore.backends._c_compiler import declared
 
 _DTYPES = (torch.float32, torch.int32, torch.int32, torch.int64)
 
@@ -70,7 +68,8 @@ def update_scale_(
         *(growth_factor, backoff_factor, min_scale, max_scale, growth_interval, *tolerance),
         *(hysteresis, refill),
     )
-    _function()(ctypes.addressof(move), int(bool(found_inf)))
+    move_scale = declared("move_scale", None, ctypes.c_void_p, ctypes.c_int32)
+    move_scale(ctypes.addressof(move), int(bool(found_inf)))
     # writes by address tell autograd nothing
     torch.autograd.graph.increment_version(tensors)
 
@@ -82,11 +81,3 @@ def _is_usual(tensors: tuple[Tensor, ...], found_inf: Tensor) -> bool:
         and [t.numel() for t in tensors] == [1, 1, 1, 6]
         and tensors[3].is_contiguous()
     )
-
-
-@cache
-def _function() -> Callable[..., None]:
-    function = passes().move_scale
-    function.argtypes = [ctypes.c_void_p, ctypes.c_int32]
-    function.restype = None
-    return function

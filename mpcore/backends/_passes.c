@@ -229,7 +229,7 @@ void count_values(work_t *work) {
     }
 }
 
-/* Updates `n` elements of a master and its moments. */
+/* Computes the scalars of one tensor: see `fill_scalars`. */
 typedef void scalars_t(const double *numbers, double t, float *scalars);
 
 /* `mpcore.updates.rule.power`: multiplications in its order. */
@@ -242,10 +242,11 @@ static double power(double base, double exponent) {
     return result;
 }
 
+/* Updates `n` elements of a master and its moments. */
 typedef void step_t(const float *grad, float *master, float *const *moments, int64_t n,
                     const float *scalars, float coefficient);
 
-/* STEPS, and the MOMENTS and COLUMNS of each: every rule of `mpcore.updates`. */
+/* STEPS and SCALARS, and the MOMENTS, COLUMNS and NUMBERS of each: every rule of `mpcore.updates`. */
 #include "_steps.h"
 
 /* Fills the scalars of tensors, [tensors][columns], for their next update.

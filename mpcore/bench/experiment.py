@@ -20,10 +20,11 @@ from mpcore.bench.peers import peer_rows
 from mpcore.bench.problem import Problem, make_problem
 from mpcore.bench.rows import BASELINE, Row, own_rows
 from mpcore.bench.shapes import ParameterList
-from mpcore.bench.tensors import storage_bytes, synchronize
+from mpcore.bench.tensors import synchronize
 from mpcore.bench.timing import Times, copy_bandwidth, time_rounds
 from mpcore.errors import ArgumentError
 from mpcore.machine import examine_cpu, find_versions, torch_build
+from mpcore.monitoring.memory import storage_bytes
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -1,8 +1,8 @@
-"""Bytes that tensors hold, each storage counted once."""
+"""Tensors inside of other things, and waiting for them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,21 +28,6 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from tensors_in(item)
-
-
-def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Returns the bytes of the storages behind `tensors`, each counted once; no host sync.
-
-    Example:
-        >>> whole = torch.ones(4)
-        >>> storage_bytes([whole, whole[:2], torch.ones(1)])
-        20
-    """
-    storages: dict[int, int] = {}
-    for tensor in tensors:
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
 
 
 def synchronize(device: torch.device) -> None:

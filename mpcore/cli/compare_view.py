@@ -6,16 +6,16 @@ import importlib
 import importlib.util
 import sys
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress, TaskID
 from rich.text import Text
 
 from mpcore._checks import check_count
-from mpcore.cli.output import check_writable, progress_on, show_table
+from mpcore.cli.output import Bars, check_writable, progress_on, show_table
 from mpcore.comparison.compare import compare
 from mpcore.comparison.contender import contenders
 from mpcore.errors import ArgumentError
@@ -53,7 +53,8 @@ def compare_and_show(target: str, options: CompareOptions, console: Console) -> 
     check_count("seeds", options.seeds)
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     with progress_on(console) as progress:
-        runs = _Runs(progress, len(seeds) * (len(policies) + 1))
+        bars, done, total = Bars(progress), count(), len(seeds) * (len(policies) + 1)
+        bars.begin("Runs", total)
         result = compare(
             train,
             policies,
@@ -61,31 +62,15 @@ def compare_and_show(target: str, options: CompareOptions, console: Console) -> 
             metric=options.metric,
             higher_is_better=options.higher_is_better,
             margin=options.margin,
-            on_run=runs.begin,
+            on_run=lambda label, seed: bars.advance(next(done), f"{label}, seed {seed}"),
         )
-        runs.end()
+        bars.advance(total, "")
     options.output.write_text(render_comparison(result), encoding="utf-8")
     show_table(result.table(), console)
     for label, found in result.agreements.items():
         console.print(Text.assemble((f"{label}: ", "bold"), found.text))
     console.print("\nReport: ", end="")
     console.print(Text(str(options.output), "bold"), soft_wrap=True)
-
-
-class _Runs:
-    """A bar over all runs, which says which one is under way."""
-
-    def __init__(self, progress: Progress, total: int) -> None:
-        self._progress = progress
-        self._task: TaskID = progress.add_task("Runs", total=total, note="")
-        self._begun = 0
-
-    def begin(self, label: str, seed: int) -> None:
-        self._progress.update(self._task, completed=self._begun, note=f"{label}, seed {seed}")
-        self._begun += 1
-
-    def end(self) -> None:
-        self._progress.update(self._task, completed=self._begun, note="")
 
 
 def load_function(target: str) -> Any:

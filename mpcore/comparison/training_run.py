@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -131,9 +132,9 @@ class TrainingRun:
             self._monitor.give_up()
             self._monitor.close()
 
-    @property
+    @cached_property
     def log(self) -> RunLog:
-        """What a monitor told of it."""
+        """What a monitor told of it; to be asked once it is closed."""
         return RunLog.of(self.label, self._records)
 
     @property

@@ -41,7 +41,6 @@ def render_report(result: DemoResult) -> str:
         characters=len(corpus.train),
         files=len(corpus.train_files),
         held_out=len(corpus.validation_files),
-        ways=_WAYS[len(GPT_REGIMES)],
     )
     return render_page("16-bit training with FP32 masters and loss scaling", lead, sections, footer)
 
@@ -57,9 +56,8 @@ def _time(result: DemoResult) -> str:
     return time_figure([(run.regime.label, run.seconds / steps) for run in runs], "time")
 
 
-_WAYS = {8: "eight"}
 _LEAD = (
-    "The same small GPT, trained in {ways} ways from the same initial weights on the same batches: "
+    "The same small GPT, trained in eight ways from the same initial weights on the same batches: "
     "{characters:,} characters of the Python standard library's own source ({files} files), with "
     "{held_out} files held out. Matrix products of 16-bit numbers are computed as a tensor core "
     "computes them: exact products, FP32 sums, one rounding."

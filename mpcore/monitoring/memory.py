@@ -111,6 +111,21 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Returns the bytes of the storages behind `tensors`, each counted once; no host sync.
+
+    Example:
+        >>> whole = torch.ones(4)
+        >>> storage_bytes([whole, whole[:2], torch.ones(1)])
+        20
+    """
+    storages: dict[int, int] = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
 class SavedForBackward:
     """Counts bytes that autograd saves for the backward pass, from `start` to `stop`; no host sync.
 
@@ -142,9 +157,9 @@ class SavedForBackward:
         """Ends counting and returns the bytes."""
         self._hooks.__exit__()
         dense = [t for t in self._kept if t.layout == torch.strided]  # others have no one storage
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in dense}
+        size = storage_bytes(t for t in dense if t.untyped_storage().data_ptr() not in self._own)
         self._kept.clear()
-        return sum(size.nbytes() for at, size in storages.items() if at not in self._own)
+        return size
 
     def _keep(self, tensor: Tensor) -> Tensor:
         self._kept.append(tensor.detach())  # alive, so that no storage's address is used again

@@ -51,24 +51,16 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
     lines = text.split("\n")
     records = []
     for number, line in enumerate(lines[:-1], start=1):
-        if line.startswith(_BEGINNING) and not _is_json(line):
-            continue
         try:
             records.append(_record(json.loads(line)))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
+            if isinstance(error, json.JSONDecodeError) and line.startswith(_BEGINNING):
+                continue  # cut off
             raise ArgumentError(
                 f"{os.fspath(path)}, line {number}: expected a record that mpcore.JsonLines wrote, "
                 f"got {line[:80]!r}. Give the file of one run, as it was written."
             ) from error
     return records
-
-
-def _is_json(line: str) -> bool:
-    try:
-        json.loads(line)
-    except ValueError:
-        return False
-    return True
 
 
 def _record(entry: dict[str, Any]) -> Record:

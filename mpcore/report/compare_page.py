@@ -11,11 +11,16 @@ from numpy.typing import NDArray
 
 from mpcore.comparison.contender import BASELINE
 from mpcore.comparison.result import Comparison, capitalized
-from mpcore.report.bars import Stack, memory_figure, time_figure
+from mpcore.report.bars import Stack
 from mpcore.report.page import Event, Events, Picture, Section, render_page
 from mpcore.report.run_figures import style_of
-from mpcore.report.run_page import course_sections, gradient_sections, lost_updates_section
-from mpcore.report.svg import COLOURS, clipped, new_axes, smooth, thinned, to_svg
+from mpcore.report.run_page import (
+    cost_sections,
+    course_sections,
+    gradient_sections,
+    lost_updates_section,
+)
+from mpcore.report.svg import COLOURS, clipped, new_axes, smooth_curve, to_svg
 
 
 def render_comparison(comparison: Comparison) -> str:
@@ -40,7 +45,7 @@ def render_comparison(comparison: Comparison) -> str:
             for section in gradient_sections(log, index, named=True)
         ),
         *lost_updates_section(logs),
-        _cost(comparison),
+        *_cost(comparison),
     )
     lead = (
         f"{table.title}. The same loop, initial weights and batches; only the policy differs. "
@@ -93,21 +98,11 @@ def _difference_section(comparison: Comparison) -> tuple[Section, ...]:
         colour, dashes = style_of(label, labels)
         with np.errstate(invalid="ignore"):  # of infinite losses
             mean = np.mean([curve[:length] for curve in curves], axis=0)
-        axes.plot(
-            *_smoothed(mean),
-            color=colour,
-            ls=dashes,
-            lw=1.4,
-            label=clipped(label),
-        )
+        curve = smooth_curve(range(length), mean)
+        axes.plot(*curve, color=colour, ls=dashes, lw=1.4, label=clipped(label))
     axes.axhline(0, color=COLOURS[0], lw=0.8)
     svg = to_svg(figure, "Loss of every policy minus that of FP32 on the same batches", "above")
     return (Section("How far above FP32", (Picture(svg, _DIFFERENCE),)),)
-
-
-def _smoothed(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    steps, means = thinned(range(len(values)), values)
-    return steps, smooth(means)
 
 
 def _difference(
@@ -118,22 +113,17 @@ def _difference(
     return np.array([loss - known[step] for step, loss in losses if step in known])
 
 
-def _cost(comparison: Comparison) -> Section:
-    times: list[tuple[str, float]] = []
+def _cost(comparison: Comparison) -> tuple[Section, ...]:
+    timed: list[tuple[str, float]] = []
     stacks: list[Stack] = []
     for label in comparison.labels:
         runs = comparison.of(label)
         seconds = [run.seconds for run in runs if run.seconds is not None]
         if seconds:
-            times.append((label, statistics.median(seconds)))
+            timed.append((label, statistics.median(seconds)))
         if runs[0].memory is not None:
             stacks.append(Stack.of(label, runs[0].memory, runs[0].activations))
-    pictures = []
-    if times:
-        pictures.append(Picture(time_figure(times, "time"), _TIME))
-    if stacks:
-        pictures.append(Picture(memory_figure(stacks, "memory"), _MEMORY))
-    return Section("Time and memory", tuple(pictures))
+    return cost_sections(timed, stacks, (_TIME, _MEMORY))
 
 
 _METRIC = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from mpcore.monitoring.findings import Finding
@@ -10,9 +11,10 @@ from mpcore.report.page import Cell, HeatMap
 
 _COLUMNS, _ROWS = 20, 40
 _BAD = "#1c2430"
-_NOTHING = Cell("#f0f2f5", "", "no reading")
+_UNKNOWN = "#f0f2f5"
+_NOTHING = Cell(_UNKNOWN, "", "no reading")
 # red deserves a look
-_ROOM = ((1, "#b2182b"), (3, "#ef8a62"), (6, "#fddbc7"), (10, "#d1e5f0"), (99, "#67a9cf"))
+_ROOM = ((1, "#b2182b"), (3, "#ef8a62"), (6, "#fddbc7"), (10, "#d1e5f0"), (math.inf, "#67a9cf"))
 _SHARES = (
     *((0.001, "#f7fbff"), (0.01, "#deebf7"), (0.05, "#c6dbef")),
     *((0.2, "#9ecae1"), (0.5, "#fdae6b"), (1.01, "#d94801")),
@@ -92,16 +94,16 @@ def _room(findings: Sequence[Finding]) -> Cell:
         return Cell(_BAD, "x", ", ".join(kinds))
     rooms = [f.headroom_bits for f in findings if f.headroom_bits is not None]
     if not rooms:
-        return Cell("#f0f2f5", "", "nothing but zeros, or not looked at")
+        return Cell(_UNKNOWN, "", "nothing but zeros, or not looked at")
     room = min(rooms)
-    colour = next(c for limit, c in _ROOM if room < limit or limit == _ROOM[-1][0])
+    colour = next(c for limit, c in _ROOM if room < limit)
     return Cell(colour, "", f"{room:.1f} doublings")
 
 
 def _subnormal(findings: Sequence[Finding]) -> Cell:
     shares = [finding.subnormal for finding in findings if finding.subnormal is not None]
     if not shares:
-        return Cell("#f0f2f5", "", "not looked at")
+        return Cell(_UNKNOWN, "", "not looked at")
     colour = next(c for limit, c in _SHARES if max(shares) < limit)
     return Cell(colour, "", f"{max(shares):.1%} subnormal")
 

@@ -141,7 +141,6 @@ def with_powers(text: str) -> Markup:
         >>> with_powers("2^-10 < 1")
         Markup('2<sup>&minus;10</sup> &lt; 1')
     """
-    text = text.encode("utf-8", "replace").decode()
     unbroken = re.sub(r"(\de)-(\d)", r"\1&#8209;\2", html.escape(text))
     raised = re.sub(r"2\^(-?)(\d+)", r"2<sup>\1\2</sup>", unbroken)
     return Markup(raised.replace("<sup>-", "<sup>&minus;"))

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from mpcore.monitoring.findings import HIGHEST, LOWEST
 from mpcore.monitoring.reading import Reading
 from mpcore.monitoring.run_log import RunLog
-from mpcore.report.svg import COLOURS, DASHES, clipped, corners, new_axes, smooth, thinned, to_svg
+from mpcore.report.svg import COLOURS, DASHES, clipped, corners, new_axes, smooth_curve, to_svg
 
 _SMALLEST_NORMAL = -14  # the exponent of float16's
 _POINTS = 500  # that are marked one by one
@@ -29,15 +29,13 @@ def loss_figure(logs: Sequence[RunLog], names: Sequence[str], name: str = "loss"
     figure, axes = new_axes("step", "loss")
     for index, log in enumerate(logs):
         known = log.losses
-        steps, losses = thinned([step for step, _ in known], [loss for _, loss in known])
+        curve = smooth_curve([step for step, _ in known], [loss for _, loss in known])
         colour, dashes = style_of(log.name, names)
         # early ones are wider: where curves fall together all of them can be seen
         width = 1.3 + 1.6 * (len(logs) - 1 - index) / max(len(logs) - 1, 1)
         label = clipped(log.name)
-        mark = "o" if len(steps) == 1 else None
-        axes.plot(
-            steps, smooth(losses), color=colour, ls=dashes, lw=width, marker=mark, label=label
-        )
+        mark = "o" if len(known) == 1 else None
+        axes.plot(*curve, color=colour, ls=dashes, lw=width, marker=mark, label=label)
         _mark_resumed(axes, log)
     return to_svg(figure, "Loss of each run over its steps", name)
 

@@ -35,6 +35,9 @@ def render_runs(logs: Sequence[RunLog], title: str) -> str:
     steps = sum(len(log.steps) for log in logs)
     readings = sum(len(log.readings) for log in logs)
     lead = f"{', '.join(log.name for log in logs)}: {steps:,} steps, {readings:,} readings."
+    timed = [(log.name, statistics.median(log.seconds)) for log in logs if log.seconds]
+    memory = [(log.name, log.readings[-1].memory) for log in logs if log.readings]
+    stacks = [Stack.of(name, resident) for name, resident in memory if resident is not None]
     sections = (
         Section("In numbers", (summary_table(logs),)),
         *course_sections(logs),
@@ -44,7 +47,7 @@ def render_runs(logs: Sequence[RunLog], title: str) -> str:
             for section in gradient_sections(log, index, named=len(logs) > 1)
         ),
         *lost_updates_section(logs),
-        *cost_sections(logs),
+        *cost_sections(timed, stacks, (_TIME, _MEMORY)),
     )
     return render_page(title, lead, sections, "")
 
@@ -165,17 +168,22 @@ def lost_updates_section(logs: Sequence[RunLog]) -> tuple[Section, ...]:
     return (Section("Updates that need masters", (picture,)),)
 
 
-def cost_sections(logs: Sequence[RunLog]) -> tuple[Section, ...]:
-    """Returns time and memory, as far as they are known."""
-    blocks: list[Text | Picture | Table] = []
-    timed = [(log.name, statistics.median(log.seconds)) for log in logs if log.seconds]
+def cost_sections(
+    timed: Sequence[tuple[str, float]], stacks: Sequence[Stack], captions: tuple[str, str]
+) -> tuple[Section, ...]:
+    """Returns time and memory, as far as they are known.
+
+    Args:
+        timed: Names, and seconds of a step.
+        stacks: Bytes per parameter.
+        captions: Of the times, and of the bytes.
+    """
+    pictures = []
     if timed:
-        blocks.append(Picture(time_figure(timed, "time"), _TIME))
-    memory = [(log.name, log.readings[-1].memory) for log in logs if log.readings]
-    stacks = [Stack.of(name, resident) for name, resident in memory if resident is not None]
+        pictures.append(Picture(time_figure(timed, "time"), captions[0]))
     if stacks:
-        blocks.append(Picture(memory_figure(stacks, "memory"), _MEMORY))
-    return (Section("Time and memory", tuple(blocks)),) if blocks else ()
+        pictures.append(Picture(memory_figure(stacks, "memory"), captions[1]))
+    return (Section("Time and memory", tuple(pictures)),) if pictures else ()
 
 
 _LOSS = "Before scaling, each step's own batch, smoothed over a twentieth of the run."

@@ -118,6 +118,14 @@ def thinned(
     return x[ends[1:] - 1], np.asarray(means)
 
 
+def smooth_curve(
+    steps: ArrayLike, values: ArrayLike
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Returns a curve thinned, and then smoothed: each of its points costs a window."""
+    places, means = thinned(steps, values)
+    return places, smooth(means)
+
+
 def corners(steps: ArrayLike, values: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Returns the points of a curve of steps at which it changes, before and after; and its ends.
 

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from mpcore.demo.digits import DigitsSettings, Images, SideBySideMLP, summed_loss
+from mpcore.demo.reproduce.loss_scaling import LEARNING_RATE, MOMENTUM
 from mpcore.table import Table
 
 SCALES = (1.0, 8.0, 128.0, 2.0**15)
 SETTINGS = DigitsSettings(seeds=(0, 1, 2, 3, 4), epochs=60, batch=64)
 EPOCHS = (0, 5, 15, 30, 60)
 COUNTED = 256  # images in a batch whose gradients are counted
-LEARNING_RATE, MOMENTUM = 0.05, 0.9
 LOWEST, HIGHEST = -40, 0  # exponents of the histogram
 _FLUSHED, _NORMAL = 2.0**-25, 2.0**-14  # up to the first all become 0; from the second on normal
 
