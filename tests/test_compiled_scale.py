@@ -81,6 +81,29 @@ def test_c_has_the_bits_of_the_reference_from_any_state(
     assert same_bits(*found)
 
 
+@given(
+    st.floats(2.0**-100, 2.0**100, width=32),
+    st.floats(1.0, 64.0, exclude_min=True),
+    st.floats(0.01, 1.0, exclude_max=True),
+    st.integers(1, 4),
+    st.lists(st.booleans(), max_size=12),
+)
+def test_c_moves_the_scale_as_the_kernel_of_torch_does(
+    scale: float, growth: float, backoff: float, interval: int, history: list[bool]
+) -> None:
+    ours = tensors_of((scale, 0, 1, [0] * 6))
+    theirs = tensors_of((scale, 0, 1, [0] * 6))
+    rule = {**RULE, "growth_factor": growth, "backoff_factor": backoff}
+    bounds = {"min_scale": 2.0**-126, "max_scale": 2.0**127, "growth_interval": interval}
+    for bad in history:
+        compiled.update_scale_(*ours, torch.tensor(int(bad)), **{**rule, **bounds})
+        found_inf = torch.tensor(float(bad))
+        torch._amp_update_scale_(theirs[0], theirs[1], found_inf, growth, backoff, interval)
+        if not 2.0**-126 < theirs[0].item() < 2.0**127:
+            break  # torch has no bounds
+        assert same_bits(ours[:2], theirs[:2])
+
+
 RULE: dict[str, Any] = {
     "growth_factor": 2.0,
     "backoff_factor": 0.5,
