@@ -19,7 +19,7 @@ PARALLEL := -n auto --maxprocesses=4
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test test-exhaustive doctest lint docs build audit mutants c-steps import-time clean
+.PHONY: help demo bench test test-exhaustive test-random doctest lint docs build audit mutants c-steps import-time clean
 
 help: ## Show this list.
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 18
@@ -35,6 +35,9 @@ test: $(VENV)/.test ## Run the test suite (without the exhaustive tests).
 
 test-exhaustive: $(VENV)/.test ## Run the long, exhaustive tests.
 	$(PYTEST) $(PARALLEL) -m exhaustive $(ARGS)
+
+test-random: $(VENV)/.test ## Run the property tests on 1,000 new random examples each.
+	$(PYTEST) $(PARALLEL) -m "hypothesis and not exhaustive" --hypothesis-profile=random $(ARGS)
 
 doctest: $(VENV)/.test ## Run the examples of the docstrings, the README and the docs.
 	$(PYTEST) tests/test_doctests.py tests/test_docs.py $(ARGS)
