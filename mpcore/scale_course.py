@@ -232,7 +232,7 @@ class ScaleCourse(torch.amp.GradScaler):
                 tolerance=tolerated(self._tolerance),
             )
             backend = self._backend_for(scale.device)
-            backend.update_scale_(**move.arguments(), found_inf=found_inf)
+            backend.update_scale_(move, found_inf)
         else:
             count_step_(state.counters, found_inf)
 

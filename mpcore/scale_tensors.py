@@ -87,7 +87,7 @@ class LossScaleTensors:
         self,
         loss_scale: LossScale,
         found_inf: Tensor,
-        update: Callable[..., None] = update_scale_,
+        update: Callable[[ScaleMove, Tensor], None] = update_scale_,
         largest: Tensor | None = None,
     ) -> None:
         """Follows `next_state` in place on the device, without a host sync.
@@ -105,7 +105,7 @@ class LossScaleTensors:
         if move is None:
             count_step_(self.counters, found_inf)
         else:
-            update(**move.arguments(), found_inf=found_inf)
+            update(move, found_inf)
 
     def move(self, loss_scale: LossScale) -> ScaleMove | None:
         """Returns how the scale moves at the end of a step; None if it never does."""

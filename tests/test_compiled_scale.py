@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from mpcore.backends import compiled, reference
+from mpcore.backends import ScaleMove, compiled, reference
 from mpcore.loss_scale import DynamicLossScale, initial_state, next_state
 from mpcore.scale_tensors import LossScaleTensors
 from torch import Tensor
@@ -76,7 +76,7 @@ def test_c_has_the_bits_of_the_reference_from_any_state(
     found = []
     for backend in (reference, compiled):
         tensors = tensors_of(state)
-        backend.update_scale_(*tensors, torch.tensor(bad).to(dtype), **rule)
+        backend.update_scale_(ScaleMove(*tensors, **rule), torch.tensor(bad).to(dtype))
         found.append(tensors)
     assert same_bits(*found)
 
@@ -95,12 +95,13 @@ def test_c_moves_the_scale_as_the_kernel_of_torch_does(
     ours = tensors_of((scale, 0, 1, [0] * 6))
     theirs = tensors_of((scale, 0, 1, [0] * 6))
     rule = {**RULE, "growth_factor": growth, "backoff_factor": backoff}
-    bounds = {"min_scale": 2.0**-126, "max_scale": 2.0**127, "growth_interval": interval}
+    rule |= {"min_scale": 2.0**-126, "max_scale": 2.0**127, "growth_interval": interval}
+    move = ScaleMove(*ours, **rule)
     for bad in history:
         before = theirs[0].item()
-        if not 2.0**-126 <= before * backoff or not before * growth <= 2.0**127:
+        if not before * backoff >= 2.0**-126 or not before * growth <= 2.0**127:
             break  # torch has no bounds: it shrinks to 0, and stays where growth would overflow
-        compiled.update_scale_(*ours, torch.tensor(int(bad)), **{**rule, **bounds})
+        compiled.update_scale_(move, torch.tensor(int(bad)))
         found_inf = torch.tensor(float(bad))
         torch._amp_update_scale_(theirs[0], theirs[1], found_inf, growth, backoff, interval)
         assert same_bits(ours[:2], theirs[:2])
@@ -121,7 +122,7 @@ RULE: dict[str, Any] = {
 def test_autograd_hears_of_every_write() -> None:
     tensors = tensors_of((8.0, 0, 1, [0] * 6))
     before = [tensor._version for tensor in tensors]
-    compiled.update_scale_(*tensors, torch.tensor(0), **RULE)
+    compiled.update_scale_(ScaleMove(*tensors, **RULE), torch.tensor(0))
     assert all(t._version > b for t, b in zip(tensors, before, strict=True))
     assert tensors[0].item() == 16.0
 
@@ -130,9 +131,8 @@ def test_autograd_hears_of_every_write() -> None:
 def test_views_are_written_and_nothing_around_them(bad: int) -> None:
     scales, counts, left = torch.full((3,), 8.0), *(torch.ones(3).int() for _ in range(2))
     counters = torch.arange(18)
-    compiled.update_scale_(
-        *(scales[1], counts[1], left[1], counters[6:12], torch.tensor(bad)), **RULE
-    )
+    move = ScaleMove(scales[1], counts[1], left[1], counters[6:12], **RULE)
+    compiled.update_scale_(move, torch.tensor(bad))
     assert scales.tolist() == [8.0, 4.0 if bad else 16.0, 8.0]
     assert (counts.tolist()[::2], left.tolist()[::2]) == ([1, 1], [1, 1])
     assert counters.tolist()[:6] == list(range(6))
@@ -145,7 +145,8 @@ def test_counters_with_gaps_move_as_well() -> None:
     for backend in (reference, compiled):
         scale, tracker, left, _ = tensors_of((8.0, 0, 1, [0] * 6))
         wide = torch.zeros(6, 2, dtype=torch.int64)
-        backend.update_scale_(scale, tracker, left, wide[:, 0], torch.tensor(1), **RULE)
+        move = ScaleMove(scale, tracker, left, wide[:, 0], **RULE)
+        backend.update_scale_(move, torch.tensor(1))
         found.append([scale, tracker, left, wide])
     assert same_bits(*found)
     assert found[1][3][0, 0].item() == 1

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from mpcore_kernels._cache import TableCache
+from mpcore_kernels._scale_move import ScaleMove
 from mpcore_kernels._update_batch import Batch, Hyper
 from mpcore_kernels._update_plan import Plan
 from mpcore_kernels.cast import cast_into
 from mpcore_kernels.inspection import Inspection, inspect
 from mpcore_kernels.scale import update_scale_
 from mpcore_kernels.unscale import unscale_, unscale_into
-from mpcore_kernels.update import ScaleMove, plan_update, prepare_, update_
+from mpcore_kernels.update import plan_update, prepare_, update_
 from mpcore_kernels.widen import widen_into
 
 
@@ -108,36 +109,6 @@ class Launcher:
         """See `mpcore_kernels.update_`; no host sync."""
         update_(plan, grads, coefficient, found_inf, saturated, then)
 
-    def update_scale_(
-        self,
-        scale: Tensor,
-        growth_tracker: Tensor,
-        overflows_left: Tensor,
-        counters: Tensor,
-        found_inf: Tensor,
-        *,
-        growth_factor: float,
-        backoff_factor: float,
-        growth_interval: int,
-        min_scale: float,
-        max_scale: float,
-        hysteresis: int,
-        refill: int,
-        tolerance: tuple[int, int],
-    ) -> None:
+    def update_scale_(self, move: ScaleMove, found_inf: Tensor) -> None:
         """See `mpcore_kernels.update_scale_`; no host sync."""
-        update_scale_(
-            scale,
-            growth_tracker,
-            overflows_left,
-            counters,
-            found_inf,
-            growth_factor=growth_factor,
-            backoff_factor=backoff_factor,
-            growth_interval=growth_interval,
-            min_scale=min_scale,
-            max_scale=max_scale,
-            hysteresis=hysteresis,
-            refill=refill,
-            tolerance=tolerance,
-        )
+        update_scale_(move, found_inf)

@@ -21,8 +21,6 @@ Reference: Micikevicius et al., "Mixed Precision Training", ICLR 2018, section 3
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -30,10 +28,8 @@ from torch import Tensor
 
 from mpcore_kernels._checks import check_device, check_state
 from mpcore_kernels._launch import Variant
+from mpcore_kernels._scale_move import ScaleMove, numbers_of, state_of
 from mpcore_kernels._table import mark_written
-
-_LARGEST_INT32 = 2**31 - 1
-_FINEST = 10**6  # with it 2^43 steps can be compared in int64
 
 
 @triton.jit
@@ -143,134 +139,36 @@ def variants() -> list[Variant]:
     return [variant()]
 
 
-def _check_factor(name: str, value: float, lowest: float, highest: float) -> float:
-    """Returns `value` as a float; raises unless it is strictly between the bounds."""
-    if not lowest < value < highest:
-        raise ValueError(
-            f"{name}: expected a number above {lowest:g} and below {highest:g}, got {value!r}."
-        )
-    return float(value)
-
-
-def _check_count(name: str, value: int) -> int:
-    """Returns `value`; raises unless it is an integer from 1 to 2^31 - 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}.")
-    if not 1 <= value <= _LARGEST_INT32:
-        raise ValueError(f"{name}: expected an integer from 1 to 2**31 - 1, got {value}.")
-    return value
-
-
-def _check_refill(value: int) -> int:
-    """Returns `value`; raises unless it is 0, 1, 2 or 3."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"refill: expected an integer, got {type(value).__name__}.")
-    if value not in range(4):
-        raise ValueError(f"refill: expected 0, 1, 2 or 3, got {value}.")
-    return value
-
-
-def _check_tolerance(value: tuple[int, int]) -> tuple[int, int]:
-    """Returns `value`; raises unless it is (m, n) with 0 <= m < n <= 10^6."""
-    few, of_steps = value
-    if not 0 <= few < of_steps <= _FINEST:
-        raise ValueError(f"tolerance: expected (m, n) with 0 <= m < n <= 10**6, got {value}.")
-    return few, of_steps
-
-
-def check_scale_state(
-    scale: Tensor, growth_tracker: Tensor, overflows_left: Tensor, counters: Tensor
-) -> None:
-    """Raises unless the tensors are those that `update_scale_` documents, on one device."""
-    check_state("scale", scale, torch.float32, ())
-    check_state("growth_tracker", growth_tracker, torch.int32, (), scale.device)
-    check_state("overflows_left", overflows_left, torch.int32, (), scale.device)
-    check_state("counters", counters, torch.int64, (6,), scale.device)
-
-
-def checked_numbers(
-    growth_factor: float,
-    backoff_factor: float,
-    growth_interval: int,
-    min_scale: float,
-    max_scale: float,
-    hysteresis: int,
-    refill: int,
-    tolerance: tuple[int, int],
-) -> tuple[float, float, int, float, float, int, int, int, int]:
-    """Returns the numbers of `update_scale_`; raises unless they are as it documents."""
-    return (
-        _check_factor("growth_factor", growth_factor, 1.0, math.inf),
-        _check_factor("backoff_factor", backoff_factor, 0.0, 1.0),
-        _check_count("growth_interval", growth_interval),
-        _check_factor("min_scale", min_scale, 0.0, math.inf),
-        _check_factor("max_scale", max_scale, 0.0, math.inf),
-        _check_count("hysteresis", hysteresis),
-        _check_refill(refill),
-        *_check_tolerance(tolerance),
-    )
-
-
-def update_scale_(
-    scale: Tensor,
-    growth_tracker: Tensor,
-    overflows_left: Tensor,
-    counters: Tensor,
-    found_inf: Tensor,
-    *,
-    growth_factor: float,
-    backoff_factor: float,
-    growth_interval: int,
-    min_scale: float,
-    max_scale: float,
-    hysteresis: int,
-    refill: int,
-    tolerance: tuple[int, int],
-) -> None:
+def update_scale_(move: ScaleMove, found_inf: Tensor) -> None:
     """Moves a dynamic loss scale by one step in place on its device, without a host sync.
 
     One launch of one program. Queue it after everything that uses this step's scale.
 
     Args:
-        scale: `[]`, float32. Changed, see the top of this module.
-        growth_tracker: `[]`, int32. Good steps since the scale moved or a step overflowed.
-        overflows_left: `[]`, int32. Overflows from which on the scale backs off; at least 0.
-        counters: `[6]`, int64, contiguous: see the top of this module.
+        move: The rule, and the tensors that it moves: see the top of this module.
         found_inf: `[]`, int32. Not 0: the step overflowed.
-        growth_factor: Above 1. A power of two keeps the scale one.
-        backoff_factor: Above 0, below 1.
-        growth_interval: Good steps in a row before the scale grows, from 1 to 2^31 - 1.
-        min_scale: Floor, above 0.
-        max_scale: Ceiling, above 0 and finite.
-        hysteresis: What `overflows_left` becomes when the scale grows, from 1 to 2^31 - 1.
-        refill: 0 to 3, a sum of what else makes it that: 1 for a good step, 2 for backing off.
-        tolerance: (few, of_steps), 0 <= few < of_steps <= 10^6: a share of overflows from which on
-            the scale backs off.
 
     Raises:
-        TypeError: If an argument that should be a tensor or an integer is none.
-        ValueError: If a dtype, shape, device or number is not one of the above, or the device
+        TypeError: If something that should be a tensor or an integer is none.
+        ValueError: If a dtype, shape, device or number is not what `ScaleMove` says, or the device
             cannot run the kernels. Nothing is written then.
 
     Example:
-        >>> scale, counters = torch.tensor(1024.0), torch.zeros(6, dtype=torch.int64)
+        >>> from types import SimpleNamespace
         >>> tracker, left = (torch.tensor(n, dtype=torch.int32) for n in (0, 1))
-        >>> state = (scale, tracker, left, counters, torch.tensor(1, dtype=torch.int32))
-        >>> update_scale_(*state, growth_factor=2.0, backoff_factor=0.5, growth_interval=2000,
-        ...               min_scale=1.0, max_scale=2.0**24, hysteresis=1, refill=0,
-        ...               tolerance=(0, 1))
-        >>> scale.item(), counters.tolist()
+        >>> move = SimpleNamespace(
+        ...     scale=torch.tensor(1024.0), growth_tracker=tracker, overflows_left=left,
+        ...     counters=torch.zeros(6, dtype=torch.int64), growth_factor=2.0, backoff_factor=0.5,
+        ...     growth_interval=2000, min_scale=1.0, max_scale=2.0**24, hysteresis=1, refill=0,
+        ...     tolerance=(0, 1))
+        >>> update_scale_(move, torch.tensor(1, dtype=torch.int32))
+        >>> move.scale.item(), move.counters.tolist()
         (512.0, [1, 1, 1, 0, 0, 0])
     """
-    check_state("scale", scale, torch.float32, ())
-    device = scale.device
+    check_state("scale", move.scale, torch.float32, ())
+    device = move.scale.device
     check_device(_update_scale_kernel, device)
     check_state("found_inf", found_inf, torch.int32, (), device)
-    state = (scale, growth_tracker, overflows_left, counters)
-    check_scale_state(*state)
-    numbers = checked_numbers(
-        *(growth_factor, backoff_factor, growth_interval, min_scale, max_scale),
-        *(hysteresis, refill, tolerance),
-    )
+    state, numbers = state_of(move, device), numbers_of(move)
     variant().launch(1, *state, found_inf, *numbers)
     mark_written(*state)

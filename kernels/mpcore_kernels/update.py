@@ -21,7 +21,7 @@ Reference: Micikevicius et al., "Mixed Precision Training", ICLR 2018, section 3
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,62 +30,11 @@ from mpcore_kernels import _prepare, _update_kernel, scale
 from mpcore_kernels._cache import is_capturing
 from mpcore_kernels._checks import check_device, check_no_overlap, check_state
 from mpcore_kernels._launch import Variant
+from mpcore_kernels._scale_move import ScaleMove, numbers_of, state_of
 from mpcore_kernels._table import mark_written
 from mpcore_kernels._update_batch import Batch, Hyper
 from mpcore_kernels._update_plan import Plan, make_plan
 from mpcore_kernels.rules import RULES
-
-
-class ScaleMove(Protocol):
-    """How a loss scale moves after an update: the arguments of `update_scale_`, as attributes."""
-
-    @property
-    def scale(self) -> Tensor:
-        """See `update_scale_`, like all that follows."""
-
-    @property
-    def growth_tracker(self) -> Tensor:
-        """See there."""
-
-    @property
-    def overflows_left(self) -> Tensor:
-        """See there."""
-
-    @property
-    def counters(self) -> Tensor:
-        """See there."""
-
-    @property
-    def growth_factor(self) -> float:
-        """See there."""
-
-    @property
-    def backoff_factor(self) -> float:
-        """See there."""
-
-    @property
-    def growth_interval(self) -> int:
-        """See there."""
-
-    @property
-    def min_scale(self) -> float:
-        """See there."""
-
-    @property
-    def max_scale(self) -> float:
-        """See there."""
-
-    @property
-    def hysteresis(self) -> int:
-        """See there."""
-
-    @property
-    def refill(self) -> int:
-        """See there."""
-
-    @property
-    def tolerance(self) -> tuple[int, int]:
-        """See there."""
 
 
 def variants() -> list[Variant]:
@@ -265,28 +214,14 @@ def _arguments(
     """Returns what a launch needs to move the loss scale: four tensors, nine numbers.
 
     Raises:
-        TypeError, ValueError: If they are not what `update_scale_` documents, or a tensor that is
+        TypeError, ValueError: If they are not what `ScaleMove` documents, or a tensor that is
             written is another argument too.
     """
     if then is None:
         # not looked at; of the right types
         stand_ins = (coefficient, found_inf, found_inf, saturated)
         return (*stand_ins, 0.0, 0.0, 0, 0.0, 0.0, 0, 0, 0, 0)
-    state = (then.scale, then.growth_tracker, then.overflows_left, then.counters)
-    check_state("scale", then.scale, torch.float32, (), coefficient.device)
-    scale.check_scale_state(*state)
+    state = state_of(then, coefficient.device)
     read = (coefficient, found_inf)
     check_no_overlap("then", (*state, saturated), "coefficient, found_inf", read)
-    return (
-        *state,
-        *scale.checked_numbers(
-            then.growth_factor,
-            then.backoff_factor,
-            then.growth_interval,
-            then.min_scale,
-            then.max_scale,
-            then.hysteresis,
-            then.refill,
-            then.tolerance,
-        ),
-    )
+    return (*state, *numbers_of(then))

@@ -83,23 +83,7 @@ class Backend(Protocol):
     ) -> None:
         """Updates masters, moments and weights unless `found_inf` is set; then moves the scale."""
 
-    def update_scale_(
-        self,
-        scale: Tensor,
-        growth_tracker: Tensor,
-        overflows_left: Tensor,
-        counters: Tensor,
-        found_inf: Tensor,
-        *,
-        growth_factor: float,
-        backoff_factor: float,
-        growth_interval: int,
-        min_scale: float,
-        max_scale: float,
-        hysteresis: int,
-        refill: int,
-        tolerance: tuple[int, int],
-    ) -> None:
+    def update_scale_(self, move: ScaleMove, found_inf: Tensor) -> None:
         """Moves a dynamic loss scale by one step."""
 
 

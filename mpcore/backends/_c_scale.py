@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mpcore.backends import _scale
 from mpcore.backends._c_compiler import declared
+from mpcore.backends._scale import ScaleMove
 
 _DTYPES = (torch.float32, torch.int32, torch.int32, torch.int64)
 
@@ -25,22 +26,7 @@ class Move(ctypes.Structure):
     ]
 
 
-def update_scale_(
-    scale: Tensor,
-    growth_tracker: Tensor,
-    overflows_left: Tensor,
-    counters: Tensor,
-    found_inf: Tensor,
-    *,
-    growth_factor: float,
-    backoff_factor: float,
-    growth_interval: int,
-    min_scale: float,
-    max_scale: float,
-    hysteresis: int,
-    refill: int,
-    tolerance: tuple[int, int],
-) -> None:
+def update_scale_(move: ScaleMove, found_inf: Tensor) -> None:
     """Moves the loss scale in place; bitwise `reference.update_scale_`, which tells the arguments.
 
     Tensors of another device, dtype or layout than an optimizer has are left to the reference
@@ -49,29 +35,18 @@ def update_scale_(
     Raises:
         BackendError: The compiler refused.
     """
-    tensors = (scale, growth_tracker, overflows_left, counters)
-    if not _is_usual(tensors, found_inf):
-        _scale.update_scale_(
-            *(*tensors, found_inf),
-            growth_factor=growth_factor,
-            backoff_factor=backoff_factor,
-            growth_interval=growth_interval,
-            min_scale=min_scale,
-            max_scale=max_scale,
-            hysteresis=hysteresis,
-            refill=refill,
-            tolerance=tolerance,
-        )
+    if not _is_usual(move.state, found_inf):
+        _scale.update_scale_(move, found_inf)
         return
-    move = Move(
-        *map(Tensor.data_ptr, tensors),
-        *(growth_factor, backoff_factor, min_scale, max_scale, growth_interval, *tolerance),
-        *(hysteresis, refill),
+    numbers = Move(
+        *map(Tensor.data_ptr, move.state),
+        *(move.growth_factor, move.backoff_factor, move.min_scale, move.max_scale),
+        *(move.growth_interval, *move.tolerance, move.hysteresis, move.refill),
     )
     move_scale = declared("move_scale", None, ctypes.c_void_p, ctypes.c_int32)
-    move_scale(ctypes.addressof(move), int(bool(found_inf)))
+    move_scale(ctypes.addressof(numbers), int(bool(found_inf)))
     # writes by address tell autograd nothing
-    torch.autograd.graph.increment_version(tensors)
+    torch.autograd.graph.increment_version(move.state)
 
 
 def _is_usual(tensors: tuple[Tensor, ...], found_inf: Tensor) -> bool:

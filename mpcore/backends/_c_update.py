@@ -87,7 +87,7 @@ def update_(
                 work.take_up(dtype, cut, addresses)
                 run(pass_over, work)
     if then is not None:
-        update_scale_(**then.arguments(), found_inf=found_inf)
+        update_scale_(then, found_inf)
 
 
 def _checked(batch: Batch, grads: Sequence[Tensor]) -> list[Tensor]:

@@ -147,7 +147,7 @@ def update_(
                 rows = scalars[index][group.members] if scalars else None
                 _update_group(plan, group, flat, steps, rows, coefficient, saturated, scratch)
     if then is not None:
-        update_scale_(**then.arguments(), found_inf=found_inf)
+        update_scale_(then, found_inf)
 
 
 def _update_group(

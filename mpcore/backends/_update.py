@@ -151,7 +151,7 @@ def update_(
         if batch.weights is not None:
             cast_into(batch.masters, batch.weights, found_inf, saturated)
     if then is not None:
-        update_scale_(**then.arguments(), found_inf=found_inf)
+        update_scale_(then, found_inf)
 
 
 def take_scalars(plan: Plan) -> list[Tensor]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from mpcore.backends import Backend, reference
+from mpcore.backends import Backend, ScaleMove, reference
 from mpcore.loss_scale import LossScaleState
 from mpcore.scale_tensors import LossScaleTensors
 
@@ -227,9 +227,8 @@ def test_backends_update_the_scale_alike(history, hysteresis, refill, tolerance,
     for backend in (mpcore_kernels, reference):
         state = LossScaleTensors.from_state(LossScaleState(8.0, 0, hysteresis, 0, 0), device)
         for found_inf in history:
-            backend.update_scale_(
+            move = ScaleMove(
                 *(state.scale, state.growth_tracker, state.overflows_left, state.counters),
-                torch.tensor(found_inf, dtype=torch.int32, device=device),
                 growth_factor=3.0,
                 backoff_factor=0.375,  # kernels take float32 factors
                 growth_interval=2,
@@ -239,5 +238,7 @@ def test_backends_update_the_scale_alike(history, hysteresis, refill, tolerance,
                 refill=refill,
                 tolerance=tolerance,
             )
+            flag = torch.tensor(found_inf, dtype=torch.int32, device=device)
+            backend.update_scale_(move, flag)
         results.append(state.to_state())
     assert results[0] == results[1]

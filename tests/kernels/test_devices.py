@@ -4,18 +4,8 @@ import pytest
 import torch
 
 import mpcore_kernels
+from mpcore_testing.fused import Move
 from mpcore_testing.kernels import flags
-
-RULE = {
-    "growth_factor": 2.0,
-    "backoff_factor": 0.5,
-    "growth_interval": 2,
-    "min_scale": 1.0,
-    "max_scale": 8.0,
-    "hysteresis": 1,
-    "refill": 0,
-    "tolerance": (0, 1),
-}
 
 
 def scalar(dtype, device):
@@ -47,6 +37,15 @@ def arguments(name, device):
     return {"scale": one} | integers | {"found_inf": scalar(torch.int32, device)}
 
 
+def call(function, name, given):
+    """Calls it with what `arguments` returned."""
+    if name == "update_scale_":
+        state = {n: tensor for n, tensor in given.items() if n != "found_inf"}
+        function(Move(**state), given["found_inf"])
+    else:
+        function(**given, **({"max_norm": None} if name == "inspect" else {}))
+
+
 def cases():
     for name in ("unscale_", "unscale_into", "cast_into", "widen_into", "inspect", "update_scale_"):
         for argument, value in arguments(name, "cpu").items():
@@ -73,7 +72,6 @@ def test_a_tensor_on_another_device_is_refused_and_nothing_written(
         given[argument] = given[argument].to("meta")
     else:
         given[argument][place] = given[argument][place].to("meta")
-    rest = {"max_norm": None} if name == "inspect" else RULE if name == "update_scale_" else {}
     module = mpcore_kernels.Launcher() if keep else mpcore_kernels
     here = [
         (tensor, tensor.clone(), tensor._version)
@@ -82,7 +80,7 @@ def test_a_tensor_on_another_device_is_refused_and_nothing_written(
         if tensor.device.type != "meta"
     ]
     with pytest.raises(ValueError, match=r"expected (a tensor on|a C)") as error:
-        getattr(module, name)(**given, **rest)
+        call(getattr(module, name), name, given)
     assert "meta" in str(error.value)
     for tensor, before, version in here:
         assert torch.equal(tensor, before)

@@ -5,6 +5,7 @@ import torch
 
 from mpcore_kernels import _chunks, _finish, cast, inspect, scale, unscale, widen
 from mpcore_kernels._dtypes import FORMATS
+from mpcore_testing.fused import Move
 from mpcore_testing.kernels import FLOATS, HALVES, flags
 
 
@@ -74,19 +75,7 @@ def test_inspect_launches_once_per_dtype_and_once_for_all_tensors(recorded, stat
 
 
 def test_update_scale_launches_one_program(recorded):
-    ints = [torch.zeros((), dtype=torch.int32) for _ in range(2)]
-    ints.append(torch.zeros(6, dtype=torch.int64))
-    scale.update_scale_(
-        *(torch.tensor(1.0), *ints, flags(1, "cpu")[0]),
-        growth_factor=2.0,
-        backoff_factor=0.5,
-        growth_interval=1,
-        min_scale=1.0,
-        max_scale=2.0,
-        hysteresis=1,
-        refill=0,
-        tolerance=(0, 1),
-    )
+    scale.update_scale_(Move.on("cpu"), flags(1, "cpu")[0])
     assert [grid for grid, _ in recorded.launches] == [(1,)]
 
 

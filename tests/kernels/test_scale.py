@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from mpcore import DynamicLossScale
+from mpcore.backends import ScaleMove
 from mpcore.loss_scale import LossScaleState, initial_state, next_state
 from mpcore.scale_tensors import LossScaleTensors
 
@@ -46,14 +47,9 @@ def placed(state, device):
 
 
 def update(tensors, found_inf, device, **rule):
-    update_scale_(
-        tensors.scale,
-        tensors.growth_tracker,
-        tensors.overflows_left,
-        tensors.counters,
-        torch.tensor(found_inf, dtype=torch.int32, device=device),
-        **rule,
-    )
+    state = (tensors.scale, tensors.growth_tracker, tensors.overflows_left, tensors.counters)
+    flag = torch.tensor(found_inf, dtype=torch.int32, device=device)
+    update_scale_(ScaleMove(*state, **rule), flag)
 
 
 @st.composite
@@ -168,7 +164,7 @@ def test_update_scale_reads_and_writes_views_at_any_offset_and_nothing_around_th
         left, many = torch.ones_like(counts), torch.ones(8, dtype=torch.int64, device=device)
         found_inf = torch.tensor(1, dtype=torch.int32, device=device)
         counters = many[i % 3 : i % 3 + 6]
-        update_scale_(scales[i], counts[i], left[i], counters, found_inf, **RULE)
+        update_scale_(ScaleMove(scales[i], counts[i], left[i], counters, **RULE), found_inf)
         expected = [
             (scales, 4.0, 8.0),
             (counts, 0, 1),

@@ -9,20 +9,9 @@ import mpcore_kernels
 from mpcore_kernels import unscale
 from mpcore_kernels._launch import argument_type
 from mpcore_kernels._variants import variants
-from mpcore_testing.fused import COMBINATIONS, KINDS, make_batch
+from mpcore_testing.fused import COMBINATIONS, KINDS, Move, make_batch
 from mpcore_testing.kernels import FLOATS, HALVES, flags
 from mpcore_testing.updates import Hyper
-
-SCALE = {
-    "growth_factor": 2.0,
-    "backoff_factor": 0.5,
-    "growth_interval": 2000,
-    "min_scale": 1.0,
-    "max_scale": 2.0**24,
-    "hysteresis": 1,
-    "refill": 0,
-    "tolerance": (0, 1),
-}
 
 
 def zeros(dtypes, device):
@@ -61,9 +50,7 @@ def call_every_launcher(device):
     mpcore_kernels.widen_into(halves, masters)
     for statistics in (False, True):
         mpcore_kernels.inspect(grads, one, 1.0, statistics=statistics)
-    counters = [scalar(torch.int32, device) for _ in range(2)]
-    counters.append(torch.zeros(6, dtype=torch.int64, device=device))
-    mpcore_kernels.update_scale_(one, *counters, found_inf, **SCALE)
+    mpcore_kernels.update_scale_(Move.on(device), found_inf)
 
 
 def test_every_public_function_is_called_here():

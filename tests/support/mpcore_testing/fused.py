@@ -83,10 +83,13 @@ class Move:
         counters = torch.zeros(6, dtype=torch.int64, device=device)
         return Move(scalar(scale, FULL, device), *single, counters)
 
+    def tensors(self):
+        """The state."""
+        return [self.scale, self.growth_tracker, self.overflows_left, self.counters]
+
     def values(self):
         """The state, on the host."""
-        state = (self.scale, self.growth_tracker, self.overflows_left)
-        return [*(t.item() for t in state), *self.counters.tolist()]
+        return [value for t in self.tensors() for value in t.flatten().tolist()]
 
 
 class Twin:

@@ -20,7 +20,9 @@ POISON = {torch.float16: 0x7E5A, torch.bfloat16: 0x7FDA, torch.float32: 0x7FDA5A
 
 
 def bits_of(tensor):
-    """The bits of a float tensor as integers, all NaNs made equal: payloads are no contract."""
+    """The bits of a tensor as integers, all NaNs made equal: payloads are no contract."""
+    if not tensor.is_floating_point():
+        return tensor.cpu()
     bits = tensor.detach().cpu().contiguous().view(INTEGER[tensor.dtype])
     return torch.where(tensor.detach().cpu().isnan(), POISON[tensor.dtype], bits)
 
