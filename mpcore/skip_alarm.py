@@ -13,6 +13,27 @@ from mpcore.errors import LossScaleError
 INTERVAL = 100
 
 
+class HostCopy:
+    """A copy of a CUDA tensor on its way to the host, which does not wait for it.
+
+    Args:
+        tensor: On the device.
+
+    Attributes:
+        values: Pinned memory of the host; to be read once the copy has arrived.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.values = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self.values.copy_(tensor, non_blocking=True)
+        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._event.record(torch.cuda.current_stream(tensor.device))
+
+    def has_arrived(self) -> bool:
+        """Returns whether `values` can be read."""
+        return bool(self._event.query())  # type: ignore[no-untyped-call]
+
+
 class SkipAlarm:
     """Watches the counters of a loss scale.
 
@@ -21,7 +42,8 @@ class SkipAlarm:
 
     Counters are on the device. Every `interval` steps, every step if `at_min` is not "clamp", a
     copy of them is sent to the host unless another is on its way, and looked at when a later one is
-    sent; a CPU's are looked at at once. Devices that are neither CPUs nor CUDA's never warn.
+    sent; a CPU's are looked at at once. Devices that are neither CPUs nor CUDA's never warn, nor do
+    steps that a CUDA graph replays: Python does not hear of them.
 
     Args:
         at_min: "clamp", "warn" or "raise": see `DynamicLossScale`.
@@ -45,7 +67,7 @@ class SkipAlarm:
         self._steps = 0
         self._warned_at = -interval  # steps that the counters had when a row of skips was reported
         self._at_min_before = overflows_at_min
-        self._sent: tuple[Tensor, torch.cuda.Event] | None = None
+        self._sent: HostCopy | None = None
 
     def note(self, counters: Tensor) -> None:
         """Counts a step; no host sync.
@@ -59,24 +81,21 @@ class SkipAlarm:
         self._steps += 1
         if self._at_min == "clamp" and self._steps % self._interval:
             return
+        known = None
         if counters.device.type == "cpu":
-            self._look(*counters[:4].tolist())
-        elif counters.device.type == "cuda":
-            self._exchange(counters)
+            known = counters
+        elif counters.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+            known = self._exchange(counters)
+        if known is not None:
+            self._look(*known.tolist()[:4])
 
-    def _exchange(self, counters: Tensor) -> None:
-        """Looks at the copy that was sent last, if it has arrived, and sends another one."""
-        sent, self._sent = self._sent, None
-        if sent is not None and not sent[1].query():  # type: ignore[no-untyped-call]
-            self._sent = sent
-            return
-        copy = torch.empty(4, dtype=torch.int64, pin_memory=True)
-        copy.copy_(counters[:4], non_blocking=True)
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
-        self._sent = (copy, event)
-        if sent is not None:
-            self._look(*sent[0].tolist())
+    def _exchange(self, counters: Tensor) -> Tensor | None:
+        """Returns the copy that was sent last if it has arrived, and sends another one then."""
+        sent = self._sent
+        if sent is not None and not sent.has_arrived():
+            return None
+        self._sent = HostCopy(counters)
+        return None if sent is None else sent.values
 
     def _look(self, steps: int, skipped: int, in_a_row: int, at_min: int) -> None:
         if in_a_row >= self._interval and steps - self._warned_at >= self._interval:

@@ -34,7 +34,8 @@ class DevicePlan:
     plan: Any
     rule: UpdateRule
     groups: Groups
-    _prepared: tuple[Any, ...] | None = field(default=None, init=False)
+    # for what it is prepared, and that itself: an id says nothing once its tensor is gone
+    _prepared: tuple[Any, Hyper] | None = field(default=None, init=False)
 
     def read_hyper(self) -> Hyper:
         """Returns the hyper-parameters as they are now; no host sync."""
@@ -47,13 +48,13 @@ class DevicePlan:
 
     def prepared_for(self, hyper: Hyper) -> Any:
         """Returns the backend's plan and remembers what it is going to be prepared for."""
-        self._prepared = _identity(hyper)
+        self._prepared = (_identity(hyper), hyper)
         return self.plan
 
     def prepare(self, backend: Backend) -> None:
         """Prepares the plan unless it is, for the hyper-parameters of now."""
         hyper = self.read_hyper()
-        if self._prepared != _identity(hyper):
+        if self._prepared is None or self._prepared[0] != _identity(hyper):
             backend.prepare_(self.prepared_for(hyper), hyper)
 
     def used(self) -> None:
@@ -225,9 +226,9 @@ def _gather_steps(states: list[dict[str, Any]]) -> None:
 
 
 def _learning_rate(lr: float | Tensor, device: torch.device) -> float | Tensor:
-    """Returns a learning rate that the host knows as a number, another one as its tensor."""
+    """Returns a learning rate that the host knows as a number, another one as a float32 tensor."""
     if isinstance(lr, Tensor) and lr.device.type != "cpu":
-        return lr.to(device, non_blocking=True)
+        return lr.to(device, torch.float32, non_blocking=True)
     return float(lr)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import mpcore
 import pytest
 import torch
+from mpcore.step_plan import DevicePlan
 from torch import nn
 
 from mpcore_testing.bits import same_bits
@@ -91,6 +93,20 @@ def test_a_learning_rate_on_the_device_that_changes_after_the_clip_is_seen() -> 
             optimizer.step()
             results.append(weight.values.tolist())  # type: ignore[attr-defined]
         assert results[0] == results[1] == [0.75] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_learning_rate_on_the_device_reaches_the_backend_in_float32(dtype: torch.dtype) -> None:
+    with SimulatedDevices():
+        rate = torch.full((), 0.3, dtype=dtype, device=FIRST)
+        rule: Any = SimpleNamespace(numbers=lambda group, lr: (lr,))
+        part: Any = DevicePlan(FIRST, [], None, rule, [{"lr": rate}, {"lr": 0.5}])
+        hyper = part.read_hyper()
+        assert hyper.numbers == ((0.0,), (0.5,))
+        assert (hyper.lrs[0].dtype, hyper.lrs[0].values.item()) == (
+            torch.float32,
+            torch.tensor(0.3, dtype=dtype).float().item(),
+        )
 
 
 # addresses of fake tensors say nothing; here they only tell whether a plan is still good

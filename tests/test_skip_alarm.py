@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import mpcore
 import pytest
 import torch
+from mpcore import skip_alarm
 from mpcore.backends._scale import count_step_
 from mpcore.skip_alarm import INTERVAL, SkipAlarm
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mpcore_testing.engines import Engine
 
@@ -95,6 +98,59 @@ def test_a_grad_scaler_has_it_too() -> None:
         assert f"each of the last {number}00 steps" in str(warning.message)
     assert len(caught) == 2
     assert scaler.skips_in_a_row == 200
+
+
+class Device:
+    """Stands in for CUDA: copies arrive, and steps are captured, when the test says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.fast, self.capturing, self.copies, self.in_a_row = True, False, 0, 0
+        device = self
+
+        class Copy:
+            def __init__(self, tensor: torch.Tensor) -> None:
+                device.copies += 1
+                self.values = SimpleNamespace(tolist=[*[device.in_a_row] * 3, 0].copy)
+
+            def has_arrived(self) -> bool:
+                return device.fast
+
+        monkeypatch.setattr(skip_alarm, "HostCopy", Copy)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+
+    def skip(self, alarm: SkipAlarm, steps: int) -> list[str]:
+        """What the alarm says within some steps that are skipped."""
+        with FakeTensorMode(), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            on_device = torch.empty(6, dtype=torch.int64, device="cuda")
+            for _ in range(steps):
+                self.in_a_row += 1
+                alarm.note(on_device)
+        return [str(warning.message) for warning in caught]
+
+
+def test_counters_on_a_device_are_copied_and_looked_at_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device, alarm = Device(monkeypatch), SkipAlarm()
+    assert device.skip(alarm, 199) == []
+    assert device.copies == 1
+    (said,) = device.skip(alarm, 1)  # the copy of step 100 has arrived
+    assert said.startswith("each of the last 100 steps was skipped")
+    device.fast = False
+    assert device.skip(alarm, 300) == []
+    assert device.copies == 2  # one at a time
+    device.fast = True
+    (said,) = device.skip(alarm, 100)
+    assert said.startswith("each of the last 200 steps was skipped")
+
+
+def test_nothing_is_copied_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    for alarm in (SkipAlarm(), SkipAlarm("raise")):
+        device = Device(monkeypatch)
+        device.capturing = True
+        assert device.skip(alarm, 300) == []
+        assert device.copies == 0
 
 
 def outcome(weight: Any, optimizer: Any) -> list[str]:

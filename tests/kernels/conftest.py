@@ -33,3 +33,16 @@ def launched(monkeypatch):
 
     monkeypatch.setattr(Variant, "launch", watched)
     return found
+
+
+@pytest.fixture
+def capturing(monkeypatch):
+    """Stands in for a capture of a CUDA graph, while its `now` is True."""
+
+    class Capture:
+        now = False
+
+    capture = Capture()
+    monkeypatch.setattr("mpcore_kernels._cache.is_capturing", lambda device: capture.now)
+    monkeypatch.setattr("mpcore_kernels.update.is_capturing", lambda device: capture.now)
+    return capture

@@ -175,19 +175,6 @@ def test_gradients_of_changing_addresses_and_dtypes_are_followed(device):
         twin.step([make_grads(batch, dtype, step)], HYPER)
 
 
-@pytest.fixture
-def capturing(monkeypatch):
-    """Stands in for a capture of a CUDA graph, while its `now` is True."""
-
-    class Capture:
-        now = False
-
-    capture = Capture()
-    monkeypatch.setattr("mpcore_kernels._cache.is_capturing", lambda device: capture.now)
-    monkeypatch.setattr("mpcore_kernels.update.is_capturing", lambda device: capture.now)
-    return capture
-
-
 def test_a_capture_finds_what_a_step_before_it_uploaded(device, capturing, uploads):
     batch = make_batch(MOMENTS, HALF, [5]).on(device)
     plan, launcher = mpcore_kernels.plan_update(RULE, [batch]), Launcher()

@@ -1,0 +1,73 @@
+"""A step of the engine while a CUDA graph is captured: what it needs is on the device by then."""
+
+import pytest
+import torch
+from mpcore import step_plan
+
+from mpcore_kernels import _update_plan
+from mpcore_testing.engine_runs import OPTIMIZERS, Training
+
+
+@pytest.fixture
+def uploads(monkeypatch):
+    """How many tables were sent to the device."""
+    found = []
+    upload = _update_plan.upload
+
+    def watched(values, device):
+        found.append(values.numel())
+        return upload(values, device)
+
+    monkeypatch.setattr(_update_plan, "upload", watched)
+    return found
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.5])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_one_step_with_the_same_gradients_is_enough_of_a_warm_up(
+    name, max_norm, capturing, uploads, device
+):
+    run = Training(OPTIMIZERS[name], torch.float16, "triton", float32=True, device=device)
+    run.load(1)
+    run.step(max_norm)
+    run.load(2, in_place=True)
+    uploads.clear()
+    capturing.now = True
+    run.step(max_norm)
+    assert uploads == []
+
+
+def test_a_learning_rate_in_a_tensor_may_change_between_replays(
+    capturing, uploads, device, monkeypatch
+):
+    # of a CPU's tensors the engine takes the value
+    monkeypatch.setattr(step_plan, "_learning_rate", lambda lr, device: lr)
+    run = Training(OPTIMIZERS["AdamW"], torch.float16, "triton", float32=True, device=device)
+    lr = torch.tensor(0.01, device=device)
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    run.load(1)
+    run.step()
+    run.load(2, in_place=True)
+    uploads.clear()
+    capturing.now = True
+    lr.fill_(0.0)
+    before = [tensor.clone() for tensor in run.tensors()]
+    run.step()
+    assert uploads == []
+    for param, weight in zip(run.params, before, strict=False):
+        assert torch.equal(param, weight)
+
+
+def test_new_gradients_are_refused_and_nothing_changes(capturing, device):
+    run = Training(OPTIMIZERS["AdamW"], torch.float16, "triton", float32=True, device=device)
+    run.load(1)
+    run.step()
+    kept = [param.grad for param in run.params]
+    run.load(2)
+    before = [tensor.clone() for tensor in run.tensors()]
+    capturing.now = True
+    with pytest.raises(RuntimeError, match=r"before the capture|got gradients that are new"):
+        run.step()
+    assert all(map(torch.equal, run.tensors(), before))
+    assert len(kept) == 3
