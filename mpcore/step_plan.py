@@ -159,7 +159,11 @@ def make_plan(
             held = [masters.of(param) for param in members]
             if half is not None:
                 _lay_out_like(members, held)
-            states = [_complete(inner_state, master, names, rule) for master in held]
+            first = [rule.first_moments(groups[group_of[param]]) for param in members]
+            states = [
+                _complete(inner_state, master, dict(zip(names, values, strict=True)), rule)
+                for master, values in zip(held, first, strict=True)
+            ]
             counts = rule.counts_steps(names)
             if counts:
                 _gather_steps(states)
@@ -193,16 +197,24 @@ def _lay_out_like(weights: Sequence[Tensor], masters: Sequence[Tensor]) -> None:
 def _complete(
     inner_state: dict[Tensor, dict[str, Any]],
     master: Tensor,
-    names: tuple[str, ...],
+    first: dict[str, float],
     rule: UpdateRule,
 ) -> dict[str, Any]:
-    """Returns the state of a master with every moment and the step count in it, as kernels want."""
+    """Returns the state of a master with every moment and the step count in it, as kernels want.
+
+    Args:
+        inner_state: The wrapped optimizer's state, by master.
+        master: One.
+        first: The names of its moments, and what they start from.
+        rule: What computes the update.
+    """
+    names = tuple(first)
     state = inner_state[master] if names or rule.counts_steps(names) else {}
     had_moments = bool(names) and state.get(names[0]) is not None
-    for name in names:
+    for name, value in first.items():
         moment = state.get(name)
         if moment is None:
-            state[name] = torch.zeros_like(master)
+            state[name] = torch.full_like(master, value)
         elif moment.dtype != torch.float32 or moment.stride() != master.stride():
             state[name] = torch.empty_like(master).copy_(moment)
     if rule.counts_steps(names):
@@ -226,9 +238,9 @@ def _gather_steps(states: list[dict[str, Any]]) -> None:
 
 
 def _learning_rate(lr: float | Tensor, device: torch.device) -> float | Tensor:
-    """Returns a learning rate that the host knows as a number, another one as a float32 tensor."""
+    """Returns a learning rate that the host knows as a number, another one as its tensor."""
     if isinstance(lr, Tensor) and lr.device.type != "cpu":
-        return lr.to(device, torch.float32, non_blocking=True)
+        return lr.to(device, non_blocking=True)
     return float(lr)
 
 

@@ -105,6 +105,10 @@ DECLINED: dict[str, tuple[Any, str]] = {
         lambda: torch.optim.AdamW([{"params": weights(), "betas": (torch.tensor(0.9), 0.9)}]),
         "betas is a tensor",
     ),
+    "beta in a list": (
+        lambda: torch.optim.AdamW([{"params": weights(), "betas": [torch.tensor(0.9), 0.9]}]),
+        "betas is a tensor",
+    ),
     "decay": (
         lambda: torch.optim.SGD([{"params": weights(), "weight_decay": torch.tensor(0.1)}], lr=0.1),
         "weight_decay is a tensor",

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
-from types import SimpleNamespace
+import weakref
 from typing import Any
 
 import mpcore
 import pytest
 import torch
 from mpcore.step_plan import DevicePlan
+from mpcore.updates import Hyper
+from mpcore.updates.adam import AdamRule
 from torch import nn
 
 from mpcore_testing.bits import same_bits
-from mpcore_testing.devices import FIRST, SimulatedDevices
+from mpcore_testing.devices import FIRST, SECOND, SimulatedDevices
 from mpcore_testing.engines import FUSED, Engine
 from mpcore_testing.syncs import HostSyncError, fake_cuda, steps_without_values
 
@@ -78,12 +80,13 @@ def test_moments_of_other_strides_or_none_are_brought_into_the_layout_of_the_par
     assert same_bits(param.detach(), other.detach())
 
 
-def test_a_learning_rate_on_the_device_that_changes_after_the_clip_is_seen() -> None:
+@pytest.mark.parametrize("place", [FIRST, SECOND])  # of another device's a copy is made
+def test_a_learning_rate_on_a_device_that_changes_after_the_clip_is_seen(place: Any) -> None:
     with SimulatedDevices():
         results = []
         for late in (False, True):
             weight = nn.Parameter(torch.ones(3, device=FIRST))
-            rate = torch.full((), 1.0 if late else 0.25, device=FIRST)
+            rate = torch.full((), 1.0 if late else 0.25, device=place)
             optimizer = ORACLE.wrap(torch.optim.SGD([weight], lr=rate), SCALE)
             optimizer.scale(torch.ones((), device=FIRST))
             weight.grad = torch.full_like(weight, 2.0**8)
@@ -95,18 +98,15 @@ def test_a_learning_rate_on_the_device_that_changes_after_the_clip_is_seen() -> 
         assert results[0] == results[1] == [0.75] * 3
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_a_learning_rate_on_the_device_reaches_the_backend_in_float32(dtype: torch.dtype) -> None:
-    with SimulatedDevices():
-        rate = torch.full((), 0.3, dtype=dtype, device=FIRST)
-        rule: Any = SimpleNamespace(numbers=lambda group, lr: (lr,))
-        part: Any = DevicePlan(FIRST, [], None, rule, [{"lr": rate}, {"lr": 0.5}])
-        hyper = part.read_hyper()
-        assert hyper.numbers == ((0.0,), (0.5,))
-        assert (hyper.lrs[0].dtype, hyper.lrs[0].values.item()) == (
-            torch.float32,
-            torch.tensor(0.3, dtype=dtype).float().item(),
-        )
+def test_what_a_plan_is_prepared_for_lives_until_it_is_used() -> None:
+    rate = torch.full((), 0.25)
+    alive = weakref.ref(rate)
+    part = DevicePlan(torch.device("cpu"), [], None, AdamRule(), [])
+    part.prepared_for(Hyper(((0.0,),), (rate,)))
+    del rate
+    assert alive() is not None  # or another tensor could get its id, and be taken for it
+    part.used()
+    assert alive() is None
 
 
 # addresses of fake tensors say nothing; here they only tell whether a plan is still good

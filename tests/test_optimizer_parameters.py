@@ -177,6 +177,28 @@ def test_state_that_a_constructor_made_is_kept_and_upcast(
     assert engine.agree(state["sum"], next(iter(reference.state.values()))["sum"], steps=4)
 
 
+@pytest.mark.parametrize(("dtype", "engine"), DTYPE_CASES)
+def test_state_that_nobody_has_made_starts_where_the_option_says(
+    engine: Engine, dtype: torch.dtype
+) -> None:
+    params = [nn.Parameter(noise((3, 4), seed).to(dtype)) for seed in range(2)]
+
+    def build(given: Any) -> torch.optim.Optimizer:
+        inner = torch.optim.Adagrad(given[:1], lr=0.1, initial_accumulator_value=0.5)
+        inner.add_param_group({"params": given[1:], "lr": 0.05})
+        return inner
+
+    copies = [wide(param) for param in params]
+    reference = build(copies)
+    inner = torch.optim.Adagrad(params[:1], lr=0.1, initial_accumulator_value=0.5)
+    optimizer = engine.wrap(inner, SCALE)
+    optimizer.add_param_group({"params": params[1:], "lr": 0.05})
+    train(engine, optimizer, reference)
+    for param, twin in zip(params, copies, strict=True):
+        state = optimizer.state[param]
+        assert engine.agree(state["sum"], reference.state[twin]["sum"], steps=4)
+
+
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize(("dtype", "engine"), DTYPE_CASES)
 def test_an_optimizer_wrapped_after_ten_steps_continues_with_its_moments(

@@ -30,6 +30,10 @@ class AdagradRule(UpdateRule):
         """The sum of squares."""
         return ("sum",)
 
+    def first_moments(self, group: Mapping[str, Any]) -> tuple[float, ...]:
+        """What the sum starts from is an option: of groups that come later nobody has made it."""
+        return (float(group["initial_accumulator_value"]),)
+
     def numbers(self, group: Mapping[str, Any], lr: float) -> tuple[float, ...]:
         """lr, lr_decay, eps, weight_decay, maximize."""
         names = ("lr_decay", "eps", "weight_decay", "maximize")

@@ -79,6 +79,10 @@ class UpdateRule(ABC):
             sqrt: A square root of float32 that rounds to nearest.
         """
 
+    def first_moments(self, group: Mapping[str, Any]) -> tuple[float, ...]:
+        """Returns what each of `moments` is before the first update, in every element."""
+        return (0.0,) * len(self.moments(group))
+
     def counts_steps(self, moments: Sequence[str]) -> bool:
         """Whether a parameter with these moments needs to know how many updates it has had."""
         return True
@@ -121,7 +125,7 @@ class UpdateRule(ABC):
                 if value.numel() != 1 or value.dtype != torch.float32:
                     return f"lr is a tensor of {value.dtype} with {value.numel()} elements"
             elif isinstance(value, Tensor) or (
-                isinstance(value, tuple) and any(isinstance(item, Tensor) for item in value)
+                isinstance(value, (tuple, list)) and any(isinstance(v, Tensor) for v in value)
             ):
                 return f"{name} is a tensor"
         return None
