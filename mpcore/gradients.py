@@ -12,6 +12,7 @@ from mpcore._bulk import devices_of, dtypes_of, grads_of
 from mpcore._checks import SIXTEEN_BIT
 from mpcore._layouts import laid_out_like, own_memory
 from mpcore.backends import Backend, Inspection
+from mpcore.coefficient import Coefficient
 from mpcore.gradient_buckets import Bucket, Look, tensor_norms
 from mpcore.masters import Masters
 from mpcore.step_plan import StepPlan
@@ -32,6 +33,7 @@ class StepGradients:
         masters: Where the masters are.
         backend: Does the passes.
         coefficient: 0-d float32, on the device that decides (that of the loss scale).
+        inverted: Whether `coefficient` is the loss scale itself: see `Coefficient`.
         external_found_inf: What an outside scaler already found: 0-d, non-zero means overflow.
         plan: The fused update that will use them, to be prepared on the way; None: another path.
         finds_largest: Whether looking at them also finds `largest`.
@@ -44,6 +46,7 @@ class StepGradients:
         masters: Masters,
         backend: Backend,
         coefficient: Tensor,
+        inverted: bool = False,
         external_found_inf: Tensor | None = None,
         plan: StepPlan | None = None,
         finds_largest: bool = False,
@@ -56,8 +59,6 @@ class StepGradients:
         self.plan = plan
         self.plan_is_stale = False  # whether parameters were left out since
         self.plan_is_old = False  # whether users could change tensors since
-        #: 1 / loss_scale as it was at first: 0-d float32
-        self.unscaled_by = coefficient
         #: 0-d float64, the largest magnitude of float16 gradients, unscaled; None: nobody looked
         self.largest: Tensor | None = None
         self._finds_largest = finds_largest
@@ -65,8 +66,7 @@ class StepGradients:
         #: what was added up to make these, if several backward passes were
         self.accumulated: Accumulation | None = None
         self._inspected = False
-        self._coefficient = coefficient
-        self._pending = True
+        self._coefficient = Coefficient(coefficient, inverted)
         self._masters = masters
         self._backend = backend
         # what must not be forgotten besides the flags: 0-d, non-zero means overflow
@@ -86,19 +86,20 @@ class StepGradients:
         """Makes these the sums that masters hold now: unscaled, and seen to be finite or not."""
         self.accumulated = accumulated
         self._finds_largest = False  # each of them was looked at by itself
-        self.applied, self._pending = True, False
+        self.applied = True
+        self._coefficient.spend()
         flag_of = accumulated.flags()
         for bucket in self._buckets:
             bucket.add_flags(torch.stack([flag_of[param] for param in bucket.params]))
 
     def apply(self) -> None:
         """Multiplies what is pending: 16-bit gradients into masters' `.grad`, others in place."""
-        if not self._pending:
+        if not self._coefficient.pending:
             return
         if self._statistics is not None and not self._inspected and not self.applied:
             self._look(None)
         for bucket in self._buckets:
-            coefficient = self._coefficient.to(bucket.device, non_blocking=True)
+            coefficient = self.coefficient.to(bucket.device, non_blocking=True)
             flags = torch.zeros_like(bucket.own_flags())
             first, rest = flags.tensor_split([len(bucket.with_master)])
             if not self.applied:
@@ -118,7 +119,7 @@ class StepGradients:
             bucket.add_flags(flags)
         self._note_largest()
         self.applied = True
-        self._pending = False
+        self._coefficient.spend()
         self._found = None
 
     def clip(self, max_norm: float) -> Tensor:
@@ -141,46 +142,42 @@ class StepGradients:
         if len(self._buckets) == 1 and not _any_float64(self._buckets[0].params):
             found = self._inspection(self._buckets[0], max_norm)
             self._note_largest()
-            self._coefficient, self._pending = found.coefficient, True
+            self._coefficient.clip(found.coefficient)
             if self._found_before is None and not self.applied:
                 self._found = found.found_inf
             return found.grad_norm
         sums = [self._square_sum(bucket) for bucket in self._buckets]
         self._note_largest()
-        total = torch.stack(sums).sum().sqrt() if sums else torch.zeros_like(self._coefficient)
+        total = torch.stack(sums).sum().sqrt() if sums else torch.zeros_like(self.coefficient)
         if max_norm is not None and sums:
             # torch.nn.utils.clip_grad_norm_ adds the same 1e-6; a norm that is not finite must not
             # reach the coefficient, or every gradient would look bad instead of the one that is
             shrink = (max_norm / (total + 1e-6)).clamp(max=1.0)
             shrink = torch.where(torch.isfinite(total), shrink, torch.ones_like(shrink))
-            self._coefficient = (self.coefficient.double() * shrink).float()
-            self._pending = True
+            self._coefficient.clip((self.coefficient.double() * shrink).float())
         return total.float()
 
     def _inspection(self, bucket: Bucket, max_norm: float | None) -> Inspection:
-        coefficient = self.coefficient.to(bucket.device, non_blocking=True)
+        first = self._coefficient.is_first
+        coefficient, inverted = self._coefficient.to_look_with(bucket.device)
         grads = self._stored(bucket)
         here = None
         if self.plan is not None and not self.plan_is_stale:
             here = self.plan.on(bucket.device)
-        counts = bool(self._statistics) and bucket.found is None
-        if here is None:
-            found = self._backend.inspect(grads, coefficient, max_norm, statistics=counts)
-        else:
-            hyper = here.read_hyper()
-            found = self._backend.inspect(
-                grads,
-                coefficient,
-                max_norm,
-                statistics=counts,
-                plan=here.prepared_for(hyper),
-                hyper=hyper,
-            )
+        hyper = None if here is None else here.read_hyper()
+        found = self._backend.inspect(
+            *(grads, coefficient, max_norm),
+            inverted=inverted,
+            statistics=bool(self._statistics) and bucket.found is None,
+            plan=None if here is None or hyper is None else here.prepared_for(hyper),
+            hyper=hyper,
+        )
+        self._coefficient.note_look(found, inverted)
         if self._statistics is not None and bucket.found is None:
             layouts = tuple((grad.dtype, grad.stride()) for grad in grads)
             bucket.found = Look(tuple(bucket.params), layouts, found)
         bucket.add_flags(found.kinds)
-        if coefficient is self.unscaled_by:
+        if first:
             bucket.largest = found.largest
         return found
 
@@ -202,7 +199,12 @@ class StepGradients:
     @property
     def coefficient(self) -> Tensor:
         """What stored gradients still have to be multiplied by: 0-d float32."""
-        return self._coefficient if self._pending else torch.ones_like(self._coefficient)
+        return self._coefficient.now
+
+    @property
+    def unscaled_by(self) -> Tensor:
+        """1 / loss_scale as it was at first: 0-d float32."""
+        return self._coefficient.unscale
 
     def found_inf(self) -> Tensor:
         """Returns 0-d int32: not 0 if any gradient, loaded or unscaled, was not finite."""

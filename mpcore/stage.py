@@ -212,15 +212,13 @@ class Stage:
             self._masters.create_for(param for param in every if param.requires_grad)
         found_inf = None if external is None else external.found_inf
         # the reciprocal of a power of two is exact; outside scalers use other numbers as well
-        exact = scale if external is None else scale.double()
-        # a new tensor: what unscales is what scaled, wherever the scale goes at the end of the step
-        coefficient = exact.reciprocal().float()
+        coefficient = scale if external is None else scale.double().reciprocal().float()
         plan = self._plan(params) if params else None
         headroom = external is None and isinstance(self._loss_scaling, HeadroomLossScale)
         statistics = None if self.watcher is None else self.watcher.begin_step(params)
         return StepGradients(
-            *(params, self._masters, self._backend, coefficient, found_inf, plan, headroom),
-            statistics=statistics,
+            *(params, self._masters, self._backend, coefficient, external is None),
+            *(found_inf, plan, headroom, statistics),
         )
 
     def _check_no_newcomer(

@@ -237,6 +237,15 @@ def test_the_same_bits_every_time_and_at_every_address(backend):
         assert_same_inspection(backend.inspect(moved, torch.tensor(0.3), 1.0), first)
 
 
+@given(bits=float32_bits(), values=tensors(max_tensors=2), statistics=st.booleans())
+def test_what_is_inverted_is_the_reciprocal(backend, bits, values, statistics):
+    scale = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    quotient = torch.from_numpy(numpy.asarray(numpy.float32(1) / scale.numpy()))
+    found = backend.inspect(values, scale, 1.0, inverted=True, statistics=statistics)
+    assert same_bits(found.unscale.nan_to_num(7.0), quotient.nan_to_num(7.0))
+    assert_same_inspection(found, backend.inspect(values, quotient, 1.0, statistics=statistics))
+
+
 @pytest.mark.parametrize("statistics", [False, True])
 def test_a_plan_is_prepared_on_the_way(backend, statistics):
     masters, moments = [torch.ones(3)], [[torch.zeros(3)], [torch.zeros(3)]]

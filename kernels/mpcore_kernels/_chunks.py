@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from mpcore_kernels._dtypes import FORMATS, is_nonfinite, pointer, widen
-from mpcore_kernels._finish import union
+from mpcore_kernels._finish import load_coefficient, union
 from mpcore_kernels._launch import Variant
 from mpcore_kernels._statistics import CATEGORIES, EXPONENTS, count_values
 from mpcore_kernels._sums import chunk_sum, is_nonfinite_magnitude, magnitude_bits
@@ -72,7 +72,7 @@ def _inspect_block(
 
 
 @triton.jit(
-    do_not_specialize=["chunks", "base"],
+    do_not_specialize=["inverted", "chunks", "base"],
     do_not_specialize_on_alignment=[
         "entries_ptr",
         "owners_ptr",
@@ -86,6 +86,7 @@ def _inspect_kernel(
     entries_ptr,  # *i64  [tensors, 5]  in: _table.py; destinations are not looked at
     owners_ptr,  # *i64  [programs]    in: _table.py
     coefficient_ptr,  # *f32  []            in
+    inverted,  # i32                   not 0: what unscales is the reciprocal of that
     sums_ptr,  # *i64  [chunks]      out: _sums.chunk_sum
     facts_ptr,  # *i32  [3, chunks]   out: largest magnitude (bits), kinds, first bad place
     chunks,  # i32                   chunks of all dtypes
@@ -101,13 +102,14 @@ def _inspect_kernel(
     Masks:    full chunks at aligned addresses have none. In the others, lanes at or past the
               tensor's end load +0: no part of a sum and never the largest, unless the coefficient
               is not finite; then every element is bad. Kinds, places and counts leave them out.
-    Numerics: load -> FP32 (exact) -> one FP32 multiply, as `unscale_into` stores it -> `_sums.py`.
+    Numerics: a reciprocal is rounded to nearest even.
+              load -> FP32 (exact) -> one FP32 multiply, as `unscale_into` stores it -> `_sums.py`.
               A chunk that is not finite is read again to tell why; its sum is not used.
     Order:    programs are independent and write to places of their own. Inside a program: maxima,
               minima, unions, and `_sums.py`. Statistics: integer atomics, which commute.
     """
     grad, _, start, size, index = locate(entries_ptr, owners_ptr, CHUNK)
-    coefficient = tl.load(coefficient_ptr)
+    coefficient = load_coefficient(coefficient_ptr, inverted)
     counters_ptr += index * _COUNTERS
     count = tl.minimum(size - start, CHUNK).to(tl.int32)
     if is_aligned(grad, GRAD, GRAD) & (count == CHUNK):
@@ -138,7 +140,7 @@ def variant(dtype: torch.dtype, statistics: bool) -> Variant:
     """Returns how the chunks of gradients of one dtype are inspected."""
     return Variant(
         kernel=_inspect_kernel,
-        arguments=("*i64", "*i64", "*fp32", "*i64", "*i32", "i32", "i32", "*i64"),
+        arguments=("*i64", "*i64", "*fp32", "i32", "*i64", "*i32", "i32", "i32", "*i64"),
         constants=(("GRAD", FORMATS[dtype]), ("STATISTICS", statistics), ("CHUNK", CHUNK)),
         num_warps=WARPS,
         # squares are rounded before they are added, on every device

@@ -24,6 +24,13 @@ def union(kinds):
 
 
 @triton.jit
+def load_coefficient(coefficient_ptr, inverted):
+    """Returns what unscales: the number that is there, or the nearest one to its reciprocal."""
+    given = tl.load(coefficient_ptr)
+    return tl.where(inverted != 0, tl.div_rn(1.0, given), given)
+
+
+@triton.jit
 def _square_sum(sums_ptr, largest_ptr, chunks, largest, BLOCK: tl.constexpr):
     """Returns the float64 sum of the squares of `chunks` chunks, none above `largest`."""
     exponent = exponent_of(largest)
@@ -82,6 +89,7 @@ def finish_program(
     facts_ptr,
     all_chunks,
     coefficient_ptr,
+    inverted,
     max_norm,
     kinds_ptr,
     first_bad_ptr,
@@ -89,6 +97,7 @@ def finish_program(
     largest_ptr,
     found_inf_ptr,
     grad_norm_ptr,
+    unscale_ptr,
     latched_ptr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -106,10 +115,11 @@ def finish_program(
     square_sum = tl.where(kinds == 0, square_sum, float("inf"))
     square_sum = tl.where((kinds & 1) == 0, square_sum, float("nan"))
     if program == 0:
-        coefficient = tl.load(coefficient_ptr)
+        coefficient = load_coefficient(coefficient_ptr, inverted)
         norm, latched = _latch(square_sum, kinds, coefficient, max_norm)
         tl.store(found_inf_ptr, (kinds != 0).to(tl.int32))
         tl.store(grad_norm_ptr, norm)
+        tl.store(unscale_ptr, coefficient)
         tl.store(latched_ptr, latched)
     else:
         tl.store(kinds_ptr + program - 1, kinds)
@@ -130,9 +140,10 @@ def finish_program(
         "largest_ptr",
         "found_inf_ptr",
         "grad_norm_ptr",
+        "unscale_ptr",
         "latched_ptr",
     ],
-    do_not_specialize=["all_chunks"],
+    do_not_specialize=["all_chunks", "inverted"],
 )
 def _finish_kernel(
     segments_ptr,  # *i64  [tensors, 2]  in: first chunk and number of chunks of each tensor
@@ -140,6 +151,7 @@ def _finish_kernel(
     facts_ptr,  # *i32  [3, chunks]   in: largest magnitude (bits), kinds, first bad place
     all_chunks,  # i32                   number of chunks
     coefficient_ptr,  # *f32  []            in
+    inverted,  # i32                   not 0: what unscales is the reciprocal of that
     max_norm,  # f32, infinity for none
     kinds_ptr,  # *i32  [tensors]     out
     first_bad_ptr,  # *i64  [tensors]     out
@@ -147,7 +159,8 @@ def _finish_kernel(
     largest_ptr,  # *f32  [tensors]     out
     found_inf_ptr,  # *i32  []            out
     grad_norm_ptr,  # *f32  []            out
-    latched_ptr,  # *f32  []            out
+    unscale_ptr,  # *f32  []            out: what unscales
+    latched_ptr,  # *f32  []            out: times the clip
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -155,22 +168,23 @@ def _finish_kernel(
 
     Grid:     (1 + tensors,); program 0 writes the total, program 1 + i what tensor i has.
     Masks:    BLOCK chunks a round; lanes past the last chunk load 0, which adds nothing.
-    Numerics: integers until `as_float64`. Then one float64 each of multiply, add, square root and
-              division, all IEEE, contraction off, and one rounding of each result to float32.
+    Numerics: a reciprocal is rounded to nearest even. Integers until `as_float64`. Then one float64
+              each of multiply, add, square root and division, all IEEE, contraction off, and one
+              rounding of each result to float32.
     Order:    programs read what the launch before wrote and nothing of each other. Maxima, unions
               and sums are over integers, so no order can be seen.
     """
     finish_program(
         *(tl.program_id(0), segments_ptr, sums_ptr, facts_ptr, all_chunks),
-        *(coefficient_ptr, max_norm, kinds_ptr, first_bad_ptr, square_sum_ptr, largest_ptr),
-        *(found_inf_ptr, grad_norm_ptr, latched_ptr, CHUNK, BLOCK),
+        *(coefficient_ptr, inverted, max_norm, kinds_ptr, first_bad_ptr, square_sum_ptr),
+        *(largest_ptr, found_inf_ptr, grad_norm_ptr, unscale_ptr, latched_ptr, CHUNK, BLOCK),
     )
 
 
 # types of the arguments that are no constants
 ARGUMENTS = (
-    *("*i64", "*i64", "*i32", "i32", "*fp32", "fp32"),
-    *("*i32", "*i64", "*fp64", "*fp32", "*i32", "*fp32", "*fp32"),
+    *("*i64", "*i64", "*i32", "i32", "*fp32", "i32", "fp32"),
+    *("*i32", "*i64", "*fp64", "*fp32", "*i32", "*fp32", "*fp32", "*fp32"),
 )
 
 

@@ -101,7 +101,7 @@ def _prepare_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["all_chunks", "segments", "tensors"],
+    do_not_specialize=["all_chunks", "inverted", "segments", "tensors"],
     do_not_specialize_on_alignment=[
         "segments_ptr",
         "sums_ptr",
@@ -113,6 +113,7 @@ def _prepare_kernel(
         "largest_ptr",
         "found_inf_ptr",
         "grad_norm_ptr",
+        "unscale_ptr",
         "latched_ptr",
         "owners_ptr",
         "numbers_ptr",
@@ -125,6 +126,7 @@ def _finish_and_prepare_kernel(
     facts_ptr,  # *i32
     all_chunks,  # i32
     coefficient_ptr,  # *f32
+    inverted,  # i32
     max_norm,  # f32
     kinds_ptr,  # *i32
     first_bad_ptr,  # *i64
@@ -132,6 +134,7 @@ def _finish_and_prepare_kernel(
     largest_ptr,  # *f32
     found_inf_ptr,  # *i32
     grad_norm_ptr,  # *f32
+    unscale_ptr,  # *f32
     latched_ptr,  # *f32
     segments,  # i32                   gradients that were inspected
     owners_ptr,  # *i64  `_prepare_kernel`, from here on
@@ -161,8 +164,8 @@ def _finish_and_prepare_kernel(
     else:
         finish_program(
             *(program, segments_ptr, sums_ptr, facts_ptr, all_chunks, coefficient_ptr),
-            *(max_norm, kinds_ptr, first_bad_ptr, square_sum_ptr, largest_ptr, found_inf_ptr),
-            *(grad_norm_ptr, latched_ptr, CHUNK, FINISH),
+            *(inverted, max_norm, kinds_ptr, first_bad_ptr, square_sum_ptr, largest_ptr),
+            *(found_inf_ptr, grad_norm_ptr, unscale_ptr, latched_ptr, CHUNK, FINISH),
         )
 
 

@@ -48,7 +48,8 @@ class Inspection:
         largest: `[len(grads)]`, float32. Largest magnitude among finite unscaled values, or 0.
         found_inf: `[]`, int32. 1 if any element of `kinds` is not 0, else 0.
         grad_norm: `[]`, float32. Square root of the sum of all squares, NaN or infinity like them.
-        coefficient: `[]`, float32. The coefficient times the clip factor.
+        coefficient: `[]`, float32. What unscales, times the clip factor.
+        unscale: `[]`, float32. What unscales, without the clip.
         counts: `[len(grads), 6]`, int64. How many values, before unscaling, are NaN, +inf, -inf,
             zero, subnormal in the gradient's own format, and normal. None without statistics.
         histogram: `[len(grads), 256]`, int64. How many values, before unscaling, have the biased
@@ -69,6 +70,7 @@ class Inspection:
     found_inf: Tensor
     grad_norm: Tensor
     coefficient: Tensor
+    unscale: Tensor
     counts: Tensor | None = None
     histogram: Tensor | None = None
 
@@ -110,27 +112,27 @@ def _plan(grads: Sequence[Tensor], device: torch.device) -> _Plan:
 def _launch(
     plan: _Plan,
     result: Inspection,
-    given: Tensor,
+    given: tuple[Tensor, int],
     max_norm: float,
     counters: Tensor,
     update: tuple[Plan, Hyper] | None,
 ) -> None:
     """Queues the launches that fill `result` and prepare `update`.
 
-    `given` is the coefficient before the clip.
+    `given` is the coefficient before the clip, and whether it is inverted.
     """
     # may raise, so it comes before the first launch
     prepare = None if update is None else update[0].prepare_arguments(update[1])
     chunks, base = plan.chunks, 0
-    sums = torch.empty(chunks, dtype=torch.int64, device=given.device)
-    facts = torch.empty(3, chunks, dtype=torch.int32, device=given.device)
+    sums = torch.empty(chunks, dtype=torch.int64, device=result.kinds.device)
+    facts = torch.empty(3, chunks, dtype=torch.int32, device=result.kinds.device)
     statistics = result.counts is not None
     for table in plan.tables:
         _chunks.variant(table.source, statistics).launch(
             table.programs,
             table.entries,
             table.owners,
-            given,
+            *given,
             sums,
             facts,
             chunks,
@@ -140,9 +142,9 @@ def _launch(
         base += table.programs
     segments = result.kinds.numel()
     arguments = (
-        *(plan.segments, sums, facts, chunks, given, max_norm),
+        *(plan.segments, sums, facts, chunks, *given, max_norm),
         *(result.kinds, result.first_bad, result.square_sum, result.largest),
-        *(result.found_inf, result.grad_norm, result.coefficient),
+        *(result.found_inf, result.grad_norm, result.unscale, result.coefficient),
     )
     if update is None or prepare is None:
         _finish.variant().launch(1 + segments, *arguments)
@@ -157,6 +159,7 @@ def inspect(
     coefficient: Tensor,
     max_norm: float | None,
     *,
+    inverted: bool = False,
     statistics: bool = False,
     plan: Plan | None = None,
     hyper: Hyper | None = None,
@@ -171,6 +174,7 @@ def inspect(
         grads: Gradients of one device, any shape, float16, bfloat16 or float32 in any mixture,
             dense in any order of dimensions. May be empty.
         coefficient: `[]`, float32. The factor that unscales, `1 / loss_scale`.
+        inverted: Whether `coefficient` is the reciprocal of that factor: the loss scale itself.
         max_norm: Clip to this norm of the unscaled gradients, at least 0, rounded to float32;
             None: do not clip. A norm that is not finite clips nothing.
         statistics: Whether to fill `counts` and `histogram`.
@@ -225,10 +229,11 @@ def inspect(
         found_inf=torch.empty((), dtype=torch.int32, device=device),
         grad_norm=torch.empty((), dtype=torch.float32, device=device),
         coefficient=torch.empty((), dtype=torch.float32, device=device),
+        unscale=torch.empty((), dtype=torch.float32, device=device),
         counts=counters[:, :CATEGORIES] if statistics else None,
         histogram=counters[:, CATEGORIES:] if statistics else None,
     )
-    _launch(tables_of_grads, result, coefficient, limit, counters, update)
+    _launch(tables_of_grads, result, (coefficient, int(inverted)), limit, counters, update)
     if plan is not None:
         plan.prepared = True
     return result

@@ -76,6 +76,7 @@ class Launcher:
         coefficient: Tensor,
         max_norm: float | None,
         *,
+        inverted: bool = False,
         statistics: bool = False,
         plan: Plan | None = None,
         hyper: Hyper | None = None,
@@ -83,6 +84,7 @@ class Launcher:
         """See `mpcore_kernels.inspect`; no host sync."""
         return inspect(
             *(grads, coefficient, max_norm),
+            inverted=inverted,
             statistics=statistics,
             plan=plan,
             hyper=hyper,

@@ -60,6 +60,7 @@ class Backend(Protocol):
         coefficient: Tensor,
         max_norm: float | None,
         *,
+        inverted: bool = False,
         statistics: bool = False,
         plan: Any = None,
         hyper: Hyper | None = None,

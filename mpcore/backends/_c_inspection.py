@@ -28,6 +28,7 @@ def inspect(
     coefficient: Tensor,
     max_norm: float | None,
     *,
+    inverted: bool = False,
     statistics: bool = False,
     plan: _update.Plan | None = None,
     hyper: Hyper | None = None,
@@ -41,12 +42,13 @@ def inspect(
     _inspection.check_dtypes(grads)
     if plan is not None and hyper is not None:
         prepare_(plan, hyper)
+    unscale = coefficient.reciprocal() if inverted else coefficient
     flat = all_in_memory_order(grads)
     chunks, sums = _square_sums(flat)
-    found = _summed_up(chunks, sums, len(flat), coefficient, limit)
+    found = _summed_up(chunks, sums, len(flat), unscale, limit)
     if found is None:
-        found = _cpu_inspection.conclude(flat, chunks, sums, coefficient, limit)
-    return with_statistics(found, flat, coefficient) if statistics else found
+        found = _cpu_inspection.conclude(flat, chunks, sums, unscale, limit)
+    return with_statistics(found, flat, unscale) if statistics else found
 
 
 def _square_sums(flat: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -72,13 +74,12 @@ def _summed_up(
 ) -> Inspection | None:
     """Returns what `conclude` would, without its many small operations; None: look again."""
     squares = torch.zeros(count, dtype=torch.float64, device="cpu")
-    factor = float(coefficient)
     unknown = declared("sum_up", ctypes.c_int64, *_ARGUMENTS)(
-        *(chunks.data_ptr(), sums.data_ptr(), len(sums), factor),
+        *(chunks.data_ptr(), sums.data_ptr(), len(sums), float(coefficient)),
         *(ctypes.addressof(_BOUNDS), squares.data_ptr()),
     )
     if unknown:
         return None
     kinds = torch.zeros(count, dtype=torch.int32, device="cpu")
     first_bad = torch.full((count,), -1, dtype=torch.int64, device="cpu")
-    return _cpu_inspection.inspection_of(squares, kinds, first_bad, False, factor, limit)
+    return _cpu_inspection.inspection_of(squares, kinds, first_bad, False, coefficient, limit)

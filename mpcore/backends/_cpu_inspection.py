@@ -39,6 +39,7 @@ def inspect(
     coefficient: Tensor,
     max_norm: float | None,
     *,
+    inverted: bool = False,
     statistics: bool = False,
     plan: Plan | None = None,
     hyper: Hyper | None = None,
@@ -52,6 +53,7 @@ def inspect(
         grads: See the reference backend, also for the others.
         coefficient: See there.
         max_norm: See there.
+        inverted: See there.
         statistics: Whether to fill `counts`, `histogram` and `largest`, which is None otherwise:
             finding the largest would cost as much again as finding the norm.
         plan: See there.
@@ -64,13 +66,14 @@ def inspect(
     _inspection.check_dtypes(grads)
     if plan is not None and hyper is not None:
         prepare_(plan, hyper)
+    unscale = coefficient.reciprocal() if inverted else coefficient
     flat = [memory_order(grad) for grad in grads]
     chunks, sums = _square_sums(flat)
-    found = conclude(flat, chunks, sums, coefficient, limit)
+    found = conclude(flat, chunks, sums, unscale, limit)
     if not statistics:
         return found
     # the norm stays what it is without: looking must not change a bit of the clip
-    seen = _inspection.inspect(grads, coefficient, None, statistics=True)
+    seen = _inspection.inspect(grads, unscale, None, statistics=True)
     return replace(found, largest=seen.largest, counts=seen.counts, histogram=seen.histogram)
 
 
@@ -99,7 +102,7 @@ def conclude(
     each = none.index_add_(0, chunks[:, 0], squares)
     kinds = torch.tensor(found.kinds, dtype=torch.int32, device="cpu")
     first_bad = torch.tensor(found.first_bad, dtype=torch.int64, device="cpu")
-    return inspection_of(each, kinds, first_bad, any(found.kinds), factor, limit)
+    return inspection_of(each, kinds, first_bad, any(found.kinds), coefficient, limit)
 
 
 def inspection_of(
@@ -107,7 +110,7 @@ def inspection_of(
     kinds: Tensor,
     first_bad: Tensor,
     overflow: bool,
-    factor: float,
+    coefficient: Tensor,
     limit: float,
 ) -> Inspection:
     """Returns the inspection of gradients whose parts are known.
@@ -117,7 +120,7 @@ def inspection_of(
         kinds: See there.
         first_bad: See there.
         overflow: Whether any of `kinds` is set.
-        factor: The coefficient.
+        coefficient: 0-d float32, what unscales.
         limit: Of the norm of the unscaled gradients.
     """
     norm = math.sqrt(math.fsum(square_sum.tolist()))
@@ -129,7 +132,8 @@ def inspection_of(
         largest=None,
         found_inf=torch.tensor(int(overflow), dtype=torch.int32, device="cpu"),
         grad_norm=torch.tensor(norm, dtype=torch.float32, device="cpu"),
-        coefficient=torch.tensor(factor * clip, dtype=torch.float32, device="cpu"),
+        coefficient=torch.tensor(float(coefficient) * clip, dtype=torch.float32, device="cpu"),
+        unscale=coefficient,
     )
 
 

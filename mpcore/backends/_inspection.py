@@ -49,7 +49,8 @@ class Inspection:
             None from the cpu backend without statistics.
         found_inf: `[]`, int32. 1 if any element of `kinds` is not 0, else 0.
         grad_norm: `[]`, float32. Square root of the sum of all squares, NaN or infinity like them.
-        coefficient: `[]`, float32. The coefficient times the clip factor.
+        coefficient: `[]`, float32. What unscales, times the clip factor.
+        unscale: `[]`, float32. What unscales, without the clip.
         counts: `[len(grads), 6]`, int64. How many values, before unscaling, are NaN, +inf, -inf,
             zero, subnormal in the gradient's own format, and normal. None without statistics.
         histogram: `[len(grads), 256]`, int64. How many values, before unscaling, have the biased
@@ -64,6 +65,7 @@ class Inspection:
     found_inf: Tensor
     grad_norm: Tensor
     coefficient: Tensor
+    unscale: Tensor
     counts: Tensor | None = None
     histogram: Tensor | None = None
 
@@ -84,6 +86,7 @@ def inspect(
     coefficient: Tensor,
     max_norm: float | None,
     *,
+    inverted: bool = False,
     statistics: bool = False,
     plan: Plan | None = None,
     hyper: Hyper | None = None,
@@ -92,7 +95,8 @@ def inspect(
 
     Args:
         grads: Gradients of one device, any shape, float16 / bfloat16 / float32.
-        coefficient: 0-d float32, usually 1 / loss_scale.
+        coefficient: 0-d float32, the factor that unscales: usually 1 / loss_scale.
+        inverted: Whether `coefficient` is the reciprocal of that factor.
         max_norm: Clip to this norm of the unscaled gradients, at least 0, rounded to float32;
             None: do not clip. A norm that is not finite clips nothing.
         statistics: Whether to fill `counts` and `histogram`.
@@ -112,9 +116,10 @@ def inspect(
     if plan is not None and hyper is not None:
         prepare_(plan, hyper)
     device = coefficient.device
+    unscale = coefficient.reciprocal() if inverted else coefficient
     none = torch.zeros(0, dtype=torch.int64, device=device)
     flat = [memory_order(grad) for grad in grads]
-    found = [_found_in(values, coefficient) for values in flat]
+    found = [_found_in(values, unscale) for values in flat]
     # the total is put together from all chunks, not from the rounded sums of tensors
     everything = _Found(
         _union([f.kinds for f in found], device),
@@ -132,7 +137,8 @@ def inspect(
         largest=_stack([_largest(f).view(torch.float32) for f in found], none.float()),
         found_inf=(everything.kinds != 0).int(),
         grad_norm=norm.float(),
-        coefficient=(coefficient.double() * clip).float(),
+        coefficient=(unscale.double() * clip).float(),
+        unscale=unscale,
         counts=count_kinds(flat, device) if statistics else None,
         histogram=_histogram(flat, device) if statistics else None,
     )

@@ -75,6 +75,7 @@ class NoKernels:
         coefficient: Tensor,
         max_norm: float | None,
         *,
+        inverted: bool = False,
         statistics: bool = False,
         plan: Any = None,
         hyper: Any = None,

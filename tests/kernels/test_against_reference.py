@@ -162,6 +162,11 @@ def assert_inspect_alike(values, coefficient, max_norm, device):
         for backend in (mpcore_kernels, reference)
     ]
     assert_same_inspection(*found)
+    found = [
+        backend.inspect(grads, coefficient, max_norm, inverted=True)
+        for backend in (mpcore_kernels, reference)
+    ]
+    assert_same_inspection(*found)
     plain = reference.inspect(grads, coefficient, max_norm)
     assert plain.counts is None
     assert plain.histogram is None

@@ -19,7 +19,7 @@ def finish(segments, sums, largest, kinds, places, device, max_norm=math.inf):
         for shape, dtype in (
             *((tensors, dtype) for dtype in (torch.int32, torch.int64)),
             *((tensors, dtype) for dtype in (torch.float64, torch.float32)),
-            *(((), dtype) for dtype in (torch.int32, torch.float32, torch.float32)),
+            *(((), dtype) for dtype in (torch.int32, *[torch.float32] * 3)),
         )
     ]
     _finish.variant().launch(
@@ -28,8 +28,7 @@ def finish(segments, sums, largest, kinds, places, device, max_norm=math.inf):
         torch.tensor(sums, device=device),
         torch.tensor([largest, kinds, places], dtype=torch.int32, device=device),
         chunks,
-        torch.ones((), device=device),
-        max_norm,
+        *(torch.ones((), device=device), 0, max_norm),
         *outs,
     )
     return [out.tolist() for out in outs]
@@ -41,9 +40,9 @@ def test_finish_adds_every_chunk_of_every_round(device, chunks):
     segments = [(0, chunks - 1), (chunks - 1, 1)]
     zeros = [0] * chunks
     found = finish(segments, sums, [ONE] * chunks, zeros, zeros, device)
-    kinds, first_bad, square_sum, largest, found_inf, norm, coefficient = found
+    kinds, first_bad, square_sum, largest, found_inf, norm, unscale, coefficient = found
     assert square_sum == [sum(sums[:-1]) / 2**46, sums[-1] / 2**46]
-    assert norm == torch.tensor(math.sqrt(sum(sums) / 2**46)).item()
+    assert (norm, unscale) == (torch.tensor(math.sqrt(sum(sums) / 2**46)).item(), 1.0)
     assert (kinds, first_bad, largest) == ([0, 0], [-1, -1], [1.0, 1.0])
     assert (found_inf, coefficient) == (0, 1.0)
 

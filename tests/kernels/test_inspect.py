@@ -9,7 +9,7 @@ from hypothesis import given
 
 from mpcore_kernels import inspect
 from mpcore_kernels._table import CHUNK
-from mpcore_testing.inspections import assert_inspection, ulps_between
+from mpcore_testing.inspections import assert_inspection, assert_same_inspection, ulps_between
 from mpcore_testing.kernels import (
     FLOATS,
     HALVES,
@@ -48,6 +48,16 @@ def test_inspect_finds_what_all_65536_patterns_hold(dtype, coefficient, device):
     finite = patterns[patterns.isfinite()]
     values = [patterns, finite, patterns[patterns.isnan()], torch.tensor([torch.inf], dtype=dtype)]
     assert_inspection(run(values, coefficient, device), values, coefficient)
+
+
+@given(bits=float32_bits(), values=tensors(max_tensors=2))
+def test_inspect_takes_the_reciprocal_of_what_is_inverted(bits, values, device):
+    scale = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    quotient = torch.from_numpy(numpy.asarray(numpy.float32(1) / scale.numpy()))
+    grads = [value.to(device) for value in values]
+    found = inspect(grads, scale.to(device), 1.0, inverted=True)
+    assert_same_bits(found.unscale, quotient)
+    assert_same_inspection(found, inspect(grads, quotient.to(device), 1.0))
 
 
 @pytest.mark.parametrize("dtype", HALVES)

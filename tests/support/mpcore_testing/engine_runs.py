@@ -54,10 +54,10 @@ class Training:
                 param.grad.copy_(grad)
             else:
                 param.grad = grad.to(param)
+        self.optimizer.scale(self.loss)
 
     def step(self, max_norm=None):
         """Takes a step over the gradients that are there."""
-        self.optimizer.scale(self.loss)
         if max_norm is not None:
             self.optimizer.clip_grad_norm_(max_norm)
         self.optimizer.step()
