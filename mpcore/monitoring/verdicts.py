@@ -78,7 +78,7 @@ class Facts:
         clean_before: Steps before that were not skipped, also those that `past` has forgotten.
         bad_weights: Names of weights that are not finite.
         large_weights: Names of float16 weights of 2^15 and more.
-        bad_buffers: Names of the model's buffers that are not finite.
+        bad_buffers: Names of the model's buffers that something made not finite.
     """
 
     findings: Sequence[Finding]
@@ -138,8 +138,9 @@ def _damaged(facts: Facts) -> Verdict | None:
             "buffers",
             False,
             f"Buffers of the model are not finite: {_names(facts.bad_buffers)}.",
-            "A forward pass that overflowed has written to them, and a skipped step does not undo "
-            "that: go back to a checkpoint, or reset them (BatchNorm: reset_running_stats()).",
+            "A forward pass that overflowed has probably written to them, and a skipped step does "
+            "not undo that: go back to a checkpoint, or reset them (BatchNorm: "
+            "reset_running_stats()).",
         )
     if facts.large_weights:
         return Verdict(
