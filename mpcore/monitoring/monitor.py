@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mpcore._checks import check_count
 from mpcore.errors import ArgumentTypeError
 from mpcore.gradients import StepGradients
+from mpcore.monitoring.facts import Facts, NanStreak
 from mpcore.monitoring.findings import Finding, findings_of
 from mpcore.monitoring.history import Course, History
 from mpcore.monitoring.memory import resident_bytes
@@ -22,7 +23,7 @@ from mpcore.monitoring.records import Record
 from mpcore.monitoring.report import OverflowReport
 from mpcore.monitoring.room import largest_share
 from mpcore.monitoring.update_sample import UpdateSample
-from mpcore.monitoring.verdicts import Facts, verdict_on
+from mpcore.monitoring.verdicts import verdict_on
 from mpcore.optimizer import MixedPrecisionOptimizer
 from mpcore.step_result import StepResult
 
@@ -100,6 +101,7 @@ class Monitor:
         self._optimizer = optimizer
         self._model = model
         self._buffers = BufferWatch(model)
+        self._nans = NanStreak()
         self._names = {} if model is None else {id(p): n for n, p in model.named_parameters()}
         self._sinks = list(sinks)
         self._device = optimizer._scale.scale.device
@@ -250,6 +252,8 @@ class Monitor:
             bad_weights=not_finite(weights),
             large_weights=large_weights(weights),
             bad_buffers=self._buffers.damaged(),
+            clean_losses=[one for past, one in earlier if one is not None and not past.skipped],
+            nan_since=self._nans.since(self._history.steps - 1, now.scale, findings),
         )
         used = 0.0 if step.used_before is None else float(step.used_before)
         ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
