@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpcore.monitoring.facts import Past
 from mpcore.monitoring.report import plain
-from mpcore.monitoring.verdicts import Past
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -14,15 +13,17 @@ from torch import Tensor, nn
 from mpcore._checks import check_count
 from mpcore.errors import ArgumentTypeError
 from mpcore.gradients import StepGradients
+from mpcore.monitoring.facts import Facts, NanStreak
 from mpcore.monitoring.findings import Finding, findings_of
 from mpcore.monitoring.history import Course, History
 from mpcore.monitoring.memory import resident_bytes
-from mpcore.monitoring.model_state import large_weights, not_finite
+from mpcore.monitoring.model_state import BufferWatch, large_weights, not_finite
 from mpcore.monitoring.reading import Reading, summed_up
 from mpcore.monitoring.records import Record
 from mpcore.monitoring.report import OverflowReport
+from mpcore.monitoring.room import largest_share
 from mpcore.monitoring.update_sample import UpdateSample
-from mpcore.monitoring.verdicts import Facts, verdict_on
+from mpcore.monitoring.verdicts import verdict_on
 from mpcore.optimizer import MixedPrecisionOptimizer
 from mpcore.step_result import StepResult
 
@@ -99,6 +100,8 @@ class Monitor:
         self._every = check_count("every", every)
         self._optimizer = optimizer
         self._model = model
+        self._buffers = BufferWatch(model)
+        self._nans = NanStreak()
         self._names = {} if model is None else {id(p): n for n, p in model.named_parameters()}
         self._sinks = list(sinks)
         self._device = optimizer._scale.scale.device
@@ -188,18 +191,8 @@ class Monitor:
 
     def _note_used(self, gradients: StepGradients, found_inf: Tensor) -> None:
         """Notes which share of its format the largest unscaled gradient takes; no host sync."""
-        shares = []
-        for look in gradients.looks():
-            if look.found.largest is None or not look.params or gradients.accumulated is not None:
-                return
-            runs = [(dtype, len(list(some))) for dtype, some in groupby(d for d, _ in look.layouts)]
-            parts = torch.split(look.found.largest, [size for _, size in runs])
-            shares += [
-                part.amax().double().to(self._device, non_blocking=True) / torch.finfo(dtype).max
-                for (dtype, _), part in zip(runs, parts, strict=True)
-            ]
-        if shares:
-            now = torch.stack(shares).amax()
+        now = largest_share(gradients, self._device)
+        if now is not None:
             before = torch.zeros_like(now) if self._used is None else self._used
             self._used = torch.where(found_inf != 0, before, now)
 
@@ -258,7 +251,9 @@ class Monitor:
             clean_before=steps - skipped,
             bad_weights=not_finite(weights),
             large_weights=large_weights(weights),
-            bad_buffers=[] if self._model is None else not_finite(self._model.named_buffers()),
+            bad_buffers=self._buffers.damaged(),
+            clean_losses=[one for past, one in earlier if one is not None and not past.skipped],
+            nan_since=self._nans.since(self._history.steps - 1, now.scale, findings),
         )
         used = 0.0 if step.used_before is None else float(step.used_before)
         ranks = torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass
 
 from mpcore.headroom import HeadroomLossScale
-from mpcore.loss_scale import DynamicLossScale, LossScale, StaticLossScale
-from mpcore.monitoring.findings import Finding
+from mpcore.loss_scale import DynamicLossScale, StaticLossScale
+from mpcore.monitoring.facts import FEW, PROVEN, Facts
 
-#: clean steps at a scale, or a higher one, after which an overflow there is unusual
-_PROVEN = 100
-#: the least that proves something, and enough where the scale has never grown
-_FEW = 20
+#: by how much the scale falls before gradients that stay NaN alone are no longer a search's
+_FALL = 2.0**4
+_TRACE = "mpcore.trace_overflow(model, batch, ...) names the first module."
+#: of a scaled loss below it gradients hardly ever overflow: float16 goes up to 2^16
+_SMALL = 2.0**15
 
 
 @dataclass(frozen=True)
@@ -49,54 +49,11 @@ def scale_text(scale: float) -> str:
     return f"2^{exponent - 1}" if mantissa == 0.5 and exponent > 17 else f"{scale:g}"
 
 
-@dataclass(frozen=True)
-class Past:
-    """An earlier step.
-
-    Attributes:
-        scale: The loss scale of it.
-        skipped: Whether it was skipped.
-        norm: Of its gradients, unscaled.
-    """
-
-    scale: float
-    skipped: bool
-    norm: float
-
-
-@dataclass(frozen=True)
-class Facts:
-    """Everything that a verdict is based on.
-
-    Attributes:
-        findings: The gradients, in the order of the parameters.
-        scaling: How the loss is scaled; None if somebody else's scale overflowed.
-        scale: The loss scale of the step.
-        next_scale: That of the next; None likewise.
-        loss: The loss before it was scaled; None if nobody knows.
-        past: Steps before, oldest first.
-        clean_before: Steps before that were not skipped, also those that `past` has forgotten.
-        bad_weights: Names of weights that are not finite.
-        large_weights: Names of float16 weights of 2^15 and more.
-        bad_buffers: Names of the model's buffers that are not finite.
-    """
-
-    findings: Sequence[Finding]
-    scaling: LossScale | None
-    scale: float
-    next_scale: float | None
-    loss: float | None
-    past: Sequence[Past]
-    clean_before: int
-    bad_weights: Sequence[str] = field(default=())
-    large_weights: Sequence[str] = field(default=())
-    bad_buffers: Sequence[str] = field(default=())
-
-
 def verdict_on(facts: Facts) -> Verdict:
     """Returns the first verdict that fits.
 
     Example:
+        >>> from mpcore.monitoring.findings import Finding
         >>> finding = Finding("w", (1,), "float16", ("+inf",), (0,), math.inf, None, None)
         >>> scaling = DynamicLossScale(2.0**16)
         >>> str(verdict_on(Facts([finding], scaling, 2.0**16, 2.0**15, 1.0, [], 0)))
@@ -104,10 +61,13 @@ def verdict_on(facts: Facts) -> Verdict:
     """
     rules = (
         _damaged,
+        _saturated,
         _forward,
         _other,
+        _always_nan,
         _floor,
         _static,
+        _outlier,
         _searching,
         _probing,
         _not_a_number,
@@ -138,18 +98,26 @@ def _damaged(facts: Facts) -> Verdict | None:
             "buffers",
             False,
             f"Buffers of the model are not finite: {_names(facts.bad_buffers)}.",
-            "A forward pass that overflowed has written to them, and a skipped step does not undo "
-            "that: go back to a checkpoint, or reset them (BatchNorm: reset_running_stats()).",
-        )
-    if facts.large_weights:
-        return Verdict(
-            "saturated",
-            False,
-            f"float16 weights are close to its largest number, 65504: "
-            f"{_names(facts.large_weights)}.",
-            "No loss scale can help. Use bfloat16, weight decay, or a lower learning rate.",
+            "A forward pass that overflowed has probably written to them, and a skipped step does "
+            "not undo that: go back to a checkpoint, or reset them (BatchNorm: "
+            "reset_running_stats()).",
         )
     return None
+
+
+def _saturated(facts: Facts) -> Verdict | None:
+    if not facts.large_weights:
+        return None
+    # a lower scale helps a search, however large a weight; at the floor there is none
+    usual = facts.loss is None or (math.isfinite(facts.loss) and not facts.loss_is_an_outlier())
+    if usual and not _floor(facts) and (_static(facts) or _searching(facts) or _probing(facts)):
+        return None
+    return Verdict(
+        "saturated",
+        False,
+        f"float16 weights are close to its largest number, 65504: {_names(facts.large_weights)}.",
+        "No loss scale can help. Use bfloat16, weight decay, or a lower learning rate.",
+    )
 
 
 def _forward(facts: Facts) -> Verdict | None:
@@ -184,7 +152,7 @@ def _other(facts: Facts) -> Verdict | None:
     return Verdict(
         "other",
         True,
-        f"Gradients overflowed: {_names(_bad(facts))}. Their loss scale is not the optimizer's "
+        f"Gradients overflowed: {_names(facts.bad())}. Their loss scale is not the optimizer's "
         "own (an outside scaler, or a loss of add_loss): nobody here tells a search from a spike.",
     )
 
@@ -209,7 +177,7 @@ def _searching(facts: Facts) -> Verdict | None:
     if facts.next_scale is not None and facts.next_scale != facts.scale:
         after = f"{scale_text(facts.next_scale)} is next"
     # after a resume the history is short, and what it lacks was clean
-    if begun and (_proven(facts) >= _FEW or facts.clean_before >= _PROVEN or _has_grown(facts)):
+    if begun and (facts.proven() >= FEW or facts.clean_before >= PROVEN or facts.has_grown()):
         return None
     return Verdict(
         "search",
@@ -220,10 +188,10 @@ def _searching(facts: Facts) -> Verdict | None:
 
 
 def _probing(facts: Facts) -> Verdict | None:
-    if not isinstance(facts.scaling, DynamicLossScale) or not _has_grown(facts):
+    if not isinstance(facts.scaling, DynamicLossScale) or not facts.has_grown():
         return None
     interval = facts.scaling.growth_interval
-    if _proven(facts) >= max(min(interval, _PROVEN), _FEW):
+    if facts.proven() >= max(min(interval, PROVEN), FEW):
         return None
     return Verdict(
         "probe",
@@ -233,31 +201,41 @@ def _probing(facts: Facts) -> Verdict | None:
     )
 
 
-def _proven(facts: Facts) -> int:
-    """Returns how many steps were clean at this scale or a higher one."""
-    return sum(not past.skipped and past.scale >= facts.scale for past in facts.past)
-
-
-def _has_grown(facts: Facts) -> bool:
-    scales = [past.scale for past in facts.past] + [facts.scale]
-    return any(later > earlier for earlier, later in pairwise(scales))
-
-
-def _bad(facts: Facts) -> list[str]:
-    return [finding.name for finding in facts.findings if not finding.finite]
-
-
-def _not_a_number(facts: Facts) -> Verdict | None:
-    kinds = {kind for finding in facts.findings for kind in finding.kinds}
-    if kinds != {"NaN"} or facts.clean_before == 0:
+def _always_nan(facts: Facts) -> Verdict | None:
+    """An overflow that the scale has fallen so far below would have shown an infinity by now."""
+    since = facts.nan_since
+    if since is None or since < facts.scale * _FALL:
+        return None
+    if facts.loss is None or abs(facts.loss) * facts.scale > _SMALL:
         return None
     return Verdict(
         "nan",
         False,
-        "Gradients are NaN and none is infinite, at a loss scale that had proven itself: probably "
-        "no overflow, so no loss scale can help.",
-        "mpcore.trace_overflow(model, batch, ...) names the first module.",
+        f"The same gradients were NaN and none was infinite at each loss scale from "
+        f"{scale_text(since)} down to {scale_text(facts.scale)}, while others were finite: "
+        f"{_names(facts.bad())}. Probably the backward pass makes a NaN, and no loss scale can "
+        "help.",
+        _TRACE,
     )
+
+
+def _not_a_number(facts: Facts) -> Verdict | None:
+    if not facts.only_nan() or facts.clean_before == 0:
+        return None
+    loss = "" if facts.usual_loss() is None else ", and the loss was not unusual"
+    return Verdict(
+        "nan",
+        False,
+        "Gradients are NaN and none is infinite, at a loss scale that had proven itself"
+        f"{loss}. Probably the backward pass makes a NaN, and no loss scale can help; an overflow "
+        "in it (inf - inf) is possible too.",
+        f"{_TRACE} With loss_scale=report.loss_scale it finds an overflow as well. Look at the "
+        "batch, too.",
+    )
+
+
+def _outlier(facts: Facts) -> Verdict | None:
+    return _spike(facts) if facts.loss_is_an_outlier() else None
 
 
 def _spike(facts: Facts) -> Verdict:
@@ -267,12 +245,15 @@ def _spike(facts: Facts) -> Verdict:
         if norms
         else ""
     )
-    before = ", at which steps were clean before" if facts.clean_before else " in the first step"
+    loss = ""
+    if facts.loss_is_an_outlier():
+        loss = f"the loss was {facts.loss:.3g}, usually about {facts.usual_loss():.3g}, and "
+    before = ", at which steps were clean before" if facts.proven() else ""
     return Verdict(
         "spike",
         False,
-        f"A spike: gradients overflowed at a loss scale of {scale_text(facts.scale)}{before}: "
-        f"{_names(_bad(facts))}.{usual}",
+        f"A spike: {loss}gradients overflowed at a loss scale of {scale_text(facts.scale)}"
+        f"{before}: {_names(facts.bad())}.{usual}",
         "One now and then is harmless, since the step was skipped. If they go on: look at the "
         "batch, lower the learning rate, or clip.",
     )
