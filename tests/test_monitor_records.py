@@ -15,6 +15,7 @@ from torch import nn
 from mpcore_testing.engines import Engine
 from mpcore_testing.faulty import Model
 from mpcore_testing.monitored import SCALE, make, overflow, set_gradients
+from mpcore_testing.syncs import ScalarReads
 
 QUICK = Engine("reference", "fused")
 
@@ -181,3 +182,24 @@ def test_the_headroom_before_is_that_of_the_last_clean_step(engine: Engine) -> N
     clean = math.log2(65504 / 4)
     assert rooms == [None, pytest.approx(clean), pytest.approx(clean), None]
     assert report.headroom_before == pytest.approx(math.log2(65504 / 8))
+
+
+@pytest.mark.parametrize(
+    "dtypes", [[torch.float16], [torch.float16, torch.bfloat16, torch.float32]]
+)
+@pytest.mark.parametrize("number", [1, 20])
+def test_a_reading_reads_the_device_six_times(number: int, dtypes: Any) -> None:
+    """Scale and loss, whole numbers, others, lost updates, clamped weights, the course."""
+    counts = []
+    for every in (None, 2):
+        params, optimizer = halves([3] * number * len(dtypes), dtypes * number)
+        monitor = None if every is None else mpcore.Monitor(optimizer, every=every)
+        step(params, optimizer, *[1.0] * len(params))
+        optimizer.scale(torch.tensor(1.0))
+        for param in params:
+            param.grad = torch.ones_like(param)
+        with ScalarReads() as counter:
+            optimizer.step()
+        counts.append(counter.count)
+        assert monitor is None or monitor.reading is not None
+    assert counts[1] - counts[0] == 6

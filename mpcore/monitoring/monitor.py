@@ -178,11 +178,11 @@ class Monitor:
             lost = sample.lost(self._optimizer._masters)
             self.reading = self._made_reading(number, gradients, lost)
             self._emit(self.reading)
-        at_once = self._pending is None and self._device.type == "cpu"
-        if (sample is not None or at_once) and result.skipped:
-            self._tell(step)
-        if sample is not None:
+            if self.reading.skipped:
+                self._tell(step)
             self._emit_course()
+        elif self._pending is None and self._device.type == "cpu" and result.skipped:
+            self._tell(step)
 
     def _deliver(self, *, wait: bool) -> None:
         """Tells of steps before that were skipped, if the host has heard so or shall wait."""
