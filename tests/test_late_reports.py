@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -247,3 +249,30 @@ def test_the_report_of_a_step_in_a_capture_is_its_own(monkeypatch: pytest.Monkey
     report = monitor.report()
     assert report is not None
     assert ([record.step for record in records], report.step) == ([0], 1)
+
+
+@pytest.mark.parametrize("way", ["step", "clip", "unscale", "sum"])
+def test_steps_on_their_way_keep_no_gradient_alive(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """Nor the float32 ones of masters: 32 steps' worth would not fit."""
+    Device(monkeypatch, NEVER)
+    params, optimizer = make(engine, mpcore.DynamicLossScale(2.0**10))
+    monitor = mpcore.Monitor(optimizer)
+    seen = []
+    for number in range(3):
+        set_gradients(params, optimizer, number)
+        seen += [weakref.ref(param.grad) for param in params]
+        if way == "unscale":
+            optimizer.unscale_()
+            seen += [weakref.ref(grad) for grad in optimizer.grads()]
+        elif way == "clip":
+            optimizer.clip_grad_norm_(1.0)
+        elif way == "sum":
+            optimizer.accumulate()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert monitor._pending is not None
+    assert len(monitor._pending._steps) == 3
+    gc.collect()
+    assert [grad for grad in seen if grad() is not None] == []
