@@ -8,30 +8,10 @@ import torch
 from torch import Tensor
 
 from mpcore.errors import LossScaleError
+from mpcore.host_copy import HostCopy
 
 #: Steps. A search for the right scale takes fewer skips: from 2^32 down to 1 it is 32.
 INTERVAL = 100
-
-
-class HostCopy:
-    """A copy of a CUDA tensor on its way to the host, which does not wait for it.
-
-    Args:
-        tensor: On the device.
-
-    Attributes:
-        values: Pinned memory of the host; to be read once the copy has arrived.
-    """
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.values = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        self.values.copy_(tensor, non_blocking=True)
-        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._event.record(torch.cuda.current_stream(tensor.device))
-
-    def has_arrived(self) -> bool:
-        """Returns whether `values` can be read."""
-        return bool(self._event.query())  # type: ignore[no-untyped-call]
 
 
 class SkipAlarm:

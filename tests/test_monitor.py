@@ -10,6 +10,7 @@ import mpcore
 import numpy as np
 import pytest
 import torch
+from mpcore.monitoring import pending
 from mpcore.monitoring.findings import index_at
 from mpcore.monitoring.reading import Reading
 from torch import nn
@@ -247,7 +248,23 @@ def test_a_place_in_memory_is_an_index(strides: tuple[int, int]) -> None:
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize("path", ["general", "fused"])
 @pytest.mark.parametrize("way", ["step", "clip", "unscale"])
-def test_a_watched_step_never_asks_the_device_unless_it_is_reported(path: str, way: str) -> None:
+def test_a_watched_step_never_asks_the_device_unless_it_is_reported(
+    path: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = []
+
+    class OnItsWay:
+        def __init__(self, tensor: torch.Tensor) -> None:
+            sent.append((tensor.device.type, len(tensor)))
+
+        def has_arrived(self) -> bool:
+            return False
+
+        def wait(self) -> None:
+            raise HostSyncError("the host waited")
+
+    monkeypatch.setattr(pending, "HostCopy", OnItsWay)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     with fake_cuda() as watch:
         dtypes = (torch.float16, torch.bfloat16, torch.float32)
         params = [nn.Parameter(torch.empty(4, 3, dtype=d, device="cuda")) for d in dtypes]
@@ -257,6 +274,7 @@ def test_a_watched_step_never_asks_the_device_unless_it_is_reported(path: str, w
         steps_without_values(optimizer, params, way)
         assert watch.operations > 100
         assert watch.reads == 0
+        assert sent == [("cuda", 5)] * 3
         with pytest.raises((HostSyncError, RuntimeError)):
             monitor.report()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,7 +62,7 @@ LOWEST, HIGHEST = -24, 15
 def findings_of(
     look: Look, scale: float, name_of: Callable[[Tensor], str], *, sums: bool
 ) -> list[Finding]:
-    """Returns what was found in each gradient; syncs with the host.
+    """Returns what was found in each gradient; syncs with the host, twice.
 
     Args:
         look: The gradients of one device.
@@ -70,23 +70,31 @@ def findings_of(
         name_of: Names a parameter.
         sums: Whether they are sums in float32, which say nothing about the format of the gradients.
     """
-    found, count = look.found, len(look.params)
-    unknown: list[Any] = [None] * count
-    columns: list[list[Any]] = [
-        found.kinds.tolist(),
-        found.first_bad.tolist(),
-        found.square_sum.tolist(),
-        unknown if found.largest is None else found.largest.tolist(),
-        unknown if found.counts is None or sums else found.counts.tolist(),
-        unknown if found.histogram is None or sums else found.histogram.tolist(),
-    ]
     findings = [
         _finding(param, dtype, strides, scale, name_of(param), *values)
-        for param, (dtype, strides), *values in zip(
-            look.params, look.layouts, *columns, strict=True
+        for param, (dtype, strides), values in zip(
+            look.params, look.layouts, _rows(look, counted=not sums), strict=True
         )
     ]
     return [replace(one, headroom_bits=None) for one in findings] if sums else findings
+
+
+def _rows(look: Look, *, counted: bool) -> Iterator[tuple[Any, ...]]:
+    """Yields kinds, place, sum of squares, largest value, counts and histogram of each gradient.
+
+    All whole numbers are read at once, and all others: each read waits for the device.
+    """
+    found = look.found
+    whole = [found.kinds.long().unsqueeze(1), found.first_bad.unsqueeze(1)]
+    real = [found.square_sum]
+    if counted and found.counts is not None and found.histogram is not None:
+        whole += [found.counts, found.histogram]
+    if found.largest is not None:
+        real.append(found.largest.double())
+    numbers = zip(torch.cat(whole, 1).tolist(), torch.stack(real, 1).tolist(), strict=True)
+    for (kinds, first_bad, *counts), (square_sum, *largest) in numbers:
+        largest_or_none = largest[0] if largest else None
+        yield kinds, first_bad, square_sum, largest_or_none, counts[:6] or None, counts[6:] or None
 
 
 def _finding(

@@ -50,14 +50,16 @@ class History:
     Args:
         window: How many.
         device: Where the loss scale is.
+        spare: How many more are kept for those that ask late.
     """
 
-    def __init__(self, window: int, device: torch.device) -> None:
+    def __init__(self, window: int, device: torch.device, spare: int = 0) -> None:
         self.steps = 0
+        self._window = window
         self._device = device
         # scale, found_inf, norm, whether the loss is known, loss: float64
-        self._rows: deque[Tensor] = deque(maxlen=window)
-        self._seconds: deque[float | None] = deque(maxlen=window)
+        self._rows: deque[Tensor] = deque(maxlen=window + spare)
+        self._seconds: deque[float | None] = deque(maxlen=window + spare)
         self._ended: float | None = None
 
     def add(self, scale: Tensor, found_inf: Tensor, norm: Tensor, loss: Tensor | None) -> None:
@@ -81,9 +83,19 @@ class History:
         self._ended = now
         self.steps += 1
 
-    def read(self, last: int) -> list[tuple[Past, float | None]]:
-        """Returns so many steps, oldest first, each with its loss if that is known; syncs once."""
-        kept = list(self._rows)[-last:] if last else []
+    def holds(self, step: int) -> bool:
+        """Returns whether a step, counted from 0, is still kept."""
+        return self.steps - len(self._rows) <= step < self.steps
+
+    def read(self, last: int, until: int | None = None) -> list[tuple[Past, float | None]]:
+        """Returns so many steps, oldest first, each with its loss if that is known; syncs once.
+
+        Args:
+            last: How many.
+            until: The last of them, which is kept; None: the last of all.
+        """
+        end = len(self._rows) if until is None else len(self._rows) - (self.steps - 1 - until)
+        kept = list(self._rows)[max(0, end - last) : end]
         rows = torch.stack(kept).tolist() if kept else []
         return [
             (Past(scale, bool(skipped), norm), loss if known else None)
@@ -92,7 +104,7 @@ class History:
 
     def course(self, last: int) -> Course:
         """Returns what became of so many steps, or of all that are kept; syncs once."""
-        rows = self.read(last)
+        rows = self.read(min(last, self._window))
         count = len(rows)
         return Course(
             step=self.steps - count,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,33 +18,17 @@ from mpcore.monitoring.findings import Finding, findings_of
 from mpcore.monitoring.history import Course, History
 from mpcore.monitoring.memory import resident_bytes
 from mpcore.monitoring.model_state import BufferWatch, large_weights, not_finite
+from mpcore.monitoring.pending import LIMIT, Pending, Step
 from mpcore.monitoring.reading import Reading, summed_up
 from mpcore.monitoring.records import Record
 from mpcore.monitoring.report import OverflowReport
-from mpcore.monitoring.room import largest_share
 from mpcore.monitoring.update_sample import UpdateSample
+from mpcore.monitoring.used_share import used_share
 from mpcore.monitoring.verdicts import verdict_on
 from mpcore.optimizer import MixedPrecisionOptimizer
 from mpcore.step_result import StepResult
 
 _LONGEST = 2**14  # steps that a course holds, however rare readings are
-
-
-class _Step(NamedTuple):
-    """The last step, as long as it is the last.
-
-    Attributes:
-        gradients: What was found in them.
-        result: How it ended.
-        used_before: `Monitor._used` before it.
-        own_scale: Whether the optimizer's own loss scale was used.
-    """
-
-    gradients: StepGradients
-    result: StepResult
-    used_before: Tensor | None
-    own_scale: bool
-
 
 _LOG = logging.getLogger("mpcore.monitor")
 
@@ -52,12 +36,17 @@ _LOG = logging.getLogger("mpcore.monitor")
 class Monitor:
     """Watches the steps of an optimizer; syncs with the host on reported steps alone.
 
-    Every `every` steps it counts the values of each gradient by exponent, in the pass that looks
-    for overflow, and makes a `Reading`. On a skipped step it makes an `OverflowReport`:
-    at once on a CPU, where looking costs nothing; on a GPU in reported steps, or when `report()` is
-    called. Both go to the sinks, and with each reading a `Course`: what became of each step since
-    the one before, of the last 16,384 at most. Verdicts go to the logger "mpcore.monitor" too, one
-    line each and each kind once in `every` steps: INFO where nothing is wrong, else WARNING.
+    Every `every` steps it counts the values of each gradient by exponent and makes a `Reading`:
+    Triton kernels count in the pass that looks for overflow, other backends in another pass. On a
+    skipped step it makes an `OverflowReport`: at once on a CPU, where looking costs nothing; on a
+    CUDA device when the host has heard that the step was skipped, some steps later, and in the
+    next reading, `report()` or `close()` at the latest; on others in readings and `report()` alone.
+    A late report says how all was after its own step, but for weights and buffers: those are looked
+    at when it is made. A host that is 32 steps ahead of the device waits for the first of these.
+
+    Both go to the sinks, and with each reading a `Course`: what became of each step since the one
+    before, of the last 16,384 at most. Verdicts go to the logger "mpcore.monitor" too, one line
+    each and each kind once in `every` steps: INFO where nothing is wrong, else WARNING.
 
     Copies and pickles of the optimizer are not watched.
 
@@ -106,12 +95,13 @@ class Monitor:
         self._sinks = list(sinks)
         self._device = optimizer._scale.scale.device
         self._window = check_count("window", window)
-        self._history = History(max(window, min(every, _LONGEST)), self._device)
+        self._pending = Pending.on(self._device)
+        self._history = History(max(window, min(every, _LONGEST)), self._device, LIMIT)
         self._told = 0  # steps that sinks have heard of
         self._loss: Tensor | None = None
         self._sample: UpdateSample | None = None
         self._used: Tensor | None = None  # by the last clean step that was looked at
-        self._last: _Step | None = None
+        self._last: Step | None = None
         self._report: OverflowReport | None = None
         self._logged: dict[str, int] = {}
         #: The last reading, None before the first.
@@ -122,6 +112,7 @@ class Monitor:
         """Stops watching, and tells the sinks of the steps since the last reading; syncs."""
         if self._optimizer._stage.watcher is self:
             self._optimizer._stage.watcher = None
+        self._deliver(wait=True)
         self._emit_course()
 
     def __enter__(self) -> Monitor:
@@ -135,7 +126,11 @@ class Monitor:
         return self._history.course(self._window)
 
     def report(self) -> OverflowReport | None:
-        """Returns why the last step was skipped, None if it was not; syncs with the host."""
+        """Returns why the last step was skipped, None if it was not; syncs with the host.
+
+        Sinks and the log hear first of skipped steps that they have not heard of, this one as well.
+        """
+        self._deliver(wait=True)
         if self._last is None or not self._last.result.skipped:
             return None
         if self._report is None:
@@ -168,30 +163,40 @@ class Monitor:
         """Hears how a step ended; the optimizer calls it."""
         sample, loss = self._sample, self._loss
         self._sample = self._loss = self._report = None
-        self._last = _Step(gradients, result, self._used, own_scale)
-        step, looks = self._history.steps, gradients.looks()
+        number, looks = self._history.steps, gradients.looks()
         found_inf = gradients.found_inf()
+        late = self._pending if sample is None else None
+        sent = None if late is None else late.send(self._optimizer, found_inf)
+        self._last = step = Step(number, gradients, result, self._used, own_scale, sent)
         squares = [look.found.square_sum.sum().to(self._device) for look in looks]
         unknown = torch.full((), torch.nan, dtype=torch.float64, device=self._device)
         norm = torch.stack(squares).sum().sqrt() if squares else unknown
         scale = gradients.unscaled_by.double().reciprocal()
         self._history.add(scale, found_inf, norm, loss)
         self._note_used(gradients, found_inf)
+        self._deliver(wait=sample is not None)  # steps before come first
+        if late is not None:
+            late.add(step)
         if sample is not None:
             lost = sample.lost(self._optimizer._masters)
-            self.reading = self._made_reading(step, gradients, lost)
+            self.reading = self._made_reading(number, gradients, lost)
             self._emit(self.reading)
-        if (sample is not None or self._device.type == "cpu") and result.skipped:
-            report = self.report()
-            if report is not None:
-                self._emit(report)
-                self._log(report)
-        if sample is not None:
+            if self.reading.skipped:
+                self._tell(step)
             self._emit_course()
+        elif self._pending is None and self._device.type == "cpu" and result.skipped:
+            self._tell(step)
+
+    def _deliver(self, *, wait: bool) -> None:
+        """Tells of steps before that were skipped, if the host has heard so or shall wait."""
+        if self._pending is not None:
+            for step in self._pending.skipped(wait=wait):
+                if self._history.holds(step.number):  # not after a capture of very many steps
+                    self._tell(step)
 
     def _note_used(self, gradients: StepGradients, found_inf: Tensor) -> None:
         """Notes which share of its format the largest unscaled gradient takes; no host sync."""
-        now = largest_share(gradients, self._device)
+        now = used_share(gradients, self._device)
         if now is not None:
             before = torch.zeros_like(now) if self._used is None else self._used
             self._used = torch.where(found_inf != 0, before, now)
@@ -229,16 +234,12 @@ class Monitor:
             **summed_up(findings),
         )
 
-    def _made_report(self, step: _Step) -> OverflowReport:
-        *earlier, (now, loss) = self._history.read(self._window)
+    def _made_report(self, step: Step) -> OverflowReport:
+        *earlier, (now, loss) = self._history.read(self._window, step.number)
         passes = tuple(step.result.overflowed_in())
         optimizer = self._optimizer
-        state = optimizer._scale.to_state()
+        state = step.standing(optimizer)
         own = step.own_scale and not any(one.loss for one in passes)
-        totals = optimizer._losses.totals
-        steps, skipped = state.steps, state.skipped_steps
-        if totals is not None:
-            steps, skipped = totals.tolist()[:2]
         findings = self._findings(step.gradients, now.scale)
         weights = self._parameters()
         facts = Facts(
@@ -248,23 +249,23 @@ class Monitor:
             next_scale=state.scale if own else None,
             loss=loss,
             past=[past for past, _ in earlier],
-            clean_before=steps - skipped,
+            clean_before=state.steps - state.skipped_steps,
             bad_weights=not_finite(weights),
             large_weights=large_weights(weights),
             bad_buffers=self._buffers.damaged(),
             clean_losses=[one for past, one in earlier if one is not None and not past.skipped],
-            nan_since=self._nans.since(self._history.steps - 1, now.scale, findings),
+            nan_since=self._nans.since(step.number, now.scale, findings),
         )
         used = 0.0 if step.used_before is None else float(step.used_before)
         ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
         return OverflowReport(
-            step=self._history.steps - 1,
+            step=step.number,
             verdict=verdict_on(facts),
             loss_scale=now.scale,
             next_scale=facts.next_scale,
             loss=loss,
-            skips_in_a_row=state.skips_in_a_row if totals is None else int(totals[2]),
-            skipped_steps=skipped,
+            skips_in_a_row=state.skips_in_a_row,
+            skipped_steps=state.skipped_steps,
             headroom_before=-math.log2(used * now.scale) if used else None,
             findings=findings,
             passes=passes,
@@ -283,6 +284,14 @@ class Monitor:
     def _emit(self, record: Record) -> None:
         for sink in self._sinks:
             sink(record)
+
+    def _tell(self, step: Step) -> None:
+        """Makes the report of a skipped step, for sinks and the log."""
+        report = self._made_report(step)
+        if step is self._last:
+            self._report = report
+        self._emit(report)
+        self._log(report)
 
     def _log(self, report: OverflowReport) -> None:
         """Logs a line unless one of its kind was logged less than `every` steps ago."""

@@ -62,15 +62,24 @@ class OverflowReport:
     def one_line(self) -> str:
         """Returns the report in one line, for a log.
 
-        The numbers are those of the step: `step 12 skipped: probe; ...`.
+        The numbers are those of the step: `step 12 skipped on rank 1: probe; ...`.
         """
         bad = self.overflowed
         first = f", {bad[0].name} {'/'.join(bad[0].kinds)}" if bad else ""
+        passes = ""
+        if self.passes:
+            numbers = [str(one.micro_batch) for one in self.passes]
+            more = f" and {len(numbers) - 3} more" if len(numbers) > 3 else ""
+            passes = f" in micro-batch {', '.join(numbers[:3])}{more}"
         return (
-            f"step {self.step} skipped: {self.verdict.name}; loss scale {self.scales()}, "
-            f"{len(bad)} of {len(self.findings)} gradients{first}. "
+            f"step {self.step} skipped{self._where()}: {self.verdict.name}; "
+            f"loss scale {self.scales()}, "
+            f"{len(bad)} of {len(self.findings)} gradients{passes}{first}. "
             f"{self.verdict.text}"
         )
+
+    def _where(self) -> str:
+        return "" if self.rank is None else f" on rank {self.rank}"
 
     def scales(self) -> str:
         """Returns the loss scale of this step and of the next as text."""
@@ -82,9 +91,8 @@ class OverflowReport:
         return {"kind": "overflow", **plain(asdict(self))}
 
     def __str__(self) -> str:
-        where = "" if self.rank is None else f" on rank {self.rank}"
         lines = [
-            f"Step {self.step} was skipped{where}: {self.verdict}",
+            f"Step {self.step} was skipped{self._where()}: {self.verdict}",
             f"  loss scale {self.scales()}, "
             f"{self.skips_in_a_row} skipped in a row, {self.skipped_steps} so far"
             + ("" if self.loss is None else f", loss {self.loss:g}"),

@@ -35,16 +35,19 @@ class UpdateSample:
         """Returns the share of changed masters whose rounded weight stayed; None: none changed.
 
         A 16-bit weight that is updated itself starts from its rounded value: what it would become
-        is the update added to that, rounded. Syncs with the host.
+        is the update added to that, rounded. Syncs with the host, once for each device.
         """
-        lost = moved = 0
+        counts: dict[torch.device, list[Tensor]] = {}
         for (device, dtype), before in self._before.items():
             after = _samples(self._params[device, dtype], masters)
             weight = before.to(dtype)
             alone = (weight.float() + (after - before)).to(dtype)
             changed = after != before
-            moved += int(changed.sum())
-            lost += int((changed & (alone == weight)).sum())
+            counts.setdefault(device, []).append(
+                torch.stack([(changed & (alone == weight)).sum(), changed.sum()])
+            )
+        read = [torch.stack(some).sum(0).tolist() for some in counts.values()]
+        lost, moved = sum(one[0] for one in read), sum(one[1] for one in read)
         return lost / moved if moved else None
 
 

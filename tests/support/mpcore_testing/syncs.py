@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -27,19 +28,41 @@ class HostSyncError(RuntimeError):
     """The host waited for the device."""
 
 
-class ScalarReads(TorchDispatchMode):
-    """Counts reads of a value by the host: `bool()`, `.item()`, `.tolist()`.
-
-    Attributes:
-        count: How many there were.
-    """
+class _Lists(TorchFunctionMode):
+    """Counts calls of `.tolist()` that no operation tells of: those of one dimension and more."""
 
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
 
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is Tensor.tolist and args[0].dim() > 0
+        return func(*args, **(kwargs or {}))
+
+
+class ScalarReads(TorchDispatchMode):
+    """Counts reads of values by the host: `bool()`, `.item()`, `.tolist()`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lists = _Lists()
+        self._values = 0
+
+    @property
+    def count(self) -> int:
+        """How many there were."""
+        return self._values + self._lists.count
+
+    def __enter__(self) -> Any:
+        self._lists.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._lists.__exit__(*error)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func is _READ
+        self._values += func is _READ
         return func(*args, **(kwargs or {}))
 
 

@@ -1,4 +1,4 @@
-"""How much of its format the largest gradient takes; known without a sync."""
+"""How much of the range of their format the gradients of a step take."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 from mpcore.gradients import StepGradients
 
 
-def largest_share(gradients: StepGradients, device: torch.device) -> Tensor | None:
+def used_share(gradients: StepGradients, home: torch.device) -> Tensor | None:
     """Returns the largest unscaled gradient over the largest number of its format; no host sync.
 
     Args:
-        gradients: Of a step.
-        device: Where to put the result, a 0-d float64.
+        gradients: Of a step that has ended.
+        home: Where the result shall be, 0-d float64.
 
     Returns:
-        None if nobody looked, or if they are sums in float32, which say nothing about a format.
+        None if nobody looked for the largest, or for sums, which say nothing about the format.
     """
     shares = []
     for look in gradients.looks():
@@ -27,7 +27,7 @@ def largest_share(gradients: StepGradients, device: torch.device) -> Tensor | No
         runs = [(dtype, len(list(some))) for dtype, some in groupby(d for d, _ in look.layouts)]
         parts = torch.split(look.found.largest, [size for _, size in runs])
         shares += [
-            part.amax().double().to(device, non_blocking=True) / torch.finfo(dtype).max
+            part.amax().double().to(home, non_blocking=True) / torch.finfo(dtype).max
             for (dtype, _), part in zip(runs, parts, strict=True)
         ]
     return torch.stack(shares).amax() if shares else None
