@@ -1,5 +1,6 @@
 """A step of the engine while a CUDA graph is captured: what it needs is on the device by then."""
 
+import mpcore
 import pytest
 import torch
 from mpcore import step_plan
@@ -71,3 +72,26 @@ def test_new_gradients_are_refused_and_nothing_changes(capturing, device):
         run.step()
     assert all(map(torch.equal, run.tensors(), before))
     assert len(kept) == 3
+
+
+@pytest.mark.parametrize("clips", [False, True])
+def test_a_training_step_as_the_docs_capture_it_uploads_nothing(clips, capturing, uploads, device):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2)).to(device).half()
+    inner = torch.optim.AdamW(model.parameters(), lr=0.01)
+    optimizer = mpcore.MixedPrecisionOptimizer(inner, backend="triton")
+    x = torch.randn(5, 4, device=device).half()
+
+    def step():
+        optimizer.zero_grad(set_to_none=False)
+        optimizer.backward(model(x).float().square().mean())
+        if clips:
+            optimizer.clip_grad_norm_(1.0)
+        optimizer.step()
+
+    for _ in range(2):
+        step()
+    uploads.clear()
+    capturing.now = True
+    step()
+    assert uploads == []
+    assert optimizer.steps == 3
