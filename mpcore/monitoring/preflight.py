@@ -34,9 +34,12 @@ class Preflight:
         reason: Why.
 
     Example:
-        >>> found = preflight(nn.Linear(2, 1), torch.full((1, 2), 1e5), lambda out: out.sum())
-        >>> found.dtype, [one.name for one in found.problems(torch.float16)]
-        (torch.bfloat16, ['weight'])
+        >>> model = nn.Linear(2, 1)
+        >>> with torch.no_grad():
+        ...     _ = model.weight.fill_(1.0)
+        >>> found = preflight(model, torch.full((1, 2), 1e5), lambda out: out.sum())
+        >>> found.dtype, [one.kind for one in found.problems(torch.float16)]
+        (torch.bfloat16, ['activation', 'weight gradient'])
     """
 
     ranges: tuple[Range, ...]
