@@ -75,9 +75,13 @@ def bench(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[
         str | None,
-        typer.Option(help="float16 or bfloat16, of the weights that have masters.  [float16]"),
+        typer.Option(
+            help="float16 or bfloat16, of the weights that have masters.", show_default="float16"
+        ),
     ] = None,
-    backend: Annotated[str | None, typer.Option(help="Of the mpcore rows.  [auto]")] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="Of the mpcore rows.", show_default="auto")
+    ] = None,
     rows: Annotated[str | None, typer.Option(help="Which rows; commas.")] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Small and short: does it run at all?")
