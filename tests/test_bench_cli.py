@@ -62,6 +62,13 @@ def test_train_and_host_print_their_tables():
         (("--csv", "missing/bench.csv"), "csv: expected a file"),
         (("--plot", "bench.txt"), "plot: expected a name ending in"),
         (("--host", "--train"), "host: expected one of"),
+        (("--host", "--csv", "h.csv"), "csv: expected none with --host, where it has no effect"),
+        (("--host", "--plot", "h.svg"), "plot: expected none with --host"),
+        (("--host", "--rows", "fused"), "rows: expected none with --host"),
+        (("--host", "--dtype", "float16"), "dtype: expected none with --host"),
+        (("--train", "--csv", "t.csv"), "csv: expected none with --train, where it has no effect"),
+        (("--train", "--shapes", "nonsense"), "shapes: expected none with --train"),
+        (("--train", "--backend", "cpu"), "backend: expected none with --train"),
     ],
 )
 def test_bench_refuses_impossible_options_in_one_line(arguments, message):

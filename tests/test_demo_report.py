@@ -78,6 +78,18 @@ def test_report_holds_figures_with_descriptions(page):
     assert 'class="heat"' in page
 
 
+def test_report_lists_the_skipped_steps_of_the_first_seed_with_their_verdicts(page, result):
+    logs = [run.log for run in (result.of(regime)[0] for regime in GPT_REGIMES) if run.log]
+    reports = [(log.name, report) for log in logs for report in log.overflows]
+    assert reports
+    assert "<h2>Skipped steps</h2>" in page
+    for name, report in reports:
+        assert f"{with_powers(name)}, step {report.step:,}" in page
+        assert str(with_powers(str(report.verdict))) in page
+    calm = [replace(run, log=run.log and replace(run.log, overflows=())) for run in result.runs]
+    assert "<h2>Skipped steps</h2>" not in render_report(replace(result, runs=tuple(calm)))
+
+
 def test_figure_is_the_same_every_time_and_marks_each_skipped_step(result):
     scaled = [regime for regime in GPT_REGIMES if regime.scaled]
     assert all(result.of(regime)[0].skipped for regime in scaled)

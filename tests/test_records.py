@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,46 @@ def test_tensorboard_gets_numbers_and_text(engine: Engine) -> None:
     )
     assert ("mpcore/loss_scale", 2.0**10, 0) in written
     assert any(tag == "mpcore/overflow" and "Step 1 was skipped" in str(t) for tag, t, _ in written)
+
+
+def source_of(module: str) -> ast.Module:
+    """Parses a module of an installed package that need not be importable."""
+    package, *rest = module.split(".")
+    found = importlib.util.find_spec(package)
+    assert found is not None
+    assert found.origin is not None
+    return ast.parse(Path(found.origin).parent.joinpath(*rest).with_suffix(".py").read_text())
+
+
+def methods_of(module: str, name: str) -> dict[str, list[str]]:
+    """Returns the parameters of the methods of a class."""
+    kinds = [node for node in ast.walk(source_of(module)) if isinstance(node, ast.ClassDef)]
+    (kind,) = [node for node in kinds if node.name == name]
+    methods = [node for node in kind.body if isinstance(node, ast.FunctionDef)]
+    return {one.name: [a.arg for a in one.args.args] for one in methods}
+
+
+def test_tensorboard_is_called_as_torchs_writer_wants_it() -> None:
+    """Read from its source: importing it takes the package tensorboard."""
+    writer = methods_of("torch.utils.tensorboard.writer", "SummaryWriter")
+    expected = methods_of("mpcore.monitoring.sinks", "_Writer")
+    assert set(expected) == {"add_scalar", "add_text"}
+    for name, parameters in expected.items():
+        assert writer[name][: len(parameters)] == parameters
+    calls = [
+        node
+        for node in ast.walk(source_of("mpcore.monitoring.sinks"))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("self._writer.")
+    ]
+    assert calls
+    for call in calls:
+        assert isinstance(call.func, ast.Attribute)
+        assert len(call.args) == 3  # tag, value and step
+        parameters = writer[call.func.attr]
+        assert {keyword.arg for keyword in call.keywords} <= set(parameters)
+        tag, _, step = call.args
+        assert ast.unparse(tag)[0] in "'f"
+        assert "step" in ast.unparse(step)
 
 
 def watched(engine: Engine, *sinks: Any, steps: int = 7, every: int = 3) -> Any:

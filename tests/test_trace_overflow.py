@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections import UserDict
+from collections.abc import Callable
+from typing import Any
 
 import mpcore
 import pytest
@@ -125,3 +128,123 @@ def test_buffers_that_a_module_replaces_are_put_back() -> None:
     mpcore.preflight(model, batch(0).float(), loss_of)
     assert model[0].mean is buffer
     assert torch.equal(buffer, torch.zeros(4))
+
+
+class Attention(nn.Module):
+    """Adds a mask to scores between its layers; `blown_up` overflows between its modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.l, self.h, self.blown_up = nn.Linear(4, 4), nn.Linear(4, 1), False
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        scores = self.l(x) + mask
+        if self.blown_up:
+            scores = scores + 6e4
+            scores = scores + 6e4
+        return self.h(scores.softmax(-1))
+
+
+class Mapping(UserDict):  # type: ignore[type-arg]
+    """Batches of some libraries: no dictionary that PyTorch would look into."""
+
+
+def with_mask(kind: type = dict) -> Any:
+    mask = nn.Transformer.generate_square_subsequent_mask(4).half()
+    x = torch.randn(4, 4, generator=torch.Generator().manual_seed(0)).half()
+    return kind({"x": x, "mask": mask})
+
+
+def first_of(
+    model: nn.Module, given: Any, loss: Callable[[Any], Tensor] = Tensor.sum, scale: float = 1.0
+) -> tuple[str, str] | None:
+    trace = mpcore.trace_overflow(model, given, lambda out: loss(out.float()), loss_scale=scale)
+    return None if trace.first is None else (trace.first.phase, trace.first.module)
+
+
+@pytest.mark.parametrize("kind", [dict, Mapping])
+def test_a_mask_in_the_batch_is_no_fault(kind: type) -> None:
+    trace = mpcore.trace_overflow(Attention().half(), with_mask(kind), lambda out: out.sum())
+    assert trace.first is None
+    assert not trace.frames[0].finite_out
+    assert "Nothing went wrong" in str(trace)
+    assert "batch" in str(trace)
+
+
+def test_a_mask_in_the_batch_hides_no_fault() -> None:
+    model = Attention().half()
+    with torch.no_grad():
+        model.h.weight.fill_(6e4)
+    assert first_of(model, with_mask(), scale=2.0**4) == ("backward", "h")
+    assert first_of(model, with_mask(Mapping), lambda out: (out * 1e20).square().sum()) == (
+        "loss",
+        "loss_of",
+    )
+    model = Attention().half()
+    model.blown_up = True
+    assert first_of(model, with_mask()) == ("forward", "")
+    with torch.no_grad():
+        model.l.weight[0, 0] = torch.nan
+    assert first_of(model, with_mask()) == ("forward", "l")
+
+
+class Weighted(nn.Module):
+    """Weighs what its layer returns with the softmax of a mask alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.l = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.l(x) * mask.softmax(-1)
+
+
+def test_an_overflow_that_needs_the_mask_is_still_not_the_batchs() -> None:
+    """With ones in place of infinities no weight is 1, and no gradient overflows."""
+    given = (torch.ones(4).half(), torch.tensor([0.0, *[-torch.inf] * 3]).half())
+    assert first_of(Weighted().half(), given, scale=2.0**15) is None
+    # the gradient of the output is 2^15, which a batch of two sums for the bias
+    pair = (torch.ones(2, 4).half(), given[1])
+    assert first_of(Weighted().half(), pair, scale=2.0**15) == ("backward", "l")
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_goes_through_to_the_loss_is_the_batchs(bad: float) -> None:
+    given = with_mask()
+    given["x"][2, 1] = bad
+    assert first_of(Attention().half(), given) == ("batch", "batch")
+    given = with_mask()
+    given["mask"].fill_(bad)  # no place is left: a softmax of nothing but -inf is NaN
+    assert first_of(Attention().half(), given) == ("batch", "batch")
+
+
+def test_a_batch_whose_gradients_are_nan_is_to_blame_though_its_loss_is_finite() -> None:
+    class Rooted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.l = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.l(torch.ones(4)) * x
+            return torch.where(x.isfinite(), y, 0.0)
+
+    x = torch.ones(4)
+    x[1] = torch.nan
+    assert first_of(Rooted(), x) == ("batch", "batch")
+
+
+def test_masks_of_logits_that_the_loss_absorbs_are_no_fault() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Masked())
+    assert first_of(model, batch(0).float(), lambda out: out.softmax(-1)[:, 0].sum()) is None
+
+
+def test_a_batch_that_the_first_module_writes_to_is_run_again_as_it_was() -> None:
+    class Fills(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mul_(torch.nan)
+
+    x = batch(0).float()
+    x[0, 0] = torch.inf
+    model = nn.Sequential(Fills(), nn.Linear(4, 2))
+    assert first_of(model, x) == ("forward", "0")

@@ -7,6 +7,7 @@ Their steps clip with `torch.nn.utils.clip_grad_norm_` unless they bring a clip 
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -276,4 +277,19 @@ def _row(peer: Peer, device: torch.device) -> Row:
         peer.bound,
         peer.expected_bytes,
         missing,
+        None if missing else version_of(peer.package),
     )
+
+
+def version_of(package: str) -> str | None:
+    """Returns the version of what installed a package; None of a package without metadata.
+
+    Args:
+        package: What is imported, which may be called otherwise by pip.
+
+    Example:
+        >>> version_of("torch") == torch.__version__
+        True
+    """
+    installed_by = importlib.metadata.packages_distributions().get(package)
+    return importlib.metadata.version(installed_by[0]) if installed_by else None

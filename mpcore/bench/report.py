@@ -14,7 +14,8 @@ _MISSING = "n/a"
 
 COLUMNS = (
     *("date", "device", "gpu", "cpu", "threads", "python", "mpcore", "torch", "torch_build"),
-    *("triton", "shapes", "tensors", "parameters", "row", "label", "regime", "reason"),
+    *("triton", "shapes", "tensors", "parameters", "row", "label", "peer_version"),
+    *("regime", "reason"),
     *("error_in_bounds", "bound", "rounds", "median_s", "lower_quartile_s", "upper_quartile_s"),
     *("ratio_to_amp_fused", "ratio_to_masters_loop", "resident_bytes_per_param"),
     *("peak_extra_bytes_per_param", "moved_bytes_per_param", "moved_passes", "launches"),
@@ -57,8 +58,13 @@ def bytes_table(result: BenchResult, listed: ParameterList) -> Table:
         title=f"{listed.name}: bytes per parameter",
         header=("Row", "Resident", "Peak extra", "Moved (stated)", "Launches", "Host reads"),
         rows=tuple(_byte_cells(outcome) for outcome in timed),
-        notes=tuple(f"{o.row.label}: {o.row.regime}. Moved: {o.row.traffic}." for o in timed),
+        notes=tuple(f"{_versioned(o)}: {o.row.regime}. Moved: {o.row.traffic}." for o in timed),
     )
+
+
+def _versioned(outcome: Outcome) -> str:
+    row = outcome.row
+    return row.label if row.version is None else f"{row.label} {row.version}"
 
 
 def _timed(result: BenchResult, listed: ParameterList) -> list[Outcome]:
@@ -147,6 +153,7 @@ def _fields(result: BenchResult, outcome: Outcome) -> dict[str, object]:
         "parameters": listed.count,
         "row": row.key,
         "label": row.label,
+        "peer_version": row.version,
         "regime": row.regime,
         "reason": outcome.reason,
         "error_in_bounds": outcome.error,

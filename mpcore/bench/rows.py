@@ -66,6 +66,7 @@ class Row:
         bound: When its result counts as right.
         expected_bytes: Per parameter at the most, to see whether it fits into memory.
         missing: Why it cannot run here; None if it can.
+        version: Of the library that is neither mpcore nor torch, where it is known.
     """
 
     key: str
@@ -76,6 +77,7 @@ class Row:
     bound: Bound
     expected_bytes: float
     missing: str | None = None
+    version: str | None = None
 
 
 #: What other rows are compared with.

@@ -18,6 +18,10 @@ from mpcore.cli.output import Bars, check_writable, progress_on, show_table
 from mpcore.errors import ArgumentError
 
 _SUFFIXES = (".svg", ".png", ".pdf")
+_NO_EFFECT = {
+    "host": ("shapes", "dtype", "rows", "csv", "plot"),
+    "train": ("shapes", "dtype", "backend", "rows", "csv", "plot"),
+}
 
 
 @dataclass(frozen=True)
@@ -28,8 +32,8 @@ class BenchOptions:
     rounds: int | None
     threads: int
     device: str
-    dtype: str
-    backend: str
+    dtype: str | None
+    backend: str | None
     rows: str | None
     quick: bool
     csv: Path | None
@@ -47,10 +51,26 @@ class BenchOptions:
             rounds=self.rounds_or(3 if self.quick else 21),
             threads=self.threads,
             device=self.torch_device(),
-            dtype=self.dtype,
-            backend=self.backend,
+            dtype=self.dtype or "float16",
+            backend=self.backend or "auto",
             rows=None if self.rows is None else tuple(self.rows.split(",")),
         )
+
+    def refuse_what_has_no_effect(self, mode: str) -> None:
+        """Raises if an option was given that a measurement would not look at.
+
+        Args:
+            mode: "host" or "train".
+
+        Raises:
+            ArgumentError: One was.
+        """
+        for name in _NO_EFFECT[mode]:
+            given = getattr(self, name)
+            if given is not None:
+                raise ArgumentError(
+                    f"{name}: expected none with --{mode}, where it has no effect, got {given}."
+                )
 
     def rounds_or(self, default: int) -> int:
         """Returns the rounds asked for, or a default.
@@ -118,13 +138,13 @@ def show_host(options: BenchOptions, console: Console) -> None:
     """Measures host time per step and prints it.
 
     Args:
-        options: As typed; shapes, rows and files do not matter.
+        options: As typed; see `BenchOptions.refuse_what_has_no_effect`.
         console: Where to print.
     """
     torch.set_num_threads(options.settings().threads)
     rounds = options.rounds_or(5 if options.quick else 51)
     tensors = 40 if options.quick else 1000
-    measured = run_host(options.torch_device(), rounds, options.backend, tensors)
+    measured = run_host(options.torch_device(), rounds, options.backend or "auto", tensors)
     show_table(host_table(measured, tensors), console)
 
 
@@ -132,7 +152,7 @@ def show_training(options: BenchOptions, console: Console) -> None:
     """Counts the bytes of whole training steps and prints them.
 
     Args:
-        options: As typed; shapes, rows and files do not matter.
+        options: As typed; see `BenchOptions.refuse_what_has_no_effect`.
         console: Where to print.
     """
     torch.set_num_threads(options.settings().threads)

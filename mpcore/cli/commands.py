@@ -74,9 +74,14 @@ def bench(
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[
-        str, typer.Option(help="float16 or bfloat16, of the weights that have masters.")
-    ] = "float16",
-    backend: Annotated[str, typer.Option(help="Of the mpcore rows.")] = "auto",
+        str | None,
+        typer.Option(
+            help="float16 or bfloat16, of the weights that have masters.", show_default="float16"
+        ),
+    ] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="Of the mpcore rows.", show_default="auto")
+    ] = None,
     rows: Annotated[str | None, typer.Option(help="Which rows; commas.")] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Small and short: does it run at all?")
@@ -99,6 +104,8 @@ def bench(
         )
         if host and train:
             raise ArgumentError("host: expected one of --host and --train, got both.")
+        if host or train:
+            options.refuse_what_has_no_effect("host" if host else "train")
         show = show_host if host else show_training if train else show_bench
         show(options, Console())
 

@@ -8,7 +8,7 @@ from mpcore.demo.regimes import FP16_MASTERS, GPT_REGIMES
 from mpcore.demo.tables import bytes_table, digits_table, gpt_table
 from mpcore.report.bars import Stack, memory_figure, time_figure
 from mpcore.report.page import Picture, Section, render_page
-from mpcore.report.run_page import gradient_sections, lost_updates_section
+from mpcore.report.run_page import gradient_sections, lost_updates_section, skips_section
 
 
 def render_report(result: DemoResult) -> str:
@@ -22,12 +22,15 @@ def render_report(result: DemoResult) -> str:
     """
     gpt, digits, sizes = gpt_table(result), digits_table(result), bytes_table(result)
     watched = [run.log for run in (result.of(r)[0] for r in GPT_REGIMES) if run.log is not None]
+    overflows = [(log.name, report) for log in watched for report in log.overflows]
+    skips = (skips_section(overflows, many=True),) if overflows else ()
     main = next(log for log in watched if log.name == FP16_MASTERS.label)
     sections = (
         Section(gpt.title, (gpt.without_title(),)),
         Section("Training loss", (Picture(loss_figure(result), _LOSS),)),
         Section("How far above FP32", (Picture(difference_figure(result), _DIFFERENCE),)),
         Section("The loss scale finds its level", (Picture(scale_figure(result), _SCALE),)),
+        *skips,
         *gradient_sections(main),
         *lost_updates_section(watched),
         Section(digits.title, (digits.without_title(),)),

@@ -36,6 +36,7 @@ def run_and_visit(
         loss_scale: What the loss is multiplied by in float32.
         after: Called at the end, while the gradients are there.
     """
+    batch = dict(batch) if isinstance(batch, Mapping) else batch  # whose tensors PyTorch would miss
     arriving = _floating(batch)
     visit("batch", "batch", batch, arriving, arriving)
     with _left_alone(model), _hooked(model, visit) as handles:
