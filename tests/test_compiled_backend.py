@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from mpcore.backends import _c_command, _c_compiler, _c_update, _c_work, compiled, cpu
+from mpcore.backends import ScaleMove, _c_command, _c_compiler, _c_update, _c_work, compiled, cpu
 from mpcore.backends._c_work import CHUNK
 from mpcore.errors import ArgumentError, BackendError, StageError
 
@@ -159,18 +159,9 @@ def test_a_skipped_step_changes_nothing(options):
 def test_the_scale_moves_in_every_step(found_inf, scale):
     batch, move = make_batch(0, HALF, [3]), Move.on("cpu")
     grads = [make_grads(batch, HALF, 3)]
-    twin("sgd", batch).step(grads, Hyper.of(OPTIONS[3][2]), found_inf=found_inf, then=_Then(move))
+    then = ScaleMove(**vars(move))
+    twin("sgd", batch).step(grads, Hyper.of(OPTIONS[3][2]), found_inf=found_inf, then=then)
     assert move.scale.item() == scale
-
-
-class _Then:
-    """A move in the form that the backends take."""
-
-    def __init__(self, move):
-        self.move = move
-
-    def arguments(self):
-        return vars(self.move)
 
 
 @pytest.fixture

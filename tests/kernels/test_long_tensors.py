@@ -84,7 +84,7 @@ def test_inspect_reads_elements_beyond_32_bits(dtype, offset, device):
     facts = torch.full((3, PROGRAMS), -1, dtype=torch.int32, device=device)
     counters = torch.zeros(1, 262, dtype=torch.int64, device=device)
     _chunks.variant(dtype, True).launch(
-        *(PROGRAMS, table.entries, table.owners, torch.ones((), device=device)),
+        *(PROGRAMS, table.entries, table.owners, torch.ones((), device=device), 0),
         *(sums, facts, PROGRAMS, 0, counters),
     )
     largest = [
@@ -106,11 +106,11 @@ def test_finish_tells_places_beyond_32_bits(device):
         torch.full((1,), -7, dtype=dtype, device=device)
         for dtype in (torch.int32, torch.int64, torch.float64, torch.float32)
     ]
-    totals = [torch.zeros((), dtype=d, device=device) for d in (torch.int32, *[torch.float32] * 2)]
+    totals = [torch.zeros((), dtype=d, device=device) for d in (torch.int32, *[torch.float32] * 3)]
     _finish.variant().launch(
         *(2, torch.tensor([[0, chunks]], device=device)),
         *(torch.zeros(chunks, dtype=torch.int64, device=device), facts, chunks),
-        *(torch.ones((), device=device), 1.0, *outs, *totals),
+        *(torch.ones((), device=device), 0, 1.0, *outs, *totals),
     )
     assert (outs[0].item(), outs[1].item(), totals[0].item()) == (1, 2**31 + 9, 1)
 
