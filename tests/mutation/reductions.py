@@ -8,6 +8,11 @@ CHUNKS = mutants(
     ("NaN counts as an infinity", "tl.where(is_nan, 1, ", "tl.where(is_nan, 2, "),
     ("the signs of infinities are swapped", "tl.where(bits < 0, 4, 2)", "tl.where(bits < 0, 2, 4)"),
     (
+        "chunks invert nothing",
+        "coefficient = load_coefficient(coefficient_ptr, inverted)",
+        "coefficient = tl.load(coefficient_ptr)",
+    ),
+    (
         "a product that overflows goes unnoticed",
         "tl.where(loaded, special, 8)",
         "tl.where(loaded, special, 0)",
@@ -121,6 +126,21 @@ FINISH = mutants(
         "a NaN makes an infinite norm",
         'tl.where((kinds & 1) == 0, square_sum, float("nan"))',
         "square_sum",
+    ),
+    (
+        "what is inverted is taken as it is",
+        "tl.where(inverted != 0, tl.div_rn(1.0, given), given)",
+        "given",
+    ),
+    (
+        "everything is inverted",
+        "tl.where(inverted != 0, tl.div_rn(1.0, given), given)",
+        "tl.div_rn(1.0, given)",
+    ),
+    (
+        "the clip is in what unscales",
+        "tl.store(unscale_ptr, coefficient)",
+        "tl.store(unscale_ptr, latched)",
     ),
     ("the norm is not rooted", "norm = tl.sqrt(square_sum)", "norm = square_sum"),
     ("the epsilon is forgotten", "limit / (norm + epsilon)", "limit / norm"),
