@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from mpcore_testing.comparisons import PROPERTY, TALLY, summary
 from mpcore_testing.engines import ENGINES
@@ -15,8 +15,10 @@ if not torch.cuda.is_available():
 
 # The same examples in every run, so that a change is judged by what it changed; `make test-random`
 # looks for new ones. An example it finds is kept as an @example of its test.
-settings.register_profile("fixed", deadline=None, max_examples=100, derandomize=True)
-settings.register_profile("random", deadline=None, max_examples=1000, print_blob=True)
+# Nothing depends on how busy the machine is.
+patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("fixed", patient, max_examples=100, derandomize=True)
+settings.register_profile("random", patient, max_examples=1000, print_blob=True)
 settings.load_profile("fixed")
 
 
