@@ -57,7 +57,7 @@ def test_csv_and_notes_state_the_versions_of_peers_that_were_timed(monkeypatch):
 
 def test_versions_are_those_of_what_installed_a_package():
     assert peers.version_of("torch") == torch.__version__
-    assert peers.version_of("yaml") == importlib.metadata.version("pyyaml")  # pip's other name
+    assert peers.version_of("xdist") == importlib.metadata.version("pytest-xdist")
     assert peers.version_of("no_such_package") is None
 
 
