@@ -9,7 +9,7 @@ from typing import Any
 
 from mpcore.accumulation import Overflow
 from mpcore.monitoring.findings import Finding
-from mpcore.monitoring.verdicts import Verdict, scale_text
+from mpcore.monitoring.verdicts import Verdict, first_few, scale_text
 
 _SHOWN = 12  # finite gradients around those that are not, in text
 
@@ -69,8 +69,7 @@ class OverflowReport:
         passes = ""
         if self.passes:
             numbers = [str(one.micro_batch) for one in self.passes]
-            more = f" and {len(numbers) - 3} more" if len(numbers) > 3 else ""
-            passes = f" in micro-batch {', '.join(numbers[:3])}{more}"
+            passes = f" in micro-batch {first_few(numbers)}"
         return (
             f"step {self.step} skipped{self._where()}: {self.verdict.name}; "
             f"loss scale {self.scales()}, "

@@ -17,6 +17,17 @@ _TRACE = "mpcore.trace_overflow(model, batch, ...) names the first module."
 _SMALL = 2.0**15
 
 
+def first_few(names: Sequence[str]) -> str:
+    """Returns three of them, and how many more there are.
+
+    Example:
+        >>> first_few("abcde")
+        'a, b, c and 2 more'
+    """
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What happened, and what to do.
@@ -80,24 +91,19 @@ def verdict_on(facts: Facts) -> Verdict:
     raise AssertionError("the last rule fits everything")
 
 
-def _names(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
-
-
 def _damaged(facts: Facts) -> Verdict | None:
     if facts.bad_weights:
         return Verdict(
             "weights",
             False,
-            f"Weights are not finite: {_names(facts.bad_weights)}.",
+            f"Weights are not finite: {first_few(facts.bad_weights)}.",
             "Skipping cannot mend that: go back to a checkpoint, and look at what wrote to them.",
         )
     if facts.bad_buffers:
         return Verdict(
             "buffers",
             False,
-            f"Buffers of the model are not finite: {_names(facts.bad_buffers)}.",
+            f"Buffers of the model are not finite: {first_few(facts.bad_buffers)}.",
             "A forward pass that overflowed has probably written to them, and a skipped step does "
             "not undo that: go back to a checkpoint, or reset them (BatchNorm: "
             "reset_running_stats()).",
@@ -115,7 +121,8 @@ def _saturated(facts: Facts) -> Verdict | None:
     return Verdict(
         "saturated",
         False,
-        f"float16 weights are close to its largest number, 65504: {_names(facts.large_weights)}.",
+        "float16 weights are close to its largest number, 65504: "
+        f"{first_few(facts.large_weights)}.",
         "No loss scale can help. Use bfloat16, weight decay, or a lower learning rate.",
     )
 
@@ -152,7 +159,7 @@ def _other(facts: Facts) -> Verdict | None:
     return Verdict(
         "other",
         True,
-        f"Gradients overflowed: {_names(facts.bad())}. Their loss scale is not the optimizer's "
+        f"Gradients overflowed: {first_few(facts.bad())}. Their loss scale is not the optimizer's "
         "own (an outside scaler, or a loss of add_loss): nobody here tells a search from a spike.",
     )
 
@@ -213,7 +220,7 @@ def _always_nan(facts: Facts) -> Verdict | None:
         False,
         f"The same gradients were NaN and none was infinite at each loss scale from "
         f"{scale_text(since)} down to {scale_text(facts.scale)}, while others were finite: "
-        f"{_names(facts.bad())}. Probably the backward pass makes a NaN, and no loss scale can "
+        f"{first_few(facts.bad())}. Probably the backward pass makes a NaN, and no loss scale can "
         "help.",
         _TRACE,
     )
@@ -253,7 +260,7 @@ def _spike(facts: Facts) -> Verdict:
         "spike",
         False,
         f"A spike: {loss}gradients overflowed at a loss scale of {scale_text(facts.scale)}"
-        f"{before}: {_names(facts.bad())}.{usual}",
+        f"{before}: {first_few(facts.bad())}.{usual}",
         "One now and then is harmless, since the step was skipped. If they go on: look at the "
         "batch, lower the learning rate, or clip.",
     )

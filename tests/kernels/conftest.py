@@ -4,6 +4,7 @@ import pytest
 import torch
 import triton
 
+from mpcore_kernels import _update_plan
 from mpcore_kernels._launch import Variant, argument_type
 from mpcore_kernels._variants import variants
 from mpcore_kernels.unscale import _unscale_kernel
@@ -46,3 +47,17 @@ def capturing(monkeypatch):
     monkeypatch.setattr("mpcore_kernels._cache.is_capturing", lambda device: capture.now)
     monkeypatch.setattr("mpcore_kernels.update.is_capturing", lambda device: capture.now)
     return capture
+
+
+@pytest.fixture
+def uploads(monkeypatch):
+    """The tables that plans upload, by their number of elements."""
+    found = []
+    upload = _update_plan.upload
+
+    def watched(values, device):
+        found.append(values.numel())
+        return upload(values, device)
+
+    monkeypatch.setattr(_update_plan, "upload", watched)
+    return found

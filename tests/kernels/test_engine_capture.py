@@ -5,22 +5,7 @@ import pytest
 import torch
 from mpcore import step_plan
 
-from mpcore_kernels import _update_plan
 from mpcore_testing.engine_runs import OPTIMIZERS, Training
-
-
-@pytest.fixture
-def uploads(monkeypatch):
-    """How many tables were sent to the device."""
-    found = []
-    upload = _update_plan.upload
-
-    def watched(values, device):
-        found.append(values.numel())
-        return upload(values, device)
-
-    monkeypatch.setattr(_update_plan, "upload", watched)
-    return found
 
 
 @pytest.mark.parametrize("max_norm", [None, 0.5])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mpcore_kernels
-from mpcore_kernels import Launcher, _update_plan
+from mpcore_kernels import Launcher
 from mpcore_kernels._update_kernel import CHUNK
 from mpcore_testing.fused import (
     BRAIN,
@@ -118,20 +118,6 @@ def test_preparing_twice_is_preparing_for_the_second(device):
     twin = Twin(RULE, [batch], device)
     mpcore_kernels.prepare_(twin.plan, Hyper.of(tuple(2 * n for n in NUMBERS)))
     twin.step([make_grads(batch, HALF, 1)], HYPER)
-
-
-@pytest.fixture
-def uploads(monkeypatch):
-    """The tables that plans upload, by their number of elements."""
-    found = []
-    upload = _update_plan.upload
-
-    def watched(values, device):
-        found.append(values.numel())
-        return upload(values, device)
-
-    monkeypatch.setattr(_update_plan, "upload", watched)
-    return found
 
 
 def test_a_step_uploads_addresses_and_numbers_once_and_only_if_they_changed(device, uploads):
