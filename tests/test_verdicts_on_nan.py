@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import mpcore
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from mpcore.monitoring.facts import Facts, NanStreak
 from mpcore.monitoring.findings import Finding
 from torch import Tensor, nn
@@ -270,3 +274,23 @@ def test_a_streak_ends_with_a_gap_another_set_or_an_infinity() -> None:
     streak = NanStreak()
     for step, scale, findings, expected in rows:
         assert streak.since(step, scale, findings) == expected
+
+
+@given(
+    st.lists(st.floats(-1e6, 1e6) | st.sampled_from([torch.inf, torch.nan]), max_size=50),
+    st.floats(-1e8, 1e8) | st.sampled_from([torch.inf, torch.nan, None]),
+)
+def test_outliers_are_those_of_the_standard_librarys_median(
+    losses: list[float], loss: float | None
+) -> None:
+    facts = Facts([], None, 1.0, None, loss, [], len(losses), clean_losses=losses)
+    known = [abs(one) for one in losses[-32:] if math.isfinite(one)]
+    if len(known) < 5:
+        assert facts.usual_loss() is None
+        assert not facts.loss_is_an_outlier()
+        return
+    usual = statistics.median_high(known)
+    assert facts.usual_loss() == usual
+    finite = loss is not None and math.isfinite(loss)
+    outlier = finite and abs(loss or 0.0) > 8 * usual and abs(loss or 0.0) > max(known)
+    assert facts.loss_is_an_outlier() == outlier
