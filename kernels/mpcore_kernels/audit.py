@@ -52,6 +52,11 @@ COLUMNS = (
 )
 
 
+def target_name(target: GPUTarget) -> str:
+    """Returns a GPU's name as its maker calls it: `"sm_90"`, `"gfx942"`."""
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
+
+
 def row(variant: Variant, facts: Facts) -> dict[str, str]:
     """Returns what the table says about one variant on one GPU, by column."""
     cells = {
@@ -125,6 +130,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--kernel", default="", help="only variants whose name contains this")
+    parser.add_argument(
+        "--gpu",
+        action="append",
+        choices=[*map(target_name, TARGETS)],
+        help="only this GPU; may be given several times (default: all of them)",
+    )
     options = parser.parse_args(arguments)
     chosen = variants()
     if not all(isinstance(variant.kernel, triton.JITFunction) for variant in chosen):
@@ -136,8 +147,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     jobs = [
         (place, target)
         for place, variant in enumerate(chosen)
-        for target in range(len(TARGETS))
-        if options.kernel in variant.name
+        for target, gpu in enumerate(TARGETS)
+        if options.kernel in variant.name and target_name(gpu) in (options.gpu or target_name(gpu))
     ]
     # processes and not threads: Triton's compiler is not documented to be safe for those
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:

@@ -1,4 +1,6 @@
-"""The fused path over 1,000 steps, bit for bit what an oracle of each engine computes.
+"""The fused path over many steps, bit for bit what an oracle of each engine computes.
+
+`make test` takes 200 steps, `make test-exhaustive` 1,000.
 
 `reference` and `compiled` are judged by NumPy's float32, one operation after the other, `cpu` by
 `torch.optim` with `fused=True` over FP32 copies. Everything happens that happens in training: the
@@ -14,9 +16,10 @@ import torch
 
 from mpcore_testing.bits import rounded, same_bits
 from mpcore_testing.engines import Engine
+from mpcore_testing.lengths import short_and_long
 from mpcore_testing.updates import Batch, Hyper, update
 
-STEPS = 1000
+STEPS = short_and_long(200, 1000)
 SCALE = mpcore.DynamicLossScale(init=2.0**9, growth_interval=40, max_scale=2.0**12)
 SHAPES = [(1,), (7,), (17,), (3, 5), (), (65,), (4, 33)]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -171,7 +174,8 @@ def cases():
 
 
 @pytest.mark.parametrize(("name", "backend"), list(cases()))
-def test_a_thousand_steps_have_the_bits_of_the_oracle(name, backend):
+@pytest.mark.parametrize("steps", STEPS)
+def test_many_steps_have_the_bits_of_the_oracle(steps, name, backend):
     kind, options, other, (rule, numbers, moments) = CASES[name]
     generator = torch.Generator().manual_seed(1)
     values = [torch.randn(shape, generator=generator) for shape in SHAPES]
@@ -182,7 +186,7 @@ def test_a_thousand_steps_have_the_bits_of_the_oracle(name, backend):
     optimizer = Engine(backend, "fused").wrap(kind(groups_of(params, other), **options), SCALE)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.6 + 0.4 * math.cos(t / 50))
     scales = set()
-    for step in range(STEPS):
+    for step in range(steps):
         optimizer.zero_grad()
         scale = float(optimizer.scale(torch.ones(())))
         scales.add(scale)
@@ -198,9 +202,9 @@ def test_a_thousand_steps_have_the_bits_of_the_oracle(name, backend):
             param.grad = grad
         optimizer.step()
         schedule.step()
-        if step < 10 or step % 50 == 0 or step == STEPS - 1:
+        if step < 10 or step % 50 == 0 or step == steps - 1:
             assert_same(optimizer, params, oracle, moments)
-    assert optimizer.skipped_steps == 1 + len(range(5, STEPS, 97))
+    assert optimizer.skipped_steps == 1 + len(range(5, steps, 97))
     assert len(scales) > 3
 
 

@@ -1,4 +1,6 @@
-"""The fused path against `torch.optim` over FP32 copies for 1,000 steps, within a stated bound.
+"""The fused path against `torch.optim` over FP32 copies, within a stated bound.
+
+`make test` takes 200 steps, `make test-exhaustive` 1,000.
 
 Both sides round, in different places. A step adds at most, in units of 2^-24,
 
@@ -22,10 +24,12 @@ import torch
 from mpcore_testing.bits import rounded, same_bits
 from mpcore_testing.engines import FUSED
 from mpcore_testing.formulas import Formula
+from mpcore_testing.lengths import short_and_long
 
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
 UNIT = 2.0**-24
 LARGEST = 2.0
+STEPS = short_and_long(200, 1000)
 SCALE = mpcore.DynamicLossScale(init=2.0**9, growth_interval=40, max_scale=2.0**12)
 
 CASES = {
@@ -106,7 +110,8 @@ def assert_same_state(optimizer, params, plain, copies, largest):
 
 @pytest.mark.parametrize("engine", FUSED, ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_a_thousand_steps_stay_within_the_stated_bound(name, engine):
+@pytest.mark.parametrize("steps", STEPS)
+def test_many_steps_stay_within_the_stated_bound(steps, name, engine):
     kind, options, reach = CASES[name]
     params = parameters(1)
     copies = [torch.nn.Parameter(p.detach().float().clone()) for p in params]
@@ -116,7 +121,7 @@ def test_a_thousand_steps_stay_within_the_stated_bound(name, engine):
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.6 + 0.4 * math.cos(t / 50))
     generator = torch.Generator().manual_seed(2)
     allowed = [torch.zeros_like(copy, dtype=torch.float64) for copy in copies]
-    for step in range(1000):
+    for step in range(steps):
         optimizer.zero_grad()
         scale = float(optimizer.scale(torch.ones(())))
         overflow = step == 0 or step % 97 == 5
@@ -137,12 +142,12 @@ def test_a_thousand_steps_stay_within_the_stated_bound(name, engine):
         for i, (bound, copy) in enumerate(zip(allowed, copies, strict=True)):
             update = 64 * rates[int(i >= 4)] * reach
             bound.add_(UNIT * (2 * copy.detach().double().abs() + update))
-        if step % 20 == 0 or step == 999:
+        if step % 20 == 0 or step == steps - 1:
             for i, (param, copy) in enumerate(zip(params, copies, strict=True)):
                 master = master_of(optimizer, param)
                 assert ((master - copy).double().abs() <= allowed[i]).all(), (step, i)
                 assert same_bits(param.detach(), rounded(master, param.dtype))
-    assert optimizer.skipped_steps == 1 + len(range(5, 1000, 97))
+    assert optimizer.skipped_steps == 1 + len(range(5, steps, 97))
     assert_same_state(optimizer, params, plain, copies, max(reach, LARGEST**2))
 
 
@@ -152,7 +157,8 @@ def test_a_thousand_steps_stay_within_the_stated_bound(name, engine):
     [{"lr": 0.01}, {"lr": 0.003, "betas": (0.95, 0.98), "weight_decay": 1.0, "maximize": True}],
     ids=str,
 )
-def test_a_thousand_steps_of_lion_are_those_of_the_paper(options, engine):
+@pytest.mark.parametrize("steps", STEPS)
+def test_many_steps_of_lion_are_those_of_the_paper(steps, options, engine):
     """A step rounds the weight twice (decay, sum), and 1 - lr * decay and lr are rounded numbers.
 
     A sign that hangs on the last bits may come out either way; such elements are left out.
@@ -161,7 +167,7 @@ def test_a_thousand_steps_of_lion_are_those_of_the_paper(options, engine):
     optimizer = engine.wrap(mpcore.optim.Lion(params, **options), SCALE)
     formulas = [Formula("Lion", options, p.detach().double().numpy()) for p in params]
     generator, farthest = torch.Generator().manual_seed(0), 0.0
-    for step in range(1000):
+    for step in range(steps):
         scale = float(optimizer.scale(torch.ones(())))
         for param, formula in zip(params, formulas, strict=True):
             values = torch.randn(param.shape, generator=generator) + 0.1
@@ -172,11 +178,11 @@ def test_a_thousand_steps_of_lion_are_those_of_the_paper(options, engine):
         if step % 100 == 0:
             params[0].grad[0] = torch.nan
         optimizer.step()
-    assert optimizer.skipped_steps == 10
+    assert optimizer.skipped_steps == steps // 100
     for param, formula in zip(params, formulas, strict=True):
         assert formula.certain.mean() > 0.8
         difference = np.abs(master_of(optimizer, param).double().numpy() - formula.param)
-        allowed = 1000 * UNIT * (3 * farthest + options["lr"])
+        allowed = steps * UNIT * (3 * farthest + options["lr"])
         assert (difference <= allowed)[formula.certain].all()
         mean = optimizer.state[param]["exp_avg"].double().numpy()
         assert np.abs(mean - formula.state["exp_avg"]).max() <= 64 * UNIT * 4

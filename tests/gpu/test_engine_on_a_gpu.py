@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mpcore_testing.engine_runs import OPTIMIZERS, OVERFLOWS, Training
-from mpcore_testing.gpu import DEVICE, captured, needs_a_gpu, no_sync
+from mpcore_testing.gpu import DEVICE, captured, needs_a_gpu, no_sync, rehearsed
 from mpcore_testing.kernels import assert_same_bits
 
 pytestmark = pytest.mark.gpu
@@ -32,8 +32,8 @@ def assert_alike(ours, theirs):
 
 
 @pytest.mark.parametrize("max_norm", [None, 0.5])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", rehearsed([torch.float16, torch.bfloat16], 1), ids=str)
+@pytest.mark.parametrize("name", rehearsed(OPTIMIZERS, 2))
 def test_training_has_the_bits_of_the_reference_on_the_cpu(name, dtype, max_norm):
     ours, theirs = runs(name, dtype)
     for number in range(6):
@@ -57,7 +57,7 @@ def test_a_step_never_waits_for_the_device(max_norm):
 
 
 @pytest.mark.parametrize("max_norm", [None, 0.5])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", rehearsed(OPTIMIZERS, 2))
 def test_a_captured_step_is_replayed_across_overflows(name, max_norm):
     ours, theirs = runs(name)
     lr = torch.tensor(0.01, device=DEVICE)

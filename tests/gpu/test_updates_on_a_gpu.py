@@ -17,7 +17,7 @@ from mpcore_testing.fused import (
     make_grads,
     scalar,
 )
-from mpcore_testing.gpu import DEVICE, ON_A_GPU, captured, many, needs_a_gpu, no_sync
+from mpcore_testing.gpu import DEVICE, ON_A_GPU, captured, many, needs_a_gpu, no_sync, rehearsed
 from mpcore_testing.kernels import random_bits, random_finite
 from mpcore_testing.updates import Hyper, assert_same_batches, update
 
@@ -30,7 +30,7 @@ OVERFLOWS = [0, 3, 4]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda values: "-".join(map(str, values[:2])))
-@pytest.mark.parametrize(("grad", "weight"), COMBINATIONS)
+@pytest.mark.parametrize(("grad", "weight"), rehearsed(COMBINATIONS, 1))
 @pytest.mark.parametrize("make", [random_finite, random_bits])
 def test_updates_give_the_bits_of_numpy_on_the_device(options, grad, weight, make):
     rule, moments, numbers = options
@@ -98,7 +98,9 @@ class Training:
         return [*tensors, *self.move.tensors(), self.saturated]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda values: "-".join(map(str, values[:2])))
+@pytest.mark.parametrize(
+    "options", rehearsed(OPTIONS, 2), ids=lambda values: "-".join(map(str, values[:2]))
+)
 def test_a_captured_step_is_replayed_across_overflows_the_first_one_too(options):
     rule, moments, numbers = options
     training = Training(rule, moments)

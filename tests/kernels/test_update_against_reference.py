@@ -9,10 +9,13 @@ import mpcore_kernels
 from mpcore_kernels._update_kernel import CHUNK
 from mpcore_testing.fused import BRAIN, FULL, HALF, OPTIONS, Move, make_batch, make_grads, scalar
 from mpcore_testing.inspections import assert_same_inspection
+from mpcore_testing.lengths import in_turn
 from mpcore_testing.updates import assert_same_batches
 
 SIZES = [0, 1, 7, 300, CHUNK, CHUNK + 1]
 BAD_STEPS = [0, 3]
+#: dtypes of gradient and weight, of the batches of one plan
+DTYPES = [[(HALF, HALF), (FULL, None)], [(BRAIN, BRAIN)], [(FULL, HALF), (FULL, BRAIN)]]
 
 
 class Training:
@@ -52,10 +55,7 @@ def _copy(tensor, device):
     return torch.empty_like(tensor, device=device).copy_(tensor)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda values: "-".join(map(str, values[:2])))
-@pytest.mark.parametrize(
-    "dtypes", [[(HALF, HALF), (FULL, None)], [(BRAIN, BRAIN)], [(FULL, HALF), (FULL, BRAIN)]]
-)
+@pytest.mark.parametrize(("options", "dtypes"), in_turn(OPTIONS, DTYPES))
 def test_steps_across_overflows_are_those_of_the_reference(options, dtypes, device):
     rule, moments, numbers = options
     groups = [i % 2 for i in range(len(SIZES))]

@@ -6,8 +6,9 @@ need the device itself runs without one too, on fewer elements, through Triton's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,15 @@ needs_a_gpu = pytest.mark.skipif(not ON_A_GPU, reason="no CUDA or ROCm device")
 def many(on_a_gpu: int, rehearsed: int) -> int:
     """How many elements, tensors or repetitions."""
     return on_a_gpu if ON_A_GPU else rehearsed
+
+
+def rehearsed(values: Iterable[Any], few: int) -> list[Any]:
+    """All values of a parameter on a GPU, the first few in a rehearsal.
+
+    What the others compute is tested on the CPU in tests/kernels.
+    """
+    chosen = list(values)
+    return chosen if ON_A_GPU else chosen[:few]
 
 
 @contextmanager
