@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpcore._memory import all_in_memory
 from mpcore._parameters import check_group, check_original, name_of
+from mpcore._wrapped_passes import WrappedPasses
 from mpcore.backends import resolve
 from mpcore.errors import ArgumentError, BackendError
 from mpcore.masters import Masters
@@ -54,6 +56,8 @@ class OptimizerWrapper(torch.optim.Optimizer):
         devices, dtypes = {p.device for p in params}, {p.dtype for p in params}
         self._backend_asked = asked
         self.backend, self._module = resolve(asked, devices, dtypes)
+        if not all_in_memory(params):
+            self._module = WrappedPasses(self._module)
 
     def _params(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
@@ -83,6 +87,11 @@ class OptimizerWrapper(torch.optim.Optimizer):
             raise BackendError(
                 f"add_param_group: expected parameters for the backend {self.backend!r}, got some "
                 f"that need {name!r}. Wrap with backend={name!r}."
+            )
+        if not all_in_memory(params) and not isinstance(self._module, WrappedPasses):
+            raise BackendError(
+                "add_param_group: expected parameters with memory of their own, like those "
+                "there, got DTensors or other wrappers. Wrap an optimizer over all of them."
             )
         self.inner.add_param_group(group)
         self._mark_groups()
