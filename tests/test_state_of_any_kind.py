@@ -233,3 +233,41 @@ def test_a_plain_state_is_refused_and_the_way_in_is_named(engine: Engine) -> Non
     with pytest.raises(mpcore.ArgumentError, match=r"mpcore\.migration\.from_torch"):
         optimizer.load_state_dict(plain.state_dict())
     assert same_bits(snapshot(optimizer), before)
+
+
+@pytest.mark.parametrize("what", ["parameters", "names"])
+def test_values_that_change_their_keys_are_what_the_next_step_uses(
+    engine: Engine, what: str
+) -> None:
+    runs = []
+    for moved in (False, True):
+        params = [nn.Parameter(torch.full((3,), value)) for value in (1.0, 2.0)]
+        optimizer = engine.wrap(torch.optim.Adam(params, lr=0.1), mpcore.NoLossScale())
+        for _ in range(2):
+            for param, grad in zip(params, (1.0, -3.0), strict=True):
+                param.grad = torch.full((3,), grad)
+            optimizer.step()
+        shown = [dict(optimizer.state[param]) for param in params]
+        names = ("exp_avg", "exp_avg_sq")
+        if what == "names":
+            pairs = [(s["exp_avg"], s["exp_avg_sq"]) for s in shown]
+            pairs += [(s["exp_avg_sq"], s["exp_avg"].abs()) for s in shown]
+        else:
+            pairs = [(a[n], b[n]) for a, b in [shown, shown[::-1]] for n in names]
+        if not moved:
+            values = [(to, value.clone()) for to, value in pairs]
+            for to, value in values:
+                to.copy_(value)
+        elif what == "names":
+            for param, state in zip(params, shown, strict=True):
+                state["exp_avg"].abs_()  # it becomes a second moment
+                exchanged = dict(zip(names, names[::-1], strict=True))
+                optimizer.state[param] = {exchanged.get(k, k): v for k, v in state.items()}
+        else:
+            optimizer.state.clear()
+            optimizer.state.update(zip(params[::-1], shown, strict=True))
+        for param in params:
+            param.grad = torch.ones(3)
+        optimizer.step()
+        runs.append([param.detach().clone() for param in params])
+    assert same_bits(*runs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mpcore
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 from mpcore._memory import all_in_memory, why_no_memory
 from mpcore._wrapped_passes import WrappedPasses
-from mpcore.backends import compiled
+from mpcore.backends import compiled, reference
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -161,12 +162,13 @@ def test_parameters_without_values_in_memory_are_refused_by_the_constructor(
     assert "mpcore" not in inner.param_groups[0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_a_gradient_of_another_kind_is_refused_by_the_call_that_meets_it(
-    engine: Engine, mesh: Any
+    engine: Engine, dtype: torch.dtype, mesh: Any
 ) -> None:
-    param = nn.Parameter(values(torch.float32))
+    param = nn.Parameter(values(dtype))
     optimizer = engine.wrap(torch.optim.AdamW([param]), mpcore.NoLossScale())
-    param.grad = wrapped("TwoTensor", values(torch.float32), mesh)
+    param.grad = wrapped("TwoTensor", values(dtype), mesh)
     for call in (
         optimizer.step,
         optimizer.unscale_,
@@ -175,8 +177,8 @@ def test_a_gradient_of_another_kind_is_refused_by_the_call_that_meets_it(
     ):
         with pytest.raises(mpcore.ArgumentError, match="TwoTensor has no memory of its own"):
             call()
-    assert same_bits(param.detach(), values(torch.float32))
-    param.grad = values(torch.float32)
+    assert same_bits(param.detach(), values(dtype))
+    param.grad = values(dtype)
     optimizer.step()
     assert optimizer.steps == 1
 
@@ -204,3 +206,9 @@ def test_c_is_never_handed_the_address_zero(mesh: Any) -> None:
     assert not all_in_memory([offset])
     with pytest.raises(mpcore.ArgumentError, match="memory of their own"):
         compiled.inspect([two], torch.ones(()), 1.0)
+
+
+def test_a_clip_over_shards_of_several_ranks_is_refused_before_anything_is_read() -> None:
+    shard: Any = SimpleNamespace(device_mesh=SimpleNamespace(size=lambda: 2))
+    with pytest.raises(mpcore.ArgumentError, match=r"after unscale_\(\)"):
+        WrappedPasses(reference).inspect([shard], torch.ones(()), 1.0)
