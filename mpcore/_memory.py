@@ -37,8 +37,9 @@ def why_no_memory(tensor: Tensor) -> str | None:
     if type(tensor) in PLAIN:
         return "it is on the meta device" if tensor.is_meta else None
     try:  # a tensor's own address has its offset in it, also where there is no storage
-        address = tensor.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):  # wrappers and fake tensors
+        storage = tensor.untyped_storage()
+        address = 0 if storage.device.type == "meta" else storage.data_ptr()  # 0 of fake tensors
+    except (RuntimeError, NotImplementedError):
         address = 0
     wraps = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
     if address == 0 and (wraps or tensor.numel() > 0):
