@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mpcore._checks import SIXTEEN_BIT
+from mpcore._graphs import outside_graphs
 from mpcore.optimizer import MixedPrecisionOptimizer
 from mpcore.scale_course import ScaleCourse
 from mpcore.scaler_checks import GradCheck
@@ -78,6 +79,7 @@ class GradScaler(ScaleCourse):
         self._last_step: ScalerStep | None = None
         self._warned = False
 
+    @outside_graphs
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
         """Divides an optimizer's gradients by the scale in place and checks them; no host sync.
 
@@ -113,7 +115,7 @@ class GradScaler(ScaleCourse):
             warnings.warn(
                 "GradScaler unscales 16-bit gradients in place, where small ones become 0; "
                 "last_step.flushed counts them. mpcore.MixedPrecisionOptimizer loses none.",
-                stacklevel=3,
+                stacklevel=6,
             )
         return self._note(optimizer, self._checker.unscale_(groups, inv_scale), found_inf.device)
 
@@ -138,6 +140,7 @@ class GradScaler(ScaleCourse):
             return {}
         return {home: largest_of_ranks(check.found_inf(home), ranks)}
 
+    @outside_graphs
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
         """Unscales unless that is done, and steps or skips; syncs unless the optimizer is fused.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mpcore import checkpoint
 from mpcore._checks import check_number
+from mpcore._graphs import outside_graphs, outside_graphs_step
 from mpcore._parameters import check_inner
 from mpcore._scaling import External
 from mpcore.backward_passes import BackwardPasses
@@ -126,6 +127,7 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
         """The path of each param group, and why: "fused" or "general"."""
         return self._paths.current()
 
+    @outside_graphs
     def unscale_(self) -> None:
         """Unscales now instead of in `step`, and fixes whether it skips; no host sync.
 
@@ -145,6 +147,7 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
         gradients.inspect()  # of sums: what follows may edit them
         gradients.exposed = True
 
+    @outside_graphs
     def grads(self) -> list[Tensor]:
         """Returns the unscaled gradients in the order of the parameters; no host sync.
 
@@ -162,6 +165,7 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
         gradients.apply()  # a clip may be pending
         return gradients.final()
 
+    @outside_graphs
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Clips the global 2-norm of the unscaled gradients to `max_norm`; no host sync.
 
@@ -182,6 +186,7 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
             raise ArgumentError(f"max_norm: expected a number above 0, got {max_norm}.")
         return self._collect("clip_grad_norm_()").clip(float(max_norm))
 
+    @outside_graphs_step
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates, or skips if a gradient is not finite; then moves the loss scale.
 
@@ -248,6 +253,7 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
         """What the last step did, None before the first; reading it syncs only where it says so."""
         return self._stage.result
 
+    @outside_graphs
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears every gradient and forgets an `unscale_` or clip that no step used; no host sync.
 
@@ -258,6 +264,7 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
         self._stage.forget()
         self._stage.zeroed = not set_to_none
 
+    @outside_graphs
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` returned, in its dtypes; no host sync.
 

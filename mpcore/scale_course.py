@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import _refresh_per_optimizer_state
 
 from mpcore._checks import LARGEST_SCALE, SMALLEST_SCALE
+from mpcore._graphs import outside_graphs
 from mpcore._scaler_arguments import (
     EXTRAS,
     LARGEST_INT32,
@@ -159,6 +160,7 @@ class ScaleCourse(torch.amp.GradScaler):
         super()._lazy_init_scale_growth_tracker(dev)
         self._state = LossScaleTensors.from_state(self._init_state, dev)
 
+    @outside_graphs
     def scale(self, outputs: Any) -> Any:
         """Multiplies outputs by the scale, 16-bit ones in float32; no host sync.
 
@@ -170,6 +172,7 @@ class ScaleCourse(torch.amp.GradScaler):
         """
         return super().scale(widened(outputs)) if self._enabled else outputs
 
+    @outside_graphs
     def update(self, new_scale: float | Tensor | None = None) -> None:
         """Moves the scale by one iteration, or sets it; no host sync.
 
@@ -188,7 +191,7 @@ class ScaleCourse(torch.amp.GradScaler):
                 settings = Settings()
                 bounds = self._min_scale, self._max_scale
                 new_scale = settings.scale("new_scale", new_scale, *bounds)
-                settings.warn(2)
+                settings.warn(4)  # two frames are Dynamo's
             elif new_scale.numel() == 1:
                 new_scale = new_scale.reshape(())
             super().update(new_scale)
