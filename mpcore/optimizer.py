@@ -16,7 +16,7 @@ from mpcore._scaling import External
 from mpcore.backward_passes import BackwardPasses
 from mpcore.checkpoint_states import read_states
 from mpcore.checkpoint_sums import read_sums, sums_section
-from mpcore.errors import ArgumentError, StageError
+from mpcore.errors import ArgumentError, ArgumentTypeError, StageError
 from mpcore.gradients import StepGradients
 from mpcore.loss_scale import (
     DynamicLossScale,
@@ -166,7 +166,7 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
         return gradients.final()
 
     @outside_graphs
-    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+    def clip_grad_norm_(self, max_norm: float, *others: object, norm_type: float = 2.0) -> Tensor:
         """Clips the global 2-norm of the unscaled gradients to `max_norm`; no host sync.
 
         Nothing is written: the coefficient `min(1, max_norm / (norm + 1e-6))` joins the multiply
@@ -174,14 +174,27 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
 
         Args:
             max_norm: Above 0.
+            others: None: torch.nn.utils.clip_grad_norm_ takes parameters first, this does not.
+            norm_type: 2.0, the only one that is computed here.
 
         Returns:
             The norm before clipping, 0-d float32; not finite if the step will be skipped.
 
         Raises:
-            ArgumentError: `max_norm` is not above 0.
+            ArgumentError: `max_norm` is not above 0, or `norm_type` is not 2.
+            ArgumentTypeError: Parameters were passed, or `max_norm` is no number.
             StageError: The gradients were never scaled.
         """
+        if others:
+            raise ArgumentTypeError(
+                "clip_grad_norm_: expected max_norm alone, got several arguments. The optimizer "
+                "has its parameters: write optimizer.clip_grad_norm_(1.0)."
+            )
+        if norm_type != 2:
+            raise ArgumentError(
+                f"norm_type: expected 2.0, got {norm_type!r}. For another norm call unscale_(), "
+                "and scale the tensors that grads() returns, in place."
+            )
         if not check_number("max_norm", max_norm) > 0:
             raise ArgumentError(f"max_norm: expected a number above 0, got {max_norm}.")
         return self._collect("clip_grad_norm_()").clip(float(max_norm))
