@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpcore._graphs import outside_graphs
 from mpcore._memory import all_in_memory
 from mpcore._parameters import check_group, check_original, name_of
 from mpcore._wrapped_passes import WrappedPasses
@@ -98,6 +99,7 @@ class OptimizerWrapper(torch.optim.Optimizer):
         self._device_of.update({param: param.device for param in params})
         self._masters.link_state(params)
 
+    @outside_graphs
     def adopt_masters(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Makes float32 originals the masters of parameters that are 16-bit now; no host sync.
 
@@ -122,6 +124,7 @@ class OptimizerWrapper(torch.optim.Optimizer):
             self._masters.create(param, original)
         self._masters.create_for([])  # what was made is noted
 
+    @outside_graphs
     def sync_masters_from_model(self, weights: Mapping[str, Tensor] | None = None) -> None:
         """Overwrites every master with its weight, without a host sync.
 
@@ -163,6 +166,7 @@ class OptimizerWrapper(torch.optim.Optimizer):
                 pairs.append((param, value))
         return pairs
 
+    @outside_graphs
     def check_masters(self) -> list[str]:
         """Returns the names of weights that are not their rounded masters; syncs with the host."""
         return [self._name_of(param) for param in self._masters.stale(self._module)]
