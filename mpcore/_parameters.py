@@ -11,6 +11,7 @@ from torch import Tensor
 from mpcore import _bulk
 from mpcore._bulk import devices_of, dtypes_of, layouts_of
 from mpcore._checks import FULL_PRECISION, SIXTEEN_BIT
+from mpcore._memory import all_in_memory, can_be_stepped, why_no_memory
 from mpcore.errors import ArgumentError, ArgumentTypeError
 from mpcore.general_path import DirectStepGuard
 from mpcore.masters import Groups, Masters
@@ -23,7 +24,8 @@ def name_of(param: Tensor, groups: Groups) -> str:
             if candidate is param:
                 if "param_names" in group:
                     return str(group["param_names"][index])
-                return f"group {number}, parameter {index}, {list(param.shape)}"
+                shape = "nested" if param.is_nested else list(param.shape)
+                return f"group {number}, parameter {index}, {shape}"
     return f"a parameter of no group, {list(param.shape)}"
 
 
@@ -63,6 +65,11 @@ def check_params(groups: Groups) -> None:
                 raise ArgumentError(
                     f"{name_of(param, groups)}: expected float16, bfloat16, float32 or float64, "
                     f"got {param.dtype}. Keep it out of this optimizer."
+                )
+            if not can_be_stepped(param):
+                raise ArgumentError(
+                    f"{name_of(param, groups)}: expected a dense tensor with values, but "
+                    f"{why_no_memory(param)}. Make it one before the optimizer."
                 )
             if param in seen:
                 raise ArgumentError(
@@ -122,7 +129,9 @@ def with_gradient(
     params, grads = _bulk.with_gradient([p for group in groups for p in group["params"]])
     homes = set(device_of.values())
     if not (
-        layouts_of(grads) <= {torch.strided}
+        all_in_memory(grads)
+        and all_in_memory(params)
+        and layouts_of(grads) <= {torch.strided}
         and (len(homes) == 1 and homes.issuperset(devices_of(params)))
         and dtypes_of(params).issubset(SIXTEEN_BIT)
     ):  # one by one takes three times as long
@@ -150,6 +159,15 @@ def _check_can_be_stepped(
         raise ArgumentError(
             f"{name_of(param, groups)}: expected a dense gradient, got {grad.layout}. "
             "Pass sparse=False to the embedding."
+        )
+    if grad.is_neg():
+        param.grad = grad = grad.resolve_neg()
+    wrapped = why_no_memory(param) is not None
+    if not can_be_stepped(grad) or wrapped != (why_no_memory(grad) is not None):
+        raise ArgumentError(
+            f"{name_of(param, groups)}: expected a gradient of its own kind, "
+            f"{type(param.detach()).__name__}, got a {type(grad).__name__}: "
+            f"{why_no_memory(grad) or 'it is an ordinary tensor'}. Give it one, or None."
         )
     if param.dtype not in SIXTEEN_BIT and masters.of(param) is not param:
         raise ArgumentError(

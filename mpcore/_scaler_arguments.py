@@ -1,12 +1,13 @@
-"""Checks of what a GradScaler is given; they raise what `torch.amp.GradScaler` raises."""
+"""What a GradScaler is given: brought within bounds if torch takes it, refused if nobody can."""
 
 from __future__ import annotations
 
 import math
 import operator
 import struct
+import warnings
 from collections.abc import Iterable
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, TypeVar
 
 from torch import Tensor
 
@@ -19,23 +20,80 @@ EXTRAS = ("min_scale", "max_scale", "hysteresis", "refill", "tolerance", "at_min
 NAMES = tuple(f"_{name}" for name in LossScaleState._fields[2:])
 # the lowest number that each integer may be
 _COUNTS = {
-    "growth_interval": 1,
     "hysteresis": 1,
-    "_growth_tracker": 0,
     **dict.fromkeys(NAMES[:-2], 0),
 }
 
 LARGEST_INT32 = 2**31 - 1
 
+_Number = TypeVar("_Number", int, float)
 
-def checked_state(state: dict[str, Any]) -> dict[str, Any]:
+
+class Settings:
+    """Brings the settings that torch takes to where ours can be, and tells what has changed."""
+
+    def __init__(self) -> None:
+        self._changes: list[str] = []
+
+    def warn(self, stacklevel: int) -> None:
+        """Warns once, of everything that is used otherwise than it was given."""
+        if self._changes:
+            warnings.warn(
+                f"GradScaler: {'; '.join(self._changes)}. torch.amp.GradScaler takes such settings "
+                "as they are; write what is used to have no warning.",
+                stacklevel=stacklevel + 1,
+            )
+
+    def scale(self, name: str, value: float, low: float, high: float) -> float:
+        """Returns a scale within its bounds."""
+        return self._within(name, value, low, high, f"bounds are {low:g} and {high:g}")
+
+    def growth_factor(self, value: float) -> float:
+        """Returns a factor from 1 to 2^126."""
+        if value > LARGEST_SCALE:  # the product is infinite: torch leaves the scale as it is
+            return self._use("growth factor", value, 1.0, "no larger scale is finite")
+        return self._within("growth factor", value, 1.0, LARGEST_SCALE, "the scale only grows")
+
+    def backoff_factor(self, value: float) -> float:
+        """Returns a factor from 2^-126 to 1."""
+        why = "the scale falls, to min_scale at the lowest"
+        return self._within("backoff factor", value, SMALLEST_SCALE, 1.0, why)
+
+    def growth_interval(self, value: SupportsIndex) -> int:
+        """Returns an interval of at least 1; torch's scale never grows with another."""
+        number = check_count("growth interval", value, None)
+        if number >= 1:
+            return number
+        return self._use("growth interval", number, LARGEST_INT32, "the scale never grows")
+
+    def growth_tracker(self, value: SupportsIndex) -> int:
+        """Returns a tracker that can be counted up before it is compared."""
+        number = check_count("growth tracker", value, None)
+        if number < 0:
+            return self._use("growth tracker", number, 0, "no fewer steps are possible")
+        return min(number, LARGEST_INT32 - 1)
+
+    def _within(self, name: str, value: float, low: float, high: float, why: str) -> float:
+        if math.isnan(value):
+            raise AssertionError(f"The {name} must be a number, got NaN.")
+        number = float(value)
+        used = min(max(number, low), high)
+        return number if used == number else self._use(name, value, used, why)
+
+    def _use(self, name: str, value: object, used: _Number, why: str) -> _Number:
+        self._changes.append(f"the {name} {value!r} is used as {used:g} ({why})")
+        return used
+
+
+def checked_state(state: dict[str, Any], settings: Settings) -> dict[str, Any]:
     """Returns a complete state; raises and changes nothing if it is none.
 
-    Counters that a checkpoint of torch's does not have are those of a new scaler, and a scale
-    outside of the bounds is brought back to them: torch's may be 0 or infinite.
+    Counters that a checkpoint of torch's does not have are those of a new scaler, and torch's own
+    entries are brought back to our bounds: its scale may be 0 or infinite.
 
     Args:
         state: torch's keys and `EXTRAS`.
+        settings: Brings torch's entries within bounds.
 
     Raises:
         KeyError: A key is missing.
@@ -43,17 +101,18 @@ def checked_state(state: dict[str, Any]) -> dict[str, Any]:
     """
     low, high = float(state["min_scale"]), float(state["max_scale"])
     check_bounds(low, high)
-    if math.isnan(state["scale"]):
-        raise AssertionError("The scale must be a number, and this state has NaN.")
-    check_factor("growth factor", state["growth_factor"], 1.0, math.inf)
-    check_factor("backoff factor", state["backoff_factor"], 0.0, 1.0)
+    of_torch = {
+        "scale": settings.scale("scale", state["scale"], low, high),
+        "growth_factor": settings.growth_factor(state["growth_factor"]),
+        "backoff_factor": settings.backoff_factor(state["backoff_factor"]),
+        "growth_interval": settings.growth_interval(state["growth_interval"]),
+        "_growth_tracker": settings.growth_tracker(state["_growth_tracker"]),
+    }
     check_choices(state["refill"], state["tolerance"], state["at_min"])
     fresh = dict(zip(NAMES, LossScaleState(0.0, 0, state["hysteresis"], 0, 0)[2:], strict=True))
-    whole = {**fresh, **state, "scale": min(max(state["scale"], low), high)}
+    whole = {**fresh, **state, **of_torch}
     for key, lowest in _COUNTS.items():
         whole[key] = check_count(key.strip("_").replace("_", " "), whole[key], lowest)
-    # the tracker is counted up before it is compared
-    whole["_growth_tracker"] = min(whole["_growth_tracker"], LARGEST_INT32 - 1)
     for key in NAMES[-2:]:
         if not isinstance(whole[key], float) or not 0 <= whole[key] < math.inf:
             raise AssertionError(f"{key} must be a finite number >= 0, got {whole[key]!r}.")
@@ -90,21 +149,13 @@ def check_bounds(low: float, high: float) -> None:
         )
 
 
-def check_in_bounds(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise AssertionError(f"{name} must be within [{low:g}, {high:g}], got {value!r}.")
-
-
-def check_factor(name: str, value: float, low: float, high: float) -> None:
-    if not low < value < high:
-        raise AssertionError(f"The {name} must be > {low} and < {high}, got {value!r}.")
-
-
-def check_count(name: str, value: SupportsIndex, lowest: int = 1) -> int:
-    """Returns an integer, NumPy's too, that counters on a device can hold."""
-    number = operator.index(value) if hasattr(value, "__index__") else -1
-    if isinstance(value, bool) or not lowest <= number < 2**63:
-        raise AssertionError(f"The {name} must be an integer >= {lowest}, got {value!r}.")
+def check_count(name: str, value: SupportsIndex, lowest: int | None = 1) -> int:
+    """Returns an integer, NumPy's too, that counters on a device can hold; `lowest` None: any."""
+    is_integer = hasattr(value, "__index__") and not isinstance(value, bool)
+    number = operator.index(value) if is_integer else -(2**63)
+    if not (-(2**63) + 1 if lowest is None else lowest) <= number < 2**63:
+        least = "" if lowest is None else f" >= {lowest}"
+        raise AssertionError(f"The {name} must be an integer{least}, got {value!r}.")
     return number
 
 

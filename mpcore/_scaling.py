@@ -58,6 +58,8 @@ class External:
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is None:
             return None
+        if not isinstance(found_inf, Tensor):  # the sum of no flags at all: there is no gradient
+            found_inf = torch.tensor(found_inf)
         scale = getattr(optimizer, "grad_scale", None)
         if scale is None:  # GradScaler.unscale_ was called before
             scale = torch.ones((), dtype=torch.float32, device=found_inf.device)

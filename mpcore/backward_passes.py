@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from mpcore._graphs import outside_graphs
 from mpcore._scaling import scale_outputs
 from mpcore.loss_scale import LossScale, check_loss_scale
 from mpcore.losses import Losses, ScaledLoss
@@ -29,6 +30,7 @@ class BackwardPasses:
     state: defaultdict[Tensor, Any]
     param_groups: list[dict[str, Any]]
 
+    @outside_graphs
     def scale(self, outputs: Outputs) -> Outputs:
         """Returns `outputs` multiplied by the loss scale in float32, without a host sync.
 
@@ -50,6 +52,7 @@ class BackwardPasses:
         self._stage.scaled, self._stage.zeroed = True, False
         return scaled
 
+    @outside_graphs
     def backward(
         self,
         loss: Tensor,
@@ -70,6 +73,7 @@ class BackwardPasses:
             retain_graph=retain_graph, create_graph=create_graph, inputs=inputs
         )
 
+    @outside_graphs
     def accumulate(self) -> None:
         """Adds the unscaled gradients to float32 sums and drops `p.grad`; no host sync.
 
@@ -87,6 +91,7 @@ class BackwardPasses:
         """What `add_loss` made, by name."""
         return MappingProxyType(self._losses.each)
 
+    @outside_graphs
     def add_loss(self, name: str, loss_scale: LossScale) -> ScaledLoss:
         """Returns a loss with a scale of its own, for adversarial or multi-task training.
 

@@ -72,7 +72,8 @@ def read_section(state_dict: State, losses: Losses) -> Section:
         got = found.get("version") if isinstance(found, dict) else "none"
         raise ArgumentError(
             f'state_dict: expected a section "mpcore" of version {VERSION}, got {got}. '
-            "Was it saved by MixedPrecisionOptimizer.state_dict()?"
+            "A plain torch.optim state, or one of another system, is made into ours by "
+            "mpcore.migration, e.g. mpcore.migration.from_torch(optimizer, state_dict)."
         )
     where = 'state_dict["mpcore"]'
     if not set(found) <= _KEYS:

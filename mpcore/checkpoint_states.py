@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mpcore._checks import SIXTEEN_BIT
+from mpcore._nested import map_tensors
 from mpcore.errors import ArgumentError
 from mpcore.masters import Groups
 from mpcore.updates import UpdateRule, rule_of
@@ -25,12 +27,13 @@ class Saved(NamedTuple):
 
     Attributes:
         options: New options of each param group; copies.
-        states: Per parameter its state, on its device and in the saved dtypes; copies.
+        states: Per parameter its state, on its device and in the saved dtypes, and under their
+            own keys the values that belong to no parameter; copies.
         param_of: The parameters by their number, or whatever stands for it, in the state_dict.
     """
 
     options: list[State]
-    states: dict[Tensor, State]
+    states: dict[Any, Any]
     param_of: dict[Any, Tensor]
 
 
@@ -52,16 +55,16 @@ def read_states(state_dict: State, inner: torch.optim.Optimizer, *, stepped: boo
     groups, rule = inner.param_groups, rule_of(inner)
     saved_groups, saved_states = _checked_layout(state_dict)
     matches = _matched(groups, saved_groups)
-    options = []
-    for group, (_, source) in zip(groups, matches, strict=True):
-        where = f'state_dict["param_groups"][{source}]'
-        options.append(_read_options(where, saved_groups[source], group, inner.defaults))
+    sources = [(f'state_dict["param_groups"][{n}]', saved_groups[n]) for _, n in matches]
+    for (where, saved), group in zip(sources, groups, strict=True):
+        _check_kinds(where, saved, group, inner.defaults)
     states: dict[Tensor, State] = {}
     for group, (indices, source) in zip(groups, matches, strict=True):
         for param, index in zip(group["params"], indices, strict=True):
             if index in saved_states:
                 where = f'state_dict["state"][{index}]'
-                names = None if rule is None else _known_names(rule, saved_groups[source])
+                saved_group = {**group, **saved_groups[source]}
+                names = None if rule is None else _known_names(rule, saved_group)
                 _check_state(where, saved_states[index], param, names)
                 _check_complete(where, saved_states[index], rule, names)
                 on_device = bool(group.get("capturable") or group.get("fused"))
@@ -70,10 +73,21 @@ def read_states(state_dict: State, inner: torch.optim.Optimizer, *, stepped: boo
                     for key, value in saved_states[index].items()
                 }
     foreign = set(saved_states) - {index for indices, _ in matches for index in indices}
-    if foreign:
+    by_number = all(type(index) is int for indices, _ in matches for index in indices)
+    known = {"master", "step", *(n for g in groups if rule is not None for n in rule.moments(g))}
+    others = {
+        key
+        for key in foreign  # torch keeps what belongs to no parameter in the same dictionary
+        if by_number and isinstance(key, str) and not _has_any(saved_states[key], known)
+    }
+    if foreign - others:
         raise ArgumentError(
-            f'state_dict["state"]: expected states of the parameters of its groups, got {foreign}.'
+            'state_dict["state"]: expected states of the parameters of its groups, got '
+            f"{foreign - others}."
         )
+    options = _filled(inner, sources, states)
+    home = groups[0]["params"][0].device if groups and groups[0]["params"] else torch.device("cpu")
+    kept = {key: _moved(saved_states[key], home, True) for key in others}
     if stepped:
         moments = set() if rule is None else {n for group in groups for n in rule.moments(group)}
         params = [param for group in groups for param in group["params"]]
@@ -84,7 +98,7 @@ def read_states(state_dict: State, inner: torch.optim.Optimizer, *, stepped: boo
         for group, (indices, _) in pairs
         for param, index in zip(group["params"], indices, strict=True)
     }
-    return Saved(options, states, param_of)
+    return Saved(options, {**states, **kept}, param_of)
 
 
 def _checked_layout(state_dict: State) -> tuple[list[State], dict[Any, State]]:
@@ -109,7 +123,7 @@ def _checked_layout(state_dict: State) -> tuple[list[State], dict[Any, State]]:
             'state_dict["param_groups"]: expected each parameter once, by number or name.'
         )
     for index, state in states.items():
-        if not isinstance(state, dict):
+        if not isinstance(state, dict) and index in indices:
             raise ArgumentError(
                 f'state_dict["state"][{index!r}]: expected a dictionary, got '
                 f"{type(state).__name__}."
@@ -155,23 +169,64 @@ def _matched_by_name(groups: Groups, saved_groups: list[State]) -> list[tuple[li
     return result
 
 
-def _read_options(where: str, saved: State, group: State, defaults: State) -> State:
-    """Returns the options of a group; raises if one is missing or of another kind."""
+def _filled(
+    inner: torch.optim.Optimizer, sources: list[tuple[str, State]], states: dict[Tensor, State]
+) -> list[State]:
+    """Returns the options of each group; they and `states` as this version of torch wants them.
+
+    Optimizers fill in what an older version did not save, options and kinds of step counts, in
+    their `__setstate__`: a stand-in is given what was saved.
+
+    Raises:
+        ArgumentError: An option is missing that the optimizer does not fill in, or one is of
+            another kind, or the optimizer cannot read the state.
+    """
+    groups = inner.param_groups
+    options = [
+        _own_options(where, saved, group)
+        for (where, saved), group in zip(sources, groups, strict=True)
+    ]
+    given = [{**own, "params": group["params"]} for own, group in zip(options, groups, strict=True)]
+    plain = {p: {k: v for k, v in s.items() if k != "master"} for p, s in states.items()}
+    state = defaultdict(dict, {param: values for param, values in plain.items() if values})
+    stand_in: Any = type(inner).__new__(type(inner))
+    stand_in.__dict__.update(inner.__dict__, defaults=dict(inner.defaults))
+    try:
+        stand_in.__setstate__({"state": state, "param_groups": given})
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise ArgumentError(
+            f"state_dict: expected the state of a {type(inner).__name__}, got one that it cannot "
+            f"read: {type(error).__name__}: {error}."
+        ) from error
+    for (where, saved), group, own in zip(sources, groups, given, strict=True):
+        missing = [name for name in inner.defaults if name in group and name not in own]
+        if missing:
+            raise ArgumentError(f"{where}: expected the option {missing[0]!r}, got {list(saved)}.")
+    for param, values in state.items():
+        if param in states:
+            states[param].update(values)
+    return [{k: v for k, v in group.items() if k != "params"} for group in given]
+
+
+def _own_options(where: str, saved: State, group: State) -> State:
+    """Returns a copy of the options that were saved."""
     if not all(isinstance(name, str) for name in saved):
         raise ArgumentError(f"{where}: expected names of options, got {list(saved)}.")
-    for name in defaults:
-        if name in group and name not in saved:
-            raise ArgumentError(f"{where}: expected the option {name!r}, got {list(saved)}.")
-        current, value = group.get(name), saved.get(name)
-        if _kind(current) is not None and _kind(value) != _kind(current):
-            raise ArgumentError(
-                f"{where}[{name!r}]: expected something like {current!r}, got {value!r}."
-            )
     options = copy.deepcopy({k: v for k, v in saved.items() if k not in _NO_OPTIONS})
     for name, value in options.items():
         if isinstance(value, list) and isinstance(group.get(name), tuple):
             options[name] = tuple(value)  # torch.distributed.checkpoint makes lists of tuples
     return options
+
+
+def _check_kinds(where: str, saved: State, group: State, defaults: State) -> None:
+    """Raises if an option that is there is of another kind than that of now."""
+    for name in defaults:
+        current = group.get(name)
+        if name in saved and _kind(current) is not None and _kind(saved[name]) != _kind(current):
+            raise ArgumentError(
+                f"{where}[{name!r}]: expected something like {current!r}, got {saved[name]!r}."
+            )
 
 
 def _kind(value: Any) -> Any:
@@ -250,12 +305,12 @@ def _check_not_left_out(
         )
 
 
+def _has_any(value: Any, names: set[str]) -> bool:
+    return isinstance(value, dict) and not names.isdisjoint(value)
+
+
 def _moved(value: Any, device: torch.device, keep_device: bool) -> Any:
     """Returns a copy of `value` on `device`; torch.optim keeps host step counts on the host."""
-    if isinstance(value, Tensor):
-        return value.detach().clone() if keep_device else value.detach().to(device, copy=True)
-    if isinstance(value, dict):
-        return {key: _moved(item, device, keep_device) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_moved(item, device, keep_device) for item in value)
-    return value
+    if keep_device:
+        return map_tensors(value, lambda tensor: tensor.detach().clone())
+    return map_tensors(value, lambda tensor: tensor.detach().to(device, copy=True))

@@ -51,7 +51,9 @@ class FusedPath:
     def hand_over(self) -> None:
         """Makes the state what the wrapped optimizer's own `step` expects."""
         if self._handed_over != self._masters.version:
-            for state in self.inner.state.values():
+            for key, state in self.inner.state.items():
+                if not isinstance(key, Tensor):
+                    continue  # what belongs to no parameter
                 self.rule.hand_over(state)
             self._plan = None
             self._handed_over = self._masters.version

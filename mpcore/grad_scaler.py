@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from mpcore._checks import SIXTEEN_BIT
+from mpcore._graphs import outside_graphs
 from mpcore.optimizer import MixedPrecisionOptimizer
 from mpcore.scale_course import ScaleCourse
 from mpcore.scaler_checks import GradCheck
+from mpcore.scaler_momentum import begin_momentum
 from mpcore.scaler_ranks import largest_of_ranks, process_groups
 from mpcore.scaler_step import ScalerStep
 
@@ -30,14 +32,16 @@ class GradScaler(ScaleCourse):
     - The scale grows also if the tracker is beyond the interval, after the interval was lowered.
     - A closure is refused as a positional argument too.
     - 16-bit gradients are unscaled, in place, after a warning.
+    - The momentum of a fused SGD whose first step is skipped begins with the next one.
     - A 16-bit loss is multiplied in float32.
 
     Args:
         device: As for torch.
-        init_scale: Any finite number within the bounds.
-        growth_factor: Any finite number above 1.
-        backoff_factor: Any number between 0 and 1.
-        growth_interval: Iterations without an overflow before the scale grows, at least 1.
+        init_scale: Any number. This and the next three are what torch takes: where the scale
+            cannot follow, they are brought within bounds, and one warning says so.
+        growth_factor: Above 1.
+        backoff_factor: Below 1.
+        growth_interval: Iterations without an overflow before the scale grows; below 1: never.
         enabled: As for torch.
         min_scale: Floor, at least 2^-126.
         max_scale: Ceiling, at most 2^126.
@@ -49,7 +53,7 @@ class GradScaler(ScaleCourse):
             tensors (FSDP1). DTensors (FSDP2) need none: their meshes say it. Copies forget it.
 
     Raises:
-        AssertionError: A number is impossible, as in torch.
+        AssertionError: torch refuses a number, it is NaN, or a bound or hysteresis is impossible.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(2))
@@ -75,6 +79,7 @@ class GradScaler(ScaleCourse):
         self._last_step: ScalerStep | None = None
         self._warned = False
 
+    @outside_graphs
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
         """Divides an optimizer's gradients by the scale in place and checks them; no host sync.
 
@@ -110,7 +115,7 @@ class GradScaler(ScaleCourse):
             warnings.warn(
                 "GradScaler unscales 16-bit gradients in place, where small ones become 0; "
                 "last_step.flushed counts them. mpcore.MixedPrecisionOptimizer loses none.",
-                stacklevel=3,
+                stacklevel=6,
             )
         return self._note(optimizer, self._checker.unscale_(groups, inv_scale), found_inf.device)
 
@@ -135,8 +140,11 @@ class GradScaler(ScaleCourse):
             return {}
         return {home: largest_of_ranks(check.found_inf(home), ranks)}
 
+    @outside_graphs
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
         """Unscales unless that is done, and steps or skips; syncs unless the optimizer is fused.
+
+        The first step of a fused SGD with dampening syncs, too: see `mpcore.scaler_momentum`.
 
         Args:
             optimizer: What steps.
@@ -151,6 +159,7 @@ class GradScaler(ScaleCourse):
         """
         if self._enabled and any(callable(arg) for arg in args):
             raise RuntimeError("Closure use is not currently supported if GradScaler is enabled.")
+        unwritten = begin_momentum(optimizer) if self._enabled else []
         result = super().step(optimizer, *args, **kwargs)
         if self._enabled:
             state = self._per_optimizer_states[id(optimizer)]
@@ -159,6 +168,9 @@ class GradScaler(ScaleCourse):
             groups = getattr(optimizer, "param_groups", [])
             self._last_step = ScalerStep(found, check, groups, self._current().clone())
             self._last[id(optimizer)] = (_alive(optimizer), self._last_step)
+            if unwritten and self._last_step.skipped:
+                for param in unwritten:
+                    optimizer.state[param].pop("momentum_buffer", None)
         return result
 
     def _checks_done(self) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mpcore._graphs import outside_graphs
 from mpcore._scaling import scale_outputs
 from mpcore.errors import ArgumentError, LossScaleError
 from mpcore.loss_scale import (
@@ -127,6 +128,7 @@ class ScaledLoss:
         """Starts a new alarm, for a state that has that counter."""
         self.alarm = new_alarm(self.scaling, overflows_at_min)
 
+    @outside_graphs
     def backward(
         self,
         loss: Tensor,

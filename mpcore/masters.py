@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mpcore._bulk import writes_to
 from mpcore._checks import SIXTEEN_BIT
+from mpcore._nested import map_tensors
 from mpcore.backends import Backend
 from mpcore.errors import StageError
 from mpcore.shown_state import ShownState
@@ -24,13 +25,7 @@ Groups = list[dict[str, Any]]
 
 def upcast(value: Any) -> Any:
     """Returns optimizer state with every 16-bit tensor in it as float32; the rest as it is."""
-    if isinstance(value, Tensor):
-        return value.float() if value.dtype in SIXTEEN_BIT else value
-    if isinstance(value, dict):
-        return {key: upcast(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(upcast(item) for item in value)
-    return value
+    return map_tensors(value, lambda t: t.float() if t.dtype in SIXTEEN_BIT else t)
 
 
 class Masters:
@@ -81,9 +76,8 @@ class Masters:
         self.version += 1
         if param in self._inner.state:
             self._inner.state[master] = upcast(self._inner.state.pop(param))
-        is_last = param not in self._outer_state
         self._outer_state[param] = {"master": master, **self._inner.state.get(master, {})}
-        self._shown.note_one(param, self._outer_state[param], is_last=is_last)
+        self._shown.note_one()
 
     def create_for(self, params: Iterable[Tensor]) -> None:
         """Makes the masters of the 16-bit ones among `params` that have none; no host sync."""
@@ -104,6 +98,9 @@ class Masters:
                 self._outer_state[param].update(shown)
             elif param in inner_state:
                 self._outer_state[param] = inner_state[param]
+        for key, value in inner_state.items():
+            if not isinstance(key, Tensor):  # what belongs to no parameter
+                self._outer_state[key] = value
         self._shown.note(self._outer_state)
 
     def take_over_edits(self, shown: dict[Tensor, Any]) -> None:
@@ -137,6 +134,9 @@ class Masters:
         self._inner.state.clear()
         self._outer_state.clear()
         for param, state in states.items():
+            if not isinstance(param, Tensor):
+                self._inner.state[param] = state
+                continue
             rest = {key: value for key, value in state.items() if key != "master"}
             if "master" in state:
                 self._master_of[param] = state["master"]
@@ -145,7 +145,7 @@ class Masters:
                 self._inner.state[self.of(param)] = rest
         # the weights that go with these masters are still to come, or there
         self._seen = [-2] * len(self._place)
-        self.link_state(states)
+        self.link_state(key for key in states if isinstance(key, Tensor))
 
     @torch.no_grad()
     def copy_from_weights(self) -> None:

@@ -150,6 +150,9 @@ def to_torch(optimizer: MixedPrecisionOptimizer) -> State:
     rule = rule_of(optimizer.inner)
     state = {}
     for index, values in saved["state"].items():
+        if not isinstance(values, dict):  # what belongs to no parameter
+            state[index] = values
+            continue
         plain = {key: value for key, value in values.items() if key != "master"}
         if rule is not None:
             rule.hand_over(plain)
@@ -248,6 +251,7 @@ def _assembled(
             values = {"master": master.detach().float(), **values}
         if values:
             state[index] = values
+    state |= {key: value for key, value in inner["state"].items() if key not in indices}
     numbers = initial_state(optimizer.loss_scaling)
     if scale is not None:
         numbers = numbers._replace(scale=_power_of_two(float(scale)))

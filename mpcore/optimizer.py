@@ -10,12 +10,13 @@ from torch import Tensor
 
 from mpcore import checkpoint
 from mpcore._checks import check_number
+from mpcore._graphs import outside_graphs, outside_graphs_step
 from mpcore._parameters import check_inner
 from mpcore._scaling import External
 from mpcore.backward_passes import BackwardPasses
 from mpcore.checkpoint_states import read_states
 from mpcore.checkpoint_sums import read_sums, sums_section
-from mpcore.errors import ArgumentError, StageError
+from mpcore.errors import ArgumentError, ArgumentTypeError, StageError
 from mpcore.gradients import StepGradients
 from mpcore.loss_scale import (
     DynamicLossScale,
@@ -126,6 +127,7 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
         """The path of each param group, and why: "fused" or "general"."""
         return self._paths.current()
 
+    @outside_graphs
     def unscale_(self) -> None:
         """Unscales now instead of in `step`, and fixes whether it skips; no host sync.
 
@@ -145,6 +147,7 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
         gradients.inspect()  # of sums: what follows may edit them
         gradients.exposed = True
 
+    @outside_graphs
     def grads(self) -> list[Tensor]:
         """Returns the unscaled gradients in the order of the parameters; no host sync.
 
@@ -162,7 +165,8 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
         gradients.apply()  # a clip may be pending
         return gradients.final()
 
-    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+    @outside_graphs
+    def clip_grad_norm_(self, max_norm: float, *others: object, norm_type: float = 2.0) -> Tensor:
         """Clips the global 2-norm of the unscaled gradients to `max_norm`; no host sync.
 
         Nothing is written: the coefficient `min(1, max_norm / (norm + 1e-6))` joins the multiply
@@ -170,18 +174,32 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
 
         Args:
             max_norm: Above 0.
+            others: None: torch.nn.utils.clip_grad_norm_ takes parameters first, this does not.
+            norm_type: 2.0, the only one that is computed here.
 
         Returns:
             The norm before clipping, 0-d float32; not finite if the step will be skipped.
 
         Raises:
-            ArgumentError: `max_norm` is not above 0.
+            ArgumentError: `max_norm` is not above 0, or `norm_type` is not 2.
+            ArgumentTypeError: Parameters were passed, or `max_norm` is no number.
             StageError: The gradients were never scaled.
         """
+        if others:
+            raise ArgumentTypeError(
+                "clip_grad_norm_: expected max_norm alone, got several arguments. The optimizer "
+                "has its parameters: write optimizer.clip_grad_norm_(1.0)."
+            )
+        if norm_type != 2:
+            raise ArgumentError(
+                f"norm_type: expected 2.0, got {norm_type!r}. For another norm call unscale_(), "
+                "and scale the tensors that grads() returns, in place."
+            )
         if not check_number("max_norm", max_norm) > 0:
             raise ArgumentError(f"max_norm: expected a number above 0, got {max_norm}.")
         return self._collect("clip_grad_norm_()").clip(float(max_norm))
 
+    @outside_graphs_step
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates, or skips if a gradient is not finite; then moves the loss scale.
 
@@ -248,6 +266,7 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
         """What the last step did, None before the first; reading it syncs only where it says so."""
         return self._stage.result
 
+    @outside_graphs
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears every gradient and forgets an `unscale_` or clip that no step used; no host sync.
 
@@ -258,6 +277,7 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
         self._stage.forget()
         self._stage.zeroed = not set_to_none
 
+    @outside_graphs
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` returned, in its dtypes; no host sync.
 

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mpcore._layouts import held_here
+from mpcore._memory import why_no_memory
 from mpcore.backends import Backend, ScaleMove
 from mpcore.errors import ArgumentError
 from mpcore.fused_path import FusedPath
@@ -62,7 +64,7 @@ def choose_paths(asked: str, inner: torch.optim.Optimizer, backend: str) -> tupl
     if asked == "auto" and backend == "reference":
         reason = 'the reference backend fuses only if path is "fused"'
         return tuple(GroupPath("general", reason) for _ in groups)
-    reasons = _reasons(inner, groups)
+    reasons = _reasons(inner, groups, backend)
     stopped = next((i for i, reason in enumerate(reasons) if reason is not None), None)
     if stopped is None:
         rule = rule_of(inner)
@@ -87,7 +89,7 @@ def _signature(inner: torch.optim.Optimizer) -> list[Any]:
     return [sizes, _why_step_must_run(inner), *reasons]
 
 
-def _reasons(inner: torch.optim.Optimizer, groups: Groups) -> list[str | None]:
+def _reasons(inner: torch.optim.Optimizer, groups: Groups, backend: str) -> list[str | None]:
     """Returns per group why its step cannot be fused, or None."""
     rule = rule_of(inner)
     if rule is None:
@@ -96,7 +98,8 @@ def _reasons(inner: torch.optim.Optimizer, groups: Groups) -> list[str | None]:
     if hooked is not None:
         return [hooked] * len(groups)
     return [
-        rule.why_not(_options(inner, group)) or _why_not_params(group["params"]) for group in groups
+        rule.why_not(_options(inner, group)) or _why_not_params(group["params"], backend)
+        for group in groups
     ]
 
 
@@ -116,8 +119,13 @@ def _why_step_must_run(inner: torch.optim.Optimizer) -> str | None:
     return None
 
 
-def _why_not_params(params: list[Tensor]) -> str | None:
+def _why_not_params(params: list[Tensor], backend: str) -> str | None:
     for param in params:
+        if (reason := why_no_memory(param)) and (
+            # whose operations are torch's; of DTensors those take no others beside them
+            backend != "reference" or held_here(param) is not param
+        ):
+            return f"a parameter cannot be reached by address: {reason}"
         if param.dtype == torch.float64:
             return "a parameter is float64"
         if not param.is_contiguous() and not _is_dense(param):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -12,15 +11,15 @@ from torch import Tensor
 from torch.amp.grad_scaler import _refresh_per_optimizer_state
 
 from mpcore._checks import LARGEST_SCALE, SMALLEST_SCALE
+from mpcore._graphs import outside_graphs
 from mpcore._scaler_arguments import (
     EXTRAS,
     LARGEST_INT32,
     NAMES,
+    Settings,
     check_bounds,
     check_choices,
     check_count,
-    check_factor,
-    check_in_bounds,
     checked_state,
     is_float32,
     widened,
@@ -79,13 +78,16 @@ class ScaleCourse(torch.amp.GradScaler):
         self._min_scale, self._max_scale = float(min_scale), float(max_scale)
         self._refill, self._tolerance, self._at_min = refill, tolerance, at_min
         check_bounds(self._min_scale, self._max_scale)
-        check_in_bounds("init_scale", init_scale, self._min_scale, self._max_scale)
-        check_factor("growth factor", growth_factor, 1.0, math.inf)
-        check_factor("backoff factor", backoff_factor, 0.0, 1.0)
-        self._growth_interval = check_count("growth interval", growth_interval)
         self._hysteresis = check_count("hysteresis", hysteresis)
-        self._init_state = LossScaleState(float(init_scale), 0, self._hysteresis, 0, 0)
         check_choices(refill, tolerance, at_min)
+        settings = Settings()
+        bounds = self._min_scale, self._max_scale
+        self._init_scale = settings.scale("init_scale", init_scale, *bounds)
+        self._growth_factor = settings.growth_factor(growth_factor)
+        self._backoff_factor = settings.backoff_factor(backoff_factor)
+        self._growth_interval = settings.growth_interval(growth_interval)
+        self._init_state = LossScaleState(self._init_scale, 0, self._hysteresis, 0, 0)
+        settings.warn(2)
 
     def _forget_steps(self) -> None:
         """Makes what is no part of a checkpoint: for the part that knows optimizers."""
@@ -158,6 +160,7 @@ class ScaleCourse(torch.amp.GradScaler):
         super()._lazy_init_scale_growth_tracker(dev)
         self._state = LossScaleTensors.from_state(self._init_state, dev)
 
+    @outside_graphs
     def scale(self, outputs: Any) -> Any:
         """Multiplies outputs by the scale, 16-bit ones in float32; no host sync.
 
@@ -169,12 +172,13 @@ class ScaleCourse(torch.amp.GradScaler):
         """
         return super().scale(widened(outputs)) if self._enabled else outputs
 
+    @outside_graphs
     def update(self, new_scale: float | Tensor | None = None) -> None:
         """Moves the scale by one iteration, or sets it; no host sync.
 
         Args:
-            new_scale: A number within the bounds, or a tensor of one element on the scaler's kind
-                of device, which is cut to the bounds. None: move.
+            new_scale: A number, or a tensor of one element on the scaler's kind of device; cut to
+                the bounds, a number after a warning. None: move.
 
         Raises:
             AssertionError: At the wrong moment, or the tensor is of another kind, as in torch.
@@ -184,8 +188,10 @@ class ScaleCourse(torch.amp.GradScaler):
         scale, tracker = self._check_scale_growth_tracker("update")
         if new_scale is not None:
             if not isinstance(new_scale, Tensor):
-                check_in_bounds("new_scale", new_scale, self._min_scale, self._max_scale)
-                new_scale = float(new_scale)
+                settings = Settings()
+                bounds = self._min_scale, self._max_scale
+                new_scale = settings.scale("new_scale", new_scale, *bounds)
+                settings.warn(4)  # two frames are Dynamo's
             elif new_scale.numel() == 1:
                 new_scale = new_scale.reshape(())
             super().update(new_scale)
@@ -241,8 +247,9 @@ class ScaleCourse(torch.amp.GradScaler):
         return torch.zeros((), dtype=torch.float64, device=device)
 
     def _backend_for(self, device: torch.device) -> Backend:
-        # kernels take float32 factors; torch's take 0.8 as it is
-        exact = all(is_float32(f) for f in (self._growth_factor, self._backoff_factor))
+        # kernels take float32 factors that move a scale; torch's take 0.8 and 1.0 as they are
+        factors = (self._growth_factor, self._backoff_factor)
+        exact = all(is_float32(factor) and factor != 1.0 for factor in factors)
         return self._checker.backend(device) if exact else reference
 
     @property
@@ -267,21 +274,30 @@ class ScaleCourse(torch.amp.GradScaler):
         return self._init_state if self._state is None else self._state.to_state()
 
     def set_growth_factor(self, new_factor: float) -> None:
-        """Sets the growth factor, a finite number above 1."""
+        """Sets the growth factor; below 1 or too large it counts as 1, after a warning."""
         if self._enabled:
-            check_factor("growth factor", new_factor, 1.0, math.inf)
+            settings = Settings()
+            new_factor = settings.growth_factor(new_factor)
+            settings.warn(2)
         super().set_growth_factor(new_factor)
 
     def set_backoff_factor(self, new_factor: float) -> None:
-        """Sets the backoff factor, a number between 0 and 1."""
+        """Sets the backoff factor; cut to [2^-126, 1], after a warning."""
         if self._enabled:
-            check_factor("backoff factor", new_factor, 0.0, 1.0)
+            settings = Settings()
+            new_factor = settings.backoff_factor(new_factor)
+            settings.warn(2)
         super().set_backoff_factor(new_factor)
 
     def set_growth_interval(self, new_interval: int) -> None:
-        """Sets the growth interval, at least 1; a tracker beyond it makes the scale grow next."""
+        """Sets the growth interval; a tracker beyond it makes the scale grow next.
+
+        With one below 1 the scale never grows, as in torch, after a warning.
+        """
         if self._enabled:
-            new_interval = check_count("growth interval", new_interval)
+            settings = Settings()
+            new_interval = settings.growth_interval(new_interval)
+            settings.warn(2)
         super().set_growth_interval(new_interval)
 
     def state_dict(self) -> dict[str, Any]:
@@ -298,8 +314,8 @@ class ScaleCourse(torch.amp.GradScaler):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state of this class or of `torch.amp.GradScaler`; nothing changes if it fails.
 
-        A scale outside of the bounds is brought back to them: torch's may be 0 or infinite. One
-        that never moves stays what it is.
+        What torch takes and we cannot be is brought back to our bounds after a warning: its scale
+        may be 0 or infinite. A scale that never moves stays what it is.
 
         Args:
             state_dict: What `state_dict` returned.
@@ -313,7 +329,9 @@ class ScaleCourse(torch.amp.GradScaler):
             super().load_state_dict(state_dict)
             return
         fallback = {name: getattr(self, f"_{name}") for name in EXTRAS}
-        loaded = checked_state({**fallback, **state_dict})
+        settings = Settings()
+        loaded = checked_state({**fallback, **state_dict}, settings)
+        settings.warn(2)  # first: a warning may be an error, and then nothing has changed
         if not self._moves:
             loaded["scale"] = self.get_scale()
         super().load_state_dict(loaded)

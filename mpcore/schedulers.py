@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+from mpcore._graphs import outside_graphs
+
 
 class _Scheduler(Protocol):
     def step(self, *metrics: Any) -> None: ...
@@ -14,6 +16,7 @@ class _Step(Protocol):
     def skipped(self) -> bool: ...
 
 
+@outside_graphs
 def step_scheduler(scheduler: _Scheduler, last_step: _Step | None, *metrics: float) -> bool:
     """Steps an LR scheduler unless the optimizer's last step was skipped; syncs with the host.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
@@ -17,24 +18,23 @@ class ShownState:
     """
 
     def __init__(self) -> None:
-        self._ids: list[int] | None = []  # of all values; None: something was added meanwhile
-        self._entries: list[tuple[Tensor, State]] = []
+        #: what was shown; None: something was added meanwhile
+        self._ids: list[Any] | None = []
+        self._entries: list[tuple[Any, Any]] = []
 
     def note(self, shown: dict[Tensor, State]) -> None:
         """Notes what is shown now."""
-        self._entries = [(param, dict(state)) for param, state in shown.items()]
+        self._entries = [
+            (key, dict(state) if isinstance(state, dict) else state) for key, state in shown.items()
+        ]
         self._ids = _ids(shown)
 
-    def note_one(self, param: Tensor, state: State, *, is_last: bool) -> None:
-        """Notes a state that was added; one that is not the last needs `settle` afterwards."""
-        if self._ids is not None and is_last:
-            self._entries.append((param, dict(state)))
-            self._ids += map(id, state.values())
-        else:
-            self._ids = None
+    def note_one(self) -> None:
+        """Notes that a state was added, and needs `settle` afterwards."""
+        self._ids = None
 
     def settle(self, shown: dict[Tensor, State]) -> None:
-        """Notes everything if something was added in the middle."""
+        """Notes everything if something was added."""
         if self._ids is None:
             self.note(shown)
 
@@ -57,10 +57,10 @@ class ShownState:
             inner_state: By master, or by parameter if it has none.
             master_of: By parameter.
         """
-        before = dict(self._entries)
+        before: dict[Any, Any] = dict(self._entries)
         for param in {**before, **shown}:
             own, was = shown.get(param), before.get(param, {})
-            master = master_of.get(param)
+            master = master_of.get(param) if isinstance(param, Tensor) else None
             if master is None:
                 if own is None:
                     inner_state.pop(param, None)
@@ -80,5 +80,16 @@ class ShownState:
                 inner_state[new] = state
 
 
-def _ids(shown: dict[Tensor, State]) -> list[int]:
-    return list(map(id, chain.from_iterable(map(dict.values, shown.values()))))
+def _ids(shown: Mapping[Any, Any]) -> list[Any]:
+    """Returns what tells one state from another: whose it is, and each value with its name.
+
+    Values alone would not: a state that is moved to another parameter has the same ones.
+    """
+    try:  # loops in C: this is asked at every step
+        values = list(map(id, chain.from_iterable(map(dict.values, shown.values()))))
+        names = list(chain.from_iterable(shown.values()))
+    except TypeError:  # somebody keeps what is no dictionary
+        own = [state for state in shown.values() if isinstance(state, dict)]
+        names = list(chain.from_iterable(own))
+        values = list(map(id, [*shown.values(), *(v for state in own for v in state.values())]))
+    return [*map(id, shown), *values, *names]

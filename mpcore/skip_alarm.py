@@ -49,6 +49,10 @@ class SkipAlarm:
         self._at_min_before = overflows_at_min
         self._sent: HostCopy | None = None
 
+    def __getstate__(self) -> dict[str, object]:
+        # a copy on its way has an event of the device, which nobody can copy or pickle
+        return {**self.__dict__, "_sent": None}
+
     def note(self, counters: Tensor) -> None:
         """Counts a step; no host sync.
 

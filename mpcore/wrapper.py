@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpcore._graphs import outside_graphs
+from mpcore._memory import all_in_memory
 from mpcore._parameters import check_group, check_original, name_of
+from mpcore._wrapped_passes import WrappedPasses
 from mpcore.backends import resolve
 from mpcore.errors import ArgumentError, BackendError
 from mpcore.masters import Masters
@@ -54,6 +57,8 @@ class OptimizerWrapper(torch.optim.Optimizer):
         devices, dtypes = {p.device for p in params}, {p.dtype for p in params}
         self._backend_asked = asked
         self.backend, self._module = resolve(asked, devices, dtypes)
+        if not all_in_memory(params):
+            self._module = WrappedPasses(self._module)
 
     def _params(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
@@ -84,11 +89,17 @@ class OptimizerWrapper(torch.optim.Optimizer):
                 f"add_param_group: expected parameters for the backend {self.backend!r}, got some "
                 f"that need {name!r}. Wrap with backend={name!r}."
             )
+        if not all_in_memory(params) and not isinstance(self._module, WrappedPasses):
+            raise BackendError(
+                "add_param_group: expected parameters with memory of their own, like those "
+                "there, got DTensors or other wrappers. Wrap an optimizer over all of them."
+            )
         self.inner.add_param_group(group)
         self._mark_groups()
         self._device_of.update({param: param.device for param in params})
         self._masters.link_state(params)
 
+    @outside_graphs
     def adopt_masters(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Makes float32 originals the masters of parameters that are 16-bit now; no host sync.
 
@@ -113,6 +124,7 @@ class OptimizerWrapper(torch.optim.Optimizer):
             self._masters.create(param, original)
         self._masters.create_for([])  # what was made is noted
 
+    @outside_graphs
     def sync_masters_from_model(self, weights: Mapping[str, Tensor] | None = None) -> None:
         """Overwrites every master with its weight, without a host sync.
 
@@ -154,6 +166,7 @@ class OptimizerWrapper(torch.optim.Optimizer):
                 pairs.append((param, value))
         return pairs
 
+    @outside_graphs
     def check_masters(self) -> list[str]:
         """Returns the names of weights that are not their rounded masters; syncs with the host."""
         return [self._name_of(param) for param in self._masters.stale(self._module)]

@@ -136,6 +136,13 @@ def damage(saved: Any, number: int) -> None:
         saved[key] = copy.deepcopy(choose.choice(VALUES))
 
 
+#: what torch's AdamW and SGD take an option for that an older version did not save
+FILLED_IN = {
+    **dict.fromkeys(("amsgrad", "maximize", "capturable", "differentiable", "nesterov"), False),
+    "foreach": None,
+}
+
+
 def loaded_exactly(optimizer: Any, saved: Any) -> bool:
     now, saved = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(saved)
     first = next(
@@ -155,7 +162,16 @@ def loaded_exactly(optimizer: Any, saved: Any) -> bool:
     for group, own in zip(saved["param_groups"], now["param_groups"], strict=True):
         if "param_names" not in group:  # matched by position
             del own["param_names"]
+        filled = {k: v for k, v in FILLED_IN.items() if k in own}
+        filled["fused"] = False if "nesterov" in own else None
+        group.update({**filled, **group})
+        if "decoupled_weight_decay" in own:  # AdamW's, whatever was saved
+            group["decoupled_weight_decay"] = True
     states = {index: state for index, state in saved["state"].items() if state}
+    if "betas" in saved["param_groups"][0]:  # AdamW makes tensors of step counts
+        for state in states.values():
+            if isinstance(state.get("step"), (int, float)):
+                state["step"] = torch.tensor(float(state["step"]))
     return same_bits(now["state"], states) and same_bits(now["param_groups"], saved["param_groups"])
 
 

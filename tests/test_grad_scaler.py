@@ -187,14 +187,11 @@ def test_what_torch_refuses_is_refused_in_the_same_words(misuse: str, name: str)
     [
         ({"growth_factor": 1.0}, "The growth factor must be > 1.0."),
         ({"backoff_factor": 1.0}, "The backoff factor must be < 1.0."),
-        ({"growth_factor": INF}, "growth factor must be > 1.0 and < inf"),
-        ({"backoff_factor": -1.0}, "backoff factor must be > 0.0"),
-        ({"growth_interval": 0}, "growth interval must be an integer >= 1, got 0"),
-        ({"growth_interval": 2.5}, "growth interval must be an integer >= 1, got 2.5"),
-        ({"init_scale": 0.0}, "init_scale must be within"),
-        ({"init_scale": INF}, "init_scale must be within"),
-        ({"init_scale": float("nan")}, "init_scale must be within"),
-        ({"min_scale": 2.0**17}, "init_scale must be within"),
+        ({"growth_factor": math.nan}, "growth factor must be a number, got NaN"),
+        ({"backoff_factor": math.nan}, "backoff factor must be a number, got NaN"),
+        ({"growth_interval": 2.5}, "growth interval must be an integer, got 2.5"),
+        ({"growth_interval": True}, "growth interval must be an integer, got True"),
+        ({"init_scale": math.nan}, "init_scale must be a number, got NaN"),
         ({"min_scale": 0.0}, r"2\*\*-126 <= min_scale"),
         ({"max_scale": 2.0**127}, r"max_scale <= 2\*\*126"),
         ({"hysteresis": 0}, "hysteresis must be an integer >= 1"),
@@ -214,9 +211,10 @@ def test_setters_change_the_course_and_refuse_what_would_break_it() -> None:
     scaler.set_growth_interval(5)
     got = (scaler.get_growth_factor(), scaler.get_backoff_factor(), scaler.get_growth_interval())
     assert got == (3.0, 0.25, 5)
-    for setter, value in (("growth_factor", 0.5), ("backoff_factor", -1.0), ("growth_interval", 0)):
+    for setter in ("growth_factor", "backoff_factor", "growth_interval"):
         with pytest.raises(AssertionError, match=setter.replace("_", " ")):
-            getattr(scaler, f"set_{setter}")(value)
+            getattr(scaler, f"set_{setter}")(math.nan)
+    assert got == (3.0, 0.25, 5)
 
 
 def test_a_disabled_scaler_does_nothing() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import re
 from typing import Any
 
 import mpcore
@@ -66,10 +65,13 @@ def test_bounds_hysteresis_and_counters_are_saved() -> None:
     ("changes", "error"),
     [
         ({"scale": float("nan")}, AssertionError),
-        ({"growth_factor": 1.0}, AssertionError),
-        ({"backoff_factor": 0.0}, AssertionError),
-        ({"growth_interval": 0}, AssertionError),
-        ({"_growth_tracker": -1}, AssertionError),
+        ({"growth_factor": float("nan")}, AssertionError),
+        ({"backoff_factor": float("nan")}, AssertionError),
+        ({"growth_interval": 1.5}, AssertionError),
+        ({"_growth_tracker": 1.5}, AssertionError),
+        ({"scale": "8"}, TypeError),
+        # with a number beside it that would be taken after a warning
+        ({"growth_factor": 0.5, "refill": "x"}, AssertionError),
         ({"min_scale": 4.0, "max_scale": 2.0}, AssertionError),
         ({"refill": "x"}, AssertionError),
         ({"hysteresis": 0}, AssertionError),
@@ -90,7 +92,11 @@ def test_a_bad_state_changes_nothing(changes: dict[str, Any], error: type[Except
 def test_a_broken_scale_of_torchs_is_brought_back(scale: float, expected: float) -> None:
     state = THEIRS("cpu").state_dict() | {"scale": scale}
     for scaler in (OURS("cpu"), stepped(OURS, [False])):
-        scaler.load_state_dict(state)
+        if scale == expected:
+            scaler.load_state_dict(state)
+        else:
+            with pytest.warns(UserWarning, match=r"^GradScaler: the scale \S+ is used as "):
+                scaler.load_state_dict(state)
         assert scaler.get_scale() == expected
 
 
@@ -127,9 +133,13 @@ def test_update_sets_a_scale() -> None:
     for tensor, expected in ((0.0, 2.0), (INF, 64.0), (float("nan"), 2.0)):
         scaler.update(torch.tensor(tensor))
         assert scaler.get_scale() == expected
-    for bad in (1.0, 128.0, float("nan")):
-        with pytest.raises(AssertionError, match=re.escape("new_scale must be within [2, 64]")):
-            scaler.update(bad)
+    for value, expected in ((1.0, 2.0), (128, 64.0), (-INF, 2.0)):
+        with pytest.warns(UserWarning, match=r"the new_scale \S+ is used as .*bounds are 2 and 64"):
+            scaler.update(value)
+        assert scaler.get_scale() == expected
+    with pytest.raises(AssertionError, match="The new_scale must be a number, got NaN"):
+        scaler.update(float("nan"))
+    assert scaler.get_scale() == 2.0
 
 
 @pytest.mark.parametrize("key", ["_overflows_left", "_steps", "_skipped_steps"])

@@ -52,3 +52,23 @@ def test_a_bad_max_norm_is_refused_and_named(
         optimizer.clip_grad_norm_(max_norm)
     assert params[0].grad is not None
     optimizer.unscale_()
+
+
+def test_arguments_as_for_torchs_function_are_answered_and_the_advice_works(engine: Engine) -> None:
+    params, optimizer = scaled(engine)
+    for rest in ((1.0,), (1.0, 2.0)):
+        with pytest.raises(ArgumentTypeError, match=r"write optimizer\.clip_grad_norm_\(1\.0\)"):
+            optimizer.clip_grad_norm_(params, *rest)
+    for kind in (1.0, float("inf"), "2"):
+        with pytest.raises(ArgumentError, match=r"^norm_type: expected 2\.0, got .*grads\(\)"):
+            optimizer.clip_grad_norm_(1.0, norm_type=kind)
+    optimizer.unscale_()
+    grads = optimizer.grads()
+    before = torch.stack([grad.abs().max() for grad in grads]).amax()
+    torch._foreach_mul_(grads, 0.5 / before)
+    assert torch.stack([grad.abs().max() for grad in optimizer.grads()]).amax() <= 0.5 + 1e-6
+    optimizer.step()
+    assert not optimizer.last_step.skipped
+    params, optimizer = scaled(engine)
+    optimizer.clip_grad_norm_(1.0, norm_type=2)
+    optimizer.step()

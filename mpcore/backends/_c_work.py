@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from mpcore._bulk import dtypes_of
+from mpcore._memory import PLAIN, all_in_memory
 from mpcore.backends._blocks import memory_order
+from mpcore.errors import ArgumentError
 
 #: Elements that a thread takes at a time.
 CHUNK = 2**16
@@ -56,8 +58,18 @@ class Table:
 
 
 def addresses_of(tensors: Sequence[Tensor]) -> array[int]:
-    """Returns where tensors lie in memory, as C has an array of pointers."""
-    return array("q", map(Tensor.data_ptr, tensors))
+    """Returns where tensors lie in memory, as C has an array of pointers.
+
+    Raises:
+        ArgumentError: The address of one is not where its values are.
+    """
+    addresses = array("q", map(Tensor.data_ptr, tensors))
+    if (0 in addresses or not set(map(type, tensors)) <= PLAIN) and not all_in_memory(tensors):
+        raise ArgumentError(
+            "tensors: expected memory of their own, got a DTensor, a wrapper or a meta tensor, "
+            "put into optimizer.state or a parameter. Put the values there."
+        )
+    return addresses
 
 
 class Cut(NamedTuple):
