@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -14,7 +15,7 @@ import mpcore
 import numpy as np
 import pytest
 import torch
-from mpcore.backends import NAMES, _c_command, compiled, cpu, reference, resolve
+from mpcore.backends import NAMES, _c_command, compiled, cpu, reference, resolve, why_not_release
 from mpcore.backends._c_compiler import comes_built
 from mpcore.errors import ArgumentError, BackendError
 
@@ -207,6 +208,54 @@ def test_triton_asked_for_by_name_refuses_float64_before_anything_changes() -> N
     with pytest.raises(BackendError, match=r'"triton": .*float64.*Pass backend="auto"'):
         mpcore.MixedPrecisionOptimizer(inner, backend="triton")
     assert mpcore.MixedPrecisionOptimizer(inner).backend == "compiled"
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "words"),
+    [
+        ("3.6.0", "2.4.0", "Triton 3.6.0's interpreter needs a NumPy before 2.4, and 2.4.0"),
+        ("3.6.0", "2.10.1", "before 2.4, and 2.10.1"),
+        ("3.6.0", "2.3.5", None),
+        ("3.7.1", "2.4.6", None),
+        ("3.10.0", "2.4.6", None),
+    ],
+)
+def test_triton_is_refused_only_where_its_interpreter_fails(
+    triton: str, numpy: str, words: str | None
+) -> None:
+    reason = why_not_release(triton, beside_numpy=numpy)
+    assert reason is None if words is None else reason is not None and words in reason
+
+
+def test_triton_whose_roots_are_wrong_on_amd_is_refused_there_alone() -> None:
+    assert "square root" in (why_not_release("3.6.0", on_amd=True) or "")
+    assert why_not_release("3.6.0") is None
+    assert why_not_release("3.7.1", on_amd=True) is None
+    assert why_not_release("3.10.0", on_amd=True) is None
+
+
+@needs_triton
+@pytest.mark.parametrize(("hip", "name"), [(None, "triton"), ("7.0", "reference")])
+def test_auto_on_a_gpu_asks_whether_the_release_fits(
+    hip: str | None, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.import_module("triton"), "__version__", "3.6.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert resolve("auto", [torch.device("cuda")])[0] == name
+
+
+@needs_triton
+def test_triton_by_name_asks_for_another_numpy_where_it_interprets(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    triton = importlib.import_module("triton")
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    monkeypatch.setattr(importlib.import_module("numpy"), "__version__", "2.4.6")
+    if not triton.knobs.runtime.interpret:
+        pytest.skip("kernels are compiled here")
+    with pytest.raises(BackendError, match=r"NumPy before 2\.4, and 2\.4\.6 is installed"):
+        resolve("triton", [torch.device("cpu")])
 
 
 PROBE = """

@@ -9,7 +9,8 @@ Division, square root and, on AMD, conversions between int64 and floats are rout
 multiply-adds. Where a kernel has one of them, its fused multiply-adds are looked for one step
 earlier, in PTX or in LLVM's language, where the routine is still a single operation. That is no
 less strict: the assembler for PTX may fuse only what is not marked `.rn` there, and LLVM only what
-is marked `contract`.
+is marked `contract`. Assemblers before CUDA 13.1 do fuse packed pairs that are marked `.rn`; no
+routine has packed ones, so that those are looked for in the machine code always.
 """
 
 from __future__ import annotations
@@ -102,24 +103,34 @@ def _read_nvidia(variant: Variant, target: GPUTarget, compiled: Any) -> Facts:
     resources = {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", usage)}
     blocks, ptx = _sass.parse(code), compiled.asm["ptx"]
     instructions = [i for block in blocks for i in block.instructions]
-    fused, adds_zero = _sass.fused(code), _sass.adds_zero(code)
+    adds_zero = _sass.adds_zero(code)
     flushes = any("FTZ" in i.opcode.split(".") for i in instructions)
     if _PTX_ROUTINES.search(ptx):
         # the routines fuse and flush where they may; everything else has its origin in the PTX
-        fused, adds_zero = len(_PTX_FUSED.findall(ptx)), len(_PTX_ADDS_ZERO.findall(ptx))
+        adds_zero = len(_PTX_ADDS_ZERO.findall(ptx))
         flushes = ".ftz" in ptx
     return Facts(
         target=f"sm_{target.arch}",
         registers=resources["REG"],
         stack=resources["STACK"] + resources["LOCAL"],
         spills=sum(i.memory == "local" for i in instructions),
-        fused=fused,
+        fused=fused_on_nvidia(code, ptx),
         adds_zero=adds_zero,
         approximations=tuple(sorted(set(_PTX_APPROXIMATE.findall(ptx)))),
         flushes=flushes,
         float_atomics=_float_atomics(blocks, r"\.F\d\d|\.BF16"),
         **_common(variant, target, compiled, blocks, frozenset()),
     )
+
+
+def fused_on_nvidia(disassembly: str, ptx: str) -> int:
+    """Returns how many fused multiply-adds a kernel has outside the routines of division and root.
+
+    Packed ones count wherever they come from: no routine has any.
+    """
+    if _PTX_ROUTINES.search(ptx):
+        return max(len(_PTX_FUSED.findall(ptx)), _sass.fused_pairs(disassembly))
+    return _sass.fused(disassembly)
 
 
 def _read_amd(variant: Variant, target: GPUTarget, compiled: Any) -> Facts:

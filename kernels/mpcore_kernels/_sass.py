@@ -84,6 +84,12 @@ def fused(disassembly: str) -> int:
     return found
 
 
+def fused_pairs(disassembly: str) -> int:
+    """Returns how many fused multiply-adds work on a pair of float32 numbers."""
+    lines = filter(None, map(_LINE.match, _kernel_lines(disassembly)))
+    return sum(match.group(2).split(".")[0] == "FFMA2" for match in lines)
+
+
 def adds_zero(disassembly: str) -> int:
     """Returns how many products are added to the constant +0, which makes +0 of -0."""
     found = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from typing import Any, Protocol
 
@@ -35,11 +36,11 @@ class ScaleMove(Protocol):
 
     @property
     def growth_factor(self) -> float:
-        """Above 1. A power of two keeps the scale one."""
+        """Above 1, a float32 number. A power of two keeps the scale one."""
 
     @property
     def backoff_factor(self) -> float:
-        """Above 0, below 1."""
+        """Above 0, below 1, a float32 number."""
 
     @property
     def growth_interval(self) -> int:
@@ -81,8 +82,8 @@ def numbers_of(move: ScaleMove) -> tuple[Any, ...]:
         _check_factor("growth_factor", move.growth_factor, 1.0, math.inf),
         _check_factor("backoff_factor", move.backoff_factor, 0.0, 1.0),
         _check_count("growth_interval", move.growth_interval),
-        _check_factor("min_scale", move.min_scale, 0.0, math.inf),
-        _check_factor("max_scale", move.max_scale, 0.0, math.inf),
+        _check_between("min_scale", move.min_scale, 0.0, math.inf),
+        _check_between("max_scale", move.max_scale, 0.0, math.inf),
         _check_count("hysteresis", move.hysteresis),
         _check_refill(move.refill),
         *_check_tolerance(move.tolerance),
@@ -90,6 +91,18 @@ def numbers_of(move: ScaleMove) -> tuple[Any, ...]:
 
 
 def _check_factor(name: str, value: float, lowest: float, highest: float) -> float:
+    """Returns `value` as a float; raises unless it is a float32 number between the bounds."""
+    value = _check_between(name, value, lowest, highest)
+    # a launch would round it, and the scale would differ from the reference's in the last place
+    if ctypes.c_float(value).value != value:
+        raise ValueError(
+            f"{name}: expected a float32 number, got {value!r}, which is none. Round it, or use "
+            "the reference backend, which multiplies in float64."
+        )
+    return value
+
+
+def _check_between(name: str, value: float, lowest: float, highest: float) -> float:
     """Returns `value` as a float; raises unless it is strictly between the bounds."""
     if not lowest < value < highest:
         raise ValueError(

@@ -22,7 +22,15 @@ from mpcore.backends._scale import ScaleMove
 from mpcore.errors import ArgumentError, BackendError
 from mpcore.updates import Batch, Hyper
 
-__all__ = ["NAMES", "Backend", "Inspection", "ScaleMove", "resolve", "why_not_triton"]
+__all__ = [
+    "NAMES",
+    "Backend",
+    "Inspection",
+    "ScaleMove",
+    "resolve",
+    "why_not_release",
+    "why_not_triton",
+]
 
 NAMES = ("auto", "cpu", "compiled", "reference", "triton")
 
@@ -98,12 +106,49 @@ def why_not_triton(
         return "the kernels take 16-bit and float32 tensors, and some parameters are float64"
     kinds = {device.type for device in devices}
     if kinds == {"cuda"}:
-        return None if torch.cuda.is_available() else "no CUDA or ROCm device is usable here"
+        if not torch.cuda.is_available():
+            return "no CUDA or ROCm device is usable here"
+        release = importlib.import_module("triton").__version__
+        return why_not_release(release, on_amd=torch.version.hip is not None)
     # Triton's own interpreter runs kernels on CPU tensors: slow, and exact enough for tests
-    interpreting = bool(importlib.import_module("triton").knobs.runtime.interpret)
-    if kinds == {"cpu"} and interpreting:
-        return None
+    triton = importlib.import_module("triton")
+    if kinds == {"cpu"} and triton.knobs.runtime.interpret:
+        numpy = importlib.import_module("numpy").__version__
+        return why_not_release(triton.__version__, beside_numpy=numpy)
     return f"the kernels run on CUDA or ROCm devices, and the parameters are on {sorted(kinds)}"
+
+
+def why_not_release(
+    triton: str, *, on_amd: bool = False, beside_numpy: str | None = None
+) -> str | None:
+    """Returns what is wrong with a release of Triton, or None if nothing is known to be.
+
+    Args:
+        triton: The release.
+        on_amd: Whether kernels are compiled for an AMD GPU.
+        beside_numpy: The release of NumPy that interprets the kernels; None if they are compiled.
+
+    Example:
+        >>> why_not_release("3.6.0", beside_numpy="2.4.0")
+        "Triton 3.6.0's interpreter needs a NumPy before 2.4, and 2.4.0 is installed"
+        >>> why_not_release("3.6.0", beside_numpy="2.3.5") is None
+        True
+    """
+    if _number(triton) >= (3, 7):
+        return None
+    if on_amd:
+        return f"Triton {triton} makes NaN of the square root of a subnormal number on AMD GPUs"
+    if beside_numpy is not None and _number(beside_numpy) >= (2, 4):
+        return (
+            f"Triton {triton}'s interpreter needs a NumPy before 2.4, and {beside_numpy} is "
+            "installed"
+        )
+    return None
+
+
+def _number(release: str) -> tuple[int, ...]:
+    """Returns major and minor of a release."""
+    return tuple(map(int, release.split(".")[:2]))
 
 
 def resolve(

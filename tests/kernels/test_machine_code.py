@@ -6,6 +6,7 @@ import pytest
 
 from mpcore_kernels import _amdgcn, _sass, audit
 from mpcore_kernels._blocks import Block, Instruction
+from mpcore_kernels._facts import fused_on_nvidia
 from mpcore_kernels._machine_code import bodies, thread_dependent
 
 # a flag and a size are read by all threads alike; R0 is the thread's index
@@ -197,6 +198,21 @@ def test_sass_fused_multiply_adds_are_counted_but_not_constants():
     assert _sass.adds_zero(SASS.replace("        /*0020*/", line.format(constant))) == 0
     constant = "HFMA2.MMA R5, -RZ, RZ, 0, 1.5"
     assert _sass.fused(SASS.replace("        /*0020*/", line.format(constant))) == 0
+
+
+def test_sass_pairs_fused_by_the_assembler_are_found_beside_a_routine():
+    line = "        /*0012*/                   {} ;\n        /*0020*/"
+    routine = SASS.replace("        /*0020*/", line.format("FFMA R5, R6, R7, R8"))
+    pair = SASS.replace("        /*0020*/", line.format("@P0 FFMA2 R4, R6, R8, R10"))
+    packed = "\tmul.rn.f32x2 %rd1, %rd2, %rd3;\n\tadd.rn.f32x2 %rd4, %rd1, %rd5;\n"
+    division = packed + "\tdiv.rn.f32 %r1, %r2, %r3;\n"
+    assert fused_on_nvidia(routine, division) == 0
+    assert fused_on_nvidia(routine, packed) == 1
+    for ptx in (packed, division):
+        assert fused_on_nvidia(SASS, ptx) == 0
+        assert fused_on_nvidia(pair, ptx) == 1
+    loose = division + "\tmul.f32 %r1, %r2, %r3;\n"
+    assert fused_on_nvidia(SASS, loose) == 1
 
 
 def test_amd_full_chunks_take_one_body_though_the_code_could_run_both():

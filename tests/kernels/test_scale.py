@@ -2,16 +2,18 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from mpcore import DynamicLossScale
-from mpcore.backends import ScaleMove
+from mpcore.backends import ScaleMove, reference
 from mpcore.loss_scale import LossScaleState, initial_state, next_state
 from mpcore.scale_tensors import LossScaleTensors
 
 from mpcore_kernels import update_scale_
+from mpcore_testing.bits import same_bits
 
 RULE = {
     "growth_factor": 2.0,
@@ -141,6 +143,33 @@ def test_update_scale_tolerates_what_is_below_the_share(tolerance, history, expe
     assert scales == expected
 
 
+@example(scale=8.75, growth=1.1, backoff=0.3, found_inf=1)
+@example(scale=8.75, growth=1.1, backoff=0.3, found_inf=0)
+@given(
+    scale=st.floats(2.0**-20, 2.0**20, width=32),
+    growth=st.floats(1.0, 64.0, exclude_min=True, width=32),
+    backoff=st.floats(2.0**-10, 1.0, exclude_max=True, width=32),
+    found_inf=st.sampled_from([0, 1]),
+)
+def test_update_scale_has_the_bits_of_the_reference_or_refuses(
+    scale, growth, backoff, found_inf, device
+):
+    state = LossScaleState(scale, 1, 1, 0, 0)
+    rule = RULE | {"growth_factor": growth, "backoff_factor": backoff, "min_scale": 2.0**-126}
+    ours, theirs = placed(state, device), placed(state, device)
+    tensors = (theirs.scale, theirs.growth_tracker, theirs.overflows_left, theirs.counters)
+    flag = torch.tensor(found_inf, dtype=torch.int32, device=device)
+    reference.update_scale_(ScaleMove(*tensors, **rule), flag)
+    if all(float(np.float32(factor)) == factor for factor in (growth, backoff)):
+        update(ours, found_inf, device, **rule)
+        assert same_bits([ours.scale], [theirs.scale])
+        assert ours.to_state() == theirs.to_state()
+    else:
+        with pytest.raises(ValueError, match="factor: expected a float32 number"):
+            update(ours, found_inf, device, **rule)
+        assert ours.to_state() == state
+
+
 def test_update_scale_stays_within_its_bounds(device):
     tensors = placed(LossScaleState(2.0**24, 1, 2, 0, 0), device)
     update(tensors, 0, device, **RULE)
@@ -192,6 +221,11 @@ def test_update_scale_tells_autograd_what_it_wrote(device):
         ("growth_factor", math.inf),
         ("backoff_factor", 0.0),
         ("backoff_factor", 1.0),
+        # no float32 numbers: rounded by a launch, they would miss the reference in the last place
+        ("growth_factor", 1.1),
+        ("growth_factor", 1e300),
+        ("backoff_factor", 0.3),
+        ("backoff_factor", 1e-300),
         ("growth_interval", 0),
         ("growth_interval", 2**31),
         ("hysteresis", 0),
