@@ -23,11 +23,34 @@ from mpcore_testing.gpu_run.page import MARK  # noqa: E402
 from mpcore_testing.gpu_run.parts import LIMITS, PARTS  # noqa: E402
 from mpcore_testing.gpu_run.runner import Run, stamped  # noqa: E402
 
+KNOWN = ", ".join(part.name for part in PARTS)
+
 
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for gpu.json and gpu.md")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--quick", action="store_true", help="under 2 minutes, not 8")
+    mode.add_argument("--rehearse", action="store_true", help="on the CPU, even beside a GPU")
+    parser.add_argument("--parts", help=f"some of {KNOWN}, separated by commas")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Runs the parts; returns the exit status."""
+    chosen = arguments()
+    if importlib.util.find_spec("torch") is None:
+        stamped(
+            f"{sys.executable} has no torch. Name a Python that has it: "
+            "make gpu PYTHON=.venv/bin/python (`make test` makes that one)."
+        )
+        return 2
+    wanted = (chosen.parts or KNOWN.replace(" ", "")).split(",")
+    unknown = sorted(set(wanted) - {part.name for part in PARTS})
+    if unknown:
+        stamped(f"--parts: expected some of {KNOWN}, got {', '.join(unknown)}.")
+        return 2
     mode = "quick" if chosen.quick else "full"
     if chosen.rehearse:
         mode = "rehearsal"
@@ -43,7 +66,8 @@ def arguments() -> argparse.Namespace:
     template = page.read_text(encoding="utf-8") if page.is_file() else f"# On a GPU\n\n{MARK}\n"
     run = Run(chosen.out.resolve(), mode, command, template, LIMITS[mode], stamped)
     run.run([part for part in PARTS if part.name in wanted])
-    stamped(f"{'complete' if run.complete else 'with failures'}: {chosen.out / 'gpu.md'}, gpu.json")
+    told = "complete" if run.complete else "with failures"
+    stamped(f"{told}: {chosen.out / 'gpu.md'}, {chosen.out / 'gpu.json'}")
     return 0 if run.complete else 1
 
 
