@@ -12,6 +12,7 @@ could be run. Bits that differ and rows that time did not suffice for are result
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from pathlib import Path
 
