@@ -128,11 +128,8 @@ def trainer(model: nn.Module, regime: Regime, device: torch.device) -> Trainer:
 
     On a CPU mpcore computes with the reference backend: other parts rehearse the kernels.
     """
-    return (
-        _mpcore(model, regime, device)
-        if regime.weights is not None
-        else _torch(model, regime, device)
-    )
+    make = _torch if regime.weights is None else _mpcore
+    return make(model, regime, device)
 
 
 def _mpcore(model: nn.Module, regime: Regime, device: torch.device) -> Trainer:

@@ -47,7 +47,8 @@ def _intro(found: _Found, rehearsal: bool) -> str:
         return f"Mode: {found['mode']}. Started {found['started']}, ended {ended}."
     return (
         "**This was a rehearsal on a CPU: no GPU was there.** Kernels were interpreted on small "
-        f"tensors; times, rates and memory are left out as `...`. Started {found['started']}, ended {ended}."
+        "tensors; times, rates and memory are left out as `...`. "
+        f"Started {found['started']}, ended {ended}."
     )
 
 

@@ -100,7 +100,8 @@ class Run:
             errors="replace",
         )
         lines: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=_pump, args=(process, lines), daemon=True).start()
+        reader = threading.Thread(target=_pump, args=(process, lines), daemon=True)
+        reader.start()
         tail: list[str] = []
         end = time.monotonic() + hard
         try:
@@ -118,6 +119,7 @@ class Run:
             if process.poll() is None:
                 process.kill()
             process.wait()
+            reader.join(timeout=5)  # what the part started may hold its output open
 
     def _keep(self, part: Part, entry: dict[str, Any]) -> None:
         self.found["parts"][part.name] = {"title": part.title, **entry}
@@ -130,8 +132,9 @@ class Run:
 
 def _pump(process: subprocess.Popen[str], lines: queue.Queue[str | None]) -> None:
     assert process.stdout is not None
-    for line in process.stdout:
-        lines.put(line.rstrip("\n"))
+    with process.stdout as stream:
+        for line in stream:
+            lines.put(line.rstrip("\n"))
     lines.put(None)
 
 

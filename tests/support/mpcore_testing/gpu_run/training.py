@@ -16,9 +16,9 @@ from mpcore_testing.gpu_run.models import MODELS, REGIMES, Model, Regime, Traine
 from mpcore_testing.gpu_run.record import Recorder, Row
 from mpcore_testing.gpu_run.setting import Setting
 
-#: How far losses may be from those of FP32 at the same step, as a share of what FP32's loss
-#: lost over the checked steps. A step that was not taken moves it by about one share of the steps, 1/8; what
-#: 16-bit products do to a mean over all tokens is far below that.
+#: How far losses may be from those of FP32 at the same step, as a share of what FP32's loss lost
+#: over the checked steps. A step that was not taken moves a loss by about one step's share of that,
+#: at least 1/8; 16-bit products move a mean over all tokens by far less.
 BOUND = 0.1
 
 
