@@ -24,8 +24,6 @@ def run(record: Recorder, setting: Setting) -> None:
         record.row(f"waits, {_clip(norm)}", lambda n=norm: _waits(setting, n))
     record.row("overflow in the first step", lambda: _first(setting))
     names = list(OPTIMIZERS) if setting.sizes.mode != "rehearsal" else ["AdamW"]
-    for name in names:
-        record.row(f"graph, {name}, clipped", lambda n=name: _graph(setting, n, 0.5))
     dtypes = (torch.float16, torch.bfloat16) if setting.on_a_gpu else (torch.bfloat16,)
     for dtype in dtypes:
         for norm in norms:
@@ -33,6 +31,8 @@ def run(record: Recorder, setting: Setting) -> None:
                 title = f"steps, {name}, {str(dtype).removeprefix('torch.')}, {_clip(norm)}"
                 case = (name, dtype, norm)
                 record.row(title, lambda c=case: _steps(setting, *c))
+    for name in names:  # last: a capture that fails may leave the process unfit for more
+        record.row(f"graph, {name}, clipped", lambda n=name: _graph(setting, n, 0.5))
 
 
 def _clip(norm: float | None) -> str:

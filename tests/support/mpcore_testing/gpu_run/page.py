@@ -164,19 +164,26 @@ def _steps(part: _Found, rehearsal: bool) -> list[str]:
 def _step_table(
     timed: _Found, here: Sequence[_Found], copied: float | None, rehearsal: bool
 ) -> list[str]:
-    base = timed["times"].get("amp-fused", {}).get("median_s")
+    queued = next((row["queued_s"] for row in here if "queued_s" in row), {})
+    base = queued.get("amp-fused")
     host = next((row["host_s"] for row in here if "host_s" in row), {})
     counts = {row["key"]: row for row in here if "resident_bytes" in row}
     rows = []
     for key, times in timed["times"].items():
-        reached, count = times["bytes_per_second"], counts.get(key, {})
+        count, moved, behind = (
+            counts.get(key, {}),
+            times["moved_bytes_per_parameter"],
+            queued.get(key),
+        )
+        reached = moved * timed["parameters"] / behind if moved and behind else None
         share = None if not (reached and copied) else reached / copied
         resident = count.get("resident_bytes")
         rows.append(
             (
                 times["label"],
                 _measured(1e3 * times["median_s"], "{:.3f}", rehearsal),
-                _measured(base and times["median_s"] / base, "{:.2f}x", rehearsal),
+                _measured(behind and 1e3 * behind, "{:.3f}", rehearsal),
+                _measured(behind / base if behind and base else None, "{:.2f}x", rehearsal),
                 _measured(reached and reached / 1e9, "{:,.0f}", rehearsal),
                 _measured(share, "{:.0%}", rehearsal),
                 _measured(1e3 * host[key] if key in host else None, "{:.3f}", rehearsal),
@@ -186,8 +193,8 @@ def _step_table(
             )
         )
     header = (
-        *("step", "median ms", "vs AMP fused", "GB/s", "of a copy", "host ms", "launches"),
-        *("host reads", "bytes kept per parameter"),
+        *("step", "ms from idle", "ms queued", "vs AMP fused", "GB/s", "of a copy"),
+        *("host ms", "launches", "host reads", "bytes kept per parameter"),
     )
     return _table(header, rows)
 

@@ -22,6 +22,7 @@ from mpcore_testing.gpu_run.record import to_json, write_whole
 
 #: the command of a part, from its name, its file and its seconds
 Command = Callable[[str, Path, float], Sequence[str]]
+_STARTING = 30.0  # seconds that every part may have: reading torch from a cold disk takes some
 _GRACE = 30.0  # seconds for a row that was started in time, as far as the whole run has them
 
 
@@ -60,7 +61,8 @@ class Run:
         for number, part in enumerate(parts):
             shares = sum(other.share for other in parts[number:])
             left = self._end - time.monotonic()
-            self._run(part, max(0.0, left) * part.share / shares, left)
+            share = max(0.0, left) * part.share / shares
+            self._run(part, max(share, min(_STARTING, left)), left)
         self.found["ended"] = _now()
         self._write()
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +19,7 @@ from mpcore.bench.rows import Row as BenchRow
 from mpcore.bench.rows import own_rows
 from mpcore.bench.shapes import ParameterList, parse
 from mpcore.bench.tensors import synchronize
-from mpcore.bench.timing import copy_bandwidth, time_rounds
+from mpcore.bench.timing import copy_bandwidth, time_call, time_rounds
 from mpcore.monitoring.memory import storage_bytes
 
 from mpcore_testing.gpu_run.record import Recorder, Row, described
@@ -26,6 +28,8 @@ from mpcore_testing.gpu_run.setting import Setting
 KEYS = ("fused", "amp-fused", "amp-foreach", "masters-loop", "general")
 #: float32 elements of the copy that bandwidth is measured with: 256 MiB, or next to nothing
 _COPIED = {True: 2**26, False: 2**10}
+#: some 20 ms of a GPU
+_BUSY_CYCLES = 40_000_000
 #: bytes per parameter that steps allocate and release, of which foreach needs most
 _TEMPORARY = 8
 
@@ -65,6 +69,7 @@ def _run_list(record: Recorder, setting: Setting, listed: ParameterList) -> None
     if not built:
         return
     record.row(f"{title}times", lambda: _times(setting, problem, built))
+    record.row(f"{title}queued", lambda: _queued(setting, problem, built))
     record.row(f"{title}host", lambda: _host(setting, problem, built))
     for key, found in built.items():
         # last: what profiles and counts may slow down what comes after
@@ -110,7 +115,6 @@ def _times(setting: Setting, problem: Problem, built: dict[str, _Built]) -> Row:
             "lower_s": low,
             "upper_s": high,
             "moved_bytes_per_parameter": moved,
-            "bytes_per_second": None if moved is None else moved * problem.listed.count / middle,
         }
     listed = problem.listed
     return {
@@ -120,6 +124,33 @@ def _times(setting: Setting, problem: Problem, built: dict[str, _Built]) -> Row:
         "rounds": setting.sizes.rounds,
         "times": measured,
     }
+
+
+def _queued(setting: Setting, problem: Problem, built: dict[str, _Built]) -> Row:
+    """Medians of steps that are launched while the device is busy: the host is not waited for.
+
+    So it is in training, where the backward pass is still running when the step is launched. A step
+    that reads a value on the host waits all the same, and its time shows it.
+    """
+    taken: dict[str, list[float]] = {key: [] for key in built}
+    for _ in range(setting.sizes.rounds):
+        for key, found in built.items():
+            taken[key].append(queued(_ready(found, problem).step, problem.device))
+    medians = {key: statistics.median(values) for key, values in taken.items()}
+    return {"list": problem.listed.name, "queued_s": medians}
+
+
+def queued(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of a call behind other work of the device; on a CPU there is no behind."""
+    if device.type != "cuda":
+        return time_call(call, device)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(_BUSY_CYCLES)
+    begin.record()
+    call()
+    end.record()
+    torch.cuda.synchronize(device)
+    return float(begin.elapsed_time(end)) / 1e3
 
 
 def _ready(found: _Built, problem: Problem) -> Contender:
@@ -142,7 +173,7 @@ def _host(setting: Setting, problem: Problem, built: dict[str, _Built]) -> Row:
             taken[key].append(time.perf_counter() - started)
             gc.enable()
             synchronize(problem.device)
-    medians = {key: sorted(values)[len(values) // 2] for key, values in taken.items()}
+    medians = {key: statistics.median(values) for key, values in taken.items()}
     return {"list": problem.listed.name, "host_s": medians}
 
 
@@ -157,7 +188,8 @@ def _counts(found: _Built, problem: Problem) -> Row:
         step()
     counted["host_reads"] = reads.count
     try:
-        counted["launches"] = launches(_ready(found, problem).step, device)
+        # none seen of what surely was launched: the profiler sees nothing here
+        counted["launches"] = launches(_ready(found, problem).step, device) or None
     except Exception as raised:  # profilers need rights that not every machine grants
         counted |= {"launches": None, "why_no_launches": described(raised)["error"]}
     return counted
