@@ -11,24 +11,21 @@ from mpcore.backends import ScaleMove, _c_command, _c_compiler, _c_update, _c_wo
 from mpcore.backends._c_work import CHUNK
 from mpcore.errors import ArgumentError, BackendError, StageError
 
-from mpcore_testing.fused import (
+from mpcore_testing.batches import (
     COMBINATIONS,
     FULL,
     HALF,
     KINDS,
     OPTIONS,
+    Batch,
+    Hyper,
     Move,
-    Twin,
     make_batch,
     make_grads,
 )
-from mpcore_testing.kernels import (
-    HALVES,
-    assert_same_bits,
-    float32_bits,
-    random_bits,
-)
-from mpcore_testing.updates import Batch, Hyper
+from mpcore_testing.fused import Twin
+from mpcore_testing.kernels import HALVES, assert_same_bits, random_bits
+from mpcore_testing.strategies import float32_bits
 
 # around the vectors of the loops and the blocks that stay in the first-level cache
 SIZES = [0, 1, 7, 8, 15, 16, 17, 300, 511, 512, 513, 1025]

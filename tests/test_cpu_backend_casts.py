@@ -15,12 +15,11 @@ from mpcore_testing.kernels import (
     HALVES,
     assert_same_bits,
     flags,
-    float32_bits,
     random_bits,
     random_finite,
     rounding_boundaries,
-    tensors,
 )
+from mpcore_testing.strategies import float32_bits, tensors
 
 SIZES = [0, 1, 63, 64, 65, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 37]
 NOTHING = torch.zeros((), dtype=torch.int32)

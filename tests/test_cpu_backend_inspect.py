@@ -21,15 +21,8 @@ from mpcore_testing.inspections import (
     expected_square_sum,
     unscaled,
 )
-from mpcore_testing.kernels import (
-    FLOATS,
-    HALVES,
-    all_patterns,
-    float32_bits,
-    random_bits,
-    random_finite,
-    tensors,
-)
+from mpcore_testing.kernels import FLOATS, HALVES, all_patterns, random_bits, random_finite
+from mpcore_testing.strategies import float32_bits, tensors
 
 SIZES = [0, 1, 63, 4096, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 37]
 ERROR = 1e-6

@@ -21,12 +21,11 @@ from mpcore_testing.kernels import (
     FLOATS,
     HALVES,
     all_patterns,
-    float32_bits,
     random_bits,
     random_finite,
     rounding_boundaries,
-    tensors,
 )
+from mpcore_testing.strategies import float32_bits, tensors
 
 CHUNK = 4096
 SIZES = [0, 1, 7, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 3]

@@ -14,10 +14,11 @@ import mpcore
 import pytest
 import torch
 
+from mpcore_testing.batches import Batch, Hyper
 from mpcore_testing.bits import rounded, same_bits
 from mpcore_testing.engines import Engine
 from mpcore_testing.lengths import short_and_long
-from mpcore_testing.updates import Batch, Hyper, update
+from mpcore_testing.updates import update
 
 STEPS = short_and_long(200, 1000)
 SCALE = mpcore.DynamicLossScale(init=2.0**9, growth_interval=40, max_scale=2.0**12)

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from mpcore_testing.engine_runs import OPTIMIZERS, OVERFLOWS, Training
-from mpcore_testing.gpu import DEVICE, captured, needs_a_gpu, no_sync, rehearsed
+from mpcore_testing.gpu import DEVICE, captured, no_sync, rehearsed
 from mpcore_testing.kernels import assert_same_bits
+from mpcore_testing.marks import needs_a_gpu
 
 pytestmark = pytest.mark.gpu
 

@@ -6,9 +6,10 @@ from mpcore.backends import reference
 
 from mpcore_kernels import Launcher
 from mpcore_kernels._table import CHUNK
-from mpcore_testing.fused import Move
-from mpcore_testing.gpu import DEVICE, ON_A_GPU, captured, needs_a_gpu
+from mpcore_testing.batches import Move
+from mpcore_testing.gpu import DEVICE, ON_A_GPU, captured
 from mpcore_testing.kernels import assert_same_bits, random_finite
+from mpcore_testing.marks import needs_a_gpu
 
 pytestmark = pytest.mark.gpu
 

@@ -9,8 +9,8 @@ from mpcore.scale_tensors import LossScaleTensors
 import mpcore_kernels
 from mpcore_kernels import inspect, update_scale_, widen_into
 from mpcore_kernels._table import CHUNK
-from mpcore_testing.fused import Move
-from mpcore_testing.gpu import DEVICE, many, needs_a_gpu, no_sync
+from mpcore_testing.batches import Move
+from mpcore_testing.gpu import DEVICE, many, no_sync
 from mpcore_testing.inspections import assert_inspection, assert_same_inspection
 from mpcore_testing.kernels import (
     FLOATS,
@@ -21,6 +21,7 @@ from mpcore_testing.kernels import (
     random_bits,
     random_finite,
 )
+from mpcore_testing.marks import needs_a_gpu
 
 pytestmark = pytest.mark.gpu
 

@@ -5,7 +5,7 @@ import torch
 
 from mpcore_kernels import cast_into, unscale_, unscale_into
 from mpcore_kernels._table import CHUNK
-from mpcore_testing.gpu import DEVICE, many, needs_a_gpu, no_sync
+from mpcore_testing.gpu import DEVICE, many, no_sync
 from mpcore_testing.kernels import (
     FLOATS,
     HALVES,
@@ -16,6 +16,7 @@ from mpcore_testing.kernels import (
     random_bits,
     rounding_boundaries,
 )
+from mpcore_testing.marks import needs_a_gpu
 
 pytestmark = pytest.mark.gpu
 

@@ -6,20 +6,22 @@ import torch
 import mpcore_kernels
 from mpcore_kernels import Launcher
 from mpcore_kernels._update_kernel import CHUNK
-from mpcore_testing.fused import (
+from mpcore_testing.batches import (
     COMBINATIONS,
     FULL,
     HALF,
     OPTIONS,
+    Hyper,
     Move,
-    Twin,
     make_batch,
     make_grads,
     scalar,
 )
-from mpcore_testing.gpu import DEVICE, ON_A_GPU, captured, many, needs_a_gpu, no_sync, rehearsed
+from mpcore_testing.fused import Twin
+from mpcore_testing.gpu import DEVICE, ON_A_GPU, captured, many, no_sync, rehearsed
 from mpcore_testing.kernels import random_bits, random_finite
-from mpcore_testing.updates import Hyper, assert_same_batches, update
+from mpcore_testing.marks import needs_a_gpu
+from mpcore_testing.updates import assert_same_batches, update
 
 pytestmark = pytest.mark.gpu
 

@@ -20,12 +20,11 @@ from mpcore_testing.kernels import (
     all_patterns,
     assert_same_bits,
     flags,
-    float32_bits,
     random_bits,
     random_finite,
-    tensors,
 )
 from mpcore_testing.lengths import few_of
+from mpcore_testing.strategies import float32_bits, tensors
 
 
 def any_float(bits, device):

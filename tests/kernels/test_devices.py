@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mpcore_kernels
-from mpcore_testing.fused import Move
+from mpcore_testing.batches import Move
 from mpcore_testing.kernels import flags
 
 

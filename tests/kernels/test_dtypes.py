@@ -23,10 +23,10 @@ from mpcore_testing.kernels import (
     INTEGER,
     all_patterns,
     assert_same_bits,
-    float32_bits,
     random_bits,
     rounding_boundaries,
 )
+from mpcore_testing.strategies import float32_bits
 
 BLOCK = 8192
 

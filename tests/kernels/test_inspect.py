@@ -16,12 +16,11 @@ from mpcore_testing.kernels import (
     SIZES,
     all_patterns,
     assert_same_bits,
-    float32_bits,
     guarded,
     random_bits,
     random_finite,
-    tensors,
 )
+from mpcore_testing.strategies import float32_bits, tensors
 
 BORDERS = [0, 1, CHUNK - 1, CHUNK, 2 * CHUNK - 1, 2 * CHUNK, 2 * CHUNK + 9]
 

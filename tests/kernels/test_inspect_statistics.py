@@ -19,8 +19,8 @@ from mpcore_testing.kernels import (
     guarded,
     random_bits,
     rounding_boundaries,
-    tensors,
 )
+from mpcore_testing.strategies import tensors
 
 
 def assert_statistics(values, device, offsets=None):

@@ -5,7 +5,7 @@ import torch
 
 from mpcore_kernels import _chunks, _finish, cast, inspect, scale, unscale, widen
 from mpcore_kernels._dtypes import FORMATS
-from mpcore_testing.fused import Move
+from mpcore_testing.batches import Move
 from mpcore_testing.kernels import FLOATS, HALVES, flags
 
 

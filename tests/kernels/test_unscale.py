@@ -13,12 +13,11 @@ from mpcore_testing.kernels import (
     all_patterns,
     assert_same_bits,
     flags,
-    float32_bits,
     guarded,
     random_bits,
     random_finite,
-    tensors,
 )
+from mpcore_testing.strategies import float32_bits, tensors
 
 # of loss scales and of their reciprocals, from 2^-14 to 2^24
 POWERS = range(-24, 25)

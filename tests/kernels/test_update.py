@@ -7,18 +7,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpcore_testing.fused import (
+from mpcore_testing.batches import (
     COMBINATIONS,
     FULL,
     HALF,
     KINDS,
     OPTIONS,
-    Twin,
+    Batch,
+    Hyper,
     make_batch,
     make_grads,
 )
-from mpcore_testing.kernels import float32_bits, random_bits
-from mpcore_testing.updates import Batch, Hyper
+from mpcore_testing.fused import Twin
+from mpcore_testing.kernels import random_bits
+from mpcore_testing.strategies import float32_bits
 
 SIZES = [0, 1, 7, 300]
 

@@ -7,7 +7,7 @@ from mpcore.backends import ScaleMove, reference
 
 import mpcore_kernels
 from mpcore_kernels._update_kernel import CHUNK
-from mpcore_testing.fused import BRAIN, FULL, HALF, OPTIONS, Move, make_batch, make_grads, scalar
+from mpcore_testing.batches import BRAIN, FULL, HALF, OPTIONS, Move, make_batch, make_grads, scalar
 from mpcore_testing.inspections import assert_same_inspection
 from mpcore_testing.lengths import in_turn
 from mpcore_testing.updates import assert_same_batches

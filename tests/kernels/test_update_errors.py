@@ -7,9 +7,19 @@ import pytest
 import torch
 
 import mpcore_kernels
-from mpcore_testing.fused import BRAIN, FULL, HALF, OPTIONS, Move, make_batch, make_grads, scalar
+from mpcore_testing.batches import (
+    BRAIN,
+    FULL,
+    HALF,
+    OPTIONS,
+    Batch,
+    Hyper,
+    Move,
+    make_batch,
+    make_grads,
+    scalar,
+)
 from mpcore_testing.kernels import assert_same_bits
-from mpcore_testing.updates import Batch, Hyper
 
 RULE, MOMENTS, NUMBERS = OPTIONS[0]
 HYPER = Hyper.of(NUMBERS)

@@ -8,19 +8,21 @@ import mpcore_kernels
 from mpcore_kernels import _update_kernel
 from mpcore_kernels._dtypes import access_bytes
 from mpcore_kernels._update_kernel import CHUNK, ROUND
-from mpcore_testing.fused import (
+from mpcore_testing.batches import (
     COMBINATIONS,
     FULL,
     HALF,
     KINDS,
     OPTIONS,
-    Twin,
+    Batch,
+    Hyper,
     make_batch,
     make_grads,
     scalar,
 )
+from mpcore_testing.fused import Twin
 from mpcore_testing.kernels import assert_same_bits, guarded, random_finite
-from mpcore_testing.updates import Batch, Hyper, assert_same_batches, update
+from mpcore_testing.updates import assert_same_batches, update
 
 SIZES = [0, 1, 7, ROUND - 1, ROUND, ROUND + 1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 3]
 RULE, MOMENTS, NUMBERS = OPTIONS[0]

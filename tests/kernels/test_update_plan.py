@@ -6,19 +6,19 @@ import torch
 import mpcore_kernels
 from mpcore_kernels import Launcher
 from mpcore_kernels._update_kernel import CHUNK
-from mpcore_testing.fused import (
+from mpcore_testing.batches import (
     BRAIN,
     FULL,
     HALF,
     KINDS,
     OPTIONS,
+    Hyper,
     Move,
-    Twin,
     make_batch,
     make_grads,
     scalar,
 )
-from mpcore_testing.updates import Hyper
+from mpcore_testing.fused import Twin
 
 RULE, MOMENTS, NUMBERS = OPTIONS[0]
 HYPER = Hyper.of(NUMBERS)

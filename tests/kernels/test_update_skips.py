@@ -6,21 +6,22 @@ import torch
 import mpcore_kernels
 from mpcore_kernels._launch import Variant
 from mpcore_kernels._update_kernel import CHUNK
-from mpcore_testing.fused import (
+from mpcore_testing.batches import (
     BRAIN,
     COMBINATIONS,
     FULL,
     HALF,
     KINDS,
     OPTIONS,
+    Hyper,
     Move,
-    Twin,
     make_batch,
     make_grads,
     scalar,
 )
+from mpcore_testing.fused import Twin
 from mpcore_testing.kernels import random_bits
-from mpcore_testing.updates import Hyper, assert_same_batches
+from mpcore_testing.updates import assert_same_batches
 
 RULE, MOMENTS, NUMBERS = OPTIONS[0]
 LARGEST = {HALF: 65504.0, BRAIN: (2.0**8 - 1) * 2.0**120}

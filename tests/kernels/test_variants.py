@@ -9,9 +9,8 @@ import mpcore_kernels
 from mpcore_kernels import unscale
 from mpcore_kernels._launch import argument_type
 from mpcore_kernels._variants import variants
-from mpcore_testing.fused import COMBINATIONS, KINDS, Move, make_batch
+from mpcore_testing.batches import COMBINATIONS, KINDS, Hyper, Move, make_batch
 from mpcore_testing.kernels import FLOATS, HALVES, flags
-from mpcore_testing.updates import Hyper
 
 
 def zeros(dtypes, device):

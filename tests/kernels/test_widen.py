@@ -13,8 +13,8 @@ from mpcore_testing.kernels import (
     assert_same_bits,
     guarded,
     random_bits,
-    tensors,
 )
+from mpcore_testing.strategies import tensors
 
 
 def assert_widened(values, device, offsets=None, master_offsets=None):

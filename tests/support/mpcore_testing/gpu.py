@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import pytest
 import torch
 import triton
 
@@ -19,7 +18,6 @@ from mpcore_kernels.unscale import _unscale_kernel
 #: Whether the kernels are compiled, and not interpreted: settled when they are imported.
 ON_A_GPU = torch.cuda.is_available() and isinstance(_unscale_kernel, triton.JITFunction)
 DEVICE = torch.device("cuda" if ON_A_GPU else "cpu")
-needs_a_gpu = pytest.mark.skipif(not ON_A_GPU, reason="no CUDA or ROCm device")
 
 
 def many(on_a_gpu: int, rehearsed: int) -> int:

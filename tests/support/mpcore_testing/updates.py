@@ -5,63 +5,13 @@ Written from the rules' published definitions and shares no code with mpcore or 
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass
-
 import numpy as np
 import torch
-from torch import Tensor
 
 from mpcore_testing.kernels import assert_same_bits
 from mpcore_testing.rounding import round_by_hand
 
 F32, F64 = np.float32, np.float64
-
-
-@dataclass
-class Batch:
-    """Tensors of one combination of dtypes; also what `plan_update` takes."""
-
-    masters: list[Tensor]
-    weights: list[Tensor] | None
-    moments: list[list[Tensor]]
-    steps: list[Tensor] | None
-    groups: list[int]
-
-    def everything(self):
-        """All tensors."""
-        moments = [tensor for moment in self.moments for tensor in moment]
-        return [*self.masters, *(self.weights or ()), *moments, *(self.steps or ())]
-
-    def on(self, device):
-        """A copy on a device, of the same strides."""
-        return copy.deepcopy(self) if device is None else _mapped(self, lambda t: _copy(t, device))
-
-
-@dataclass
-class Hyper:
-    """Hyper-parameters, as `prepare_` takes them."""
-
-    numbers: tuple
-    lrs: tuple
-
-    @staticmethod
-    def of(*rows):
-        """From rows of numbers alone."""
-        return Hyper(tuple(rows), (None,) * len(rows))
-
-
-def _copy(tensor, device):
-    return torch.empty_like(tensor, device=device).copy_(tensor)
-
-
-def _mapped(batch, change):
-    def each(tensors):
-        return None if tensors is None else [change(tensor) for tensor in tensors]
-
-    moments = [each(moment) for moment in batch.moments]
-    parts = (each(batch.masters), each(batch.weights), moments, each(batch.steps))
-    return Batch(*parts, list(batch.groups))
 
 
 def power(base, exponent):
