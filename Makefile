@@ -19,7 +19,7 @@ PARALLEL := -n auto --maxprocesses=4
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench gpu test test-exhaustive test-random doctest lint docs build audit mutants c-steps import-time clean
+.PHONY: help demo bench gpu test test-exhaustive test-random doctest lint docs build audit mutants golden c-steps import-time clean
 
 help: ## Show this list.
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 18
@@ -64,6 +64,9 @@ audit: $(VENV)/.test ## Compile every kernel for four GPUs and judge the machine
 
 mutants: $(VENV)/.test ## Put errors into the kernels and see the tests find them; write docs/mutants.md.
 	$(BIN)/python tests/mutation/run.py --write
+
+golden: $(VENV)/.test ## Show which bits moved since tests/golden was recorded; ARGS=--write records.
+	PYTHONPATH=tests/support $(BIN)/python -m mpcore_testing.golden $(ARGS)
 
 c-steps: $(VENV)/.test ## Write the update rules out as C, after one has changed; build the library.
 	$(BIN)/python -c "from mpcore.backends._c_source import write_header; write_header()"
