@@ -40,9 +40,6 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
     It is a `torch.optim.Optimizer` and shares `param_groups` with the one it wraps, so LR
     schedulers on either drive it. `state[p]["master"]` is the float32 master of a 16-bit `p`.
 
-    One step: unscale and check the gradients; skip if any is not finite, else step the wrapped
-    optimizer over the masters and round them into the weights; move the loss scale.
-
     Args:
         optimizer: Any `torch.optim.Optimizer` but SparseAdam; best made from
             `model.named_parameters()`, so that reports can name parameters. State that it
@@ -71,8 +68,6 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
         >>> optimizer.zero_grad()
         >>> optimizer.last_step.skipped
         False
-        >>> optimizer.state[model.weight]["master"].dtype
-        torch.float32
     """
 
     _kept = (

@@ -108,14 +108,7 @@ class ScaleCourse(torch.amp.GradScaler):
                 `NoLossScale()`, whose gradients are still checked, or `HeadroomLossScale(...)`,
                 which leaves room above the largest gradient of any dtype: autocast's backward
                 passes make those of float32 parameters in 16 bits.
-            device: As for the constructor.
-            enabled: Likewise.
-            process_group: Likewise.
-
-        Example:
-            >>> from mpcore import DynamicLossScale, GradScaler
-            >>> GradScaler.of(DynamicLossScale.megatron(), "cpu").get_scale() == 2.0**32
-            True
+            device, enabled, process_group: As for the constructor.
         """
         if isinstance(loss_scale, DynamicLossScale):
             return cls(
