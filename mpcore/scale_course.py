@@ -106,9 +106,10 @@ class ScaleCourse(torch.amp.GradScaler):
         Args:
             loss_scale: `DynamicLossScale(...)`, one of its presets, `StaticLossScale(scale)`,
                 `NoLossScale()`, whose gradients are still checked, or `HeadroomLossScale(...)`,
-                which leaves room above the largest gradient of any dtype: autocast's backward
-                passes make those of float32 parameters in 16 bits.
-            device, enabled, process_group: As for the constructor.
+                which leaves room above the largest gradient of any dtype.
+            device: As for the constructor.
+            enabled: Likewise.
+            process_group: Likewise.
         """
         if isinstance(loss_scale, DynamicLossScale):
             return cls(
