@@ -30,6 +30,9 @@ INTERPRETED = {
 }
 # what torch calls them; it is asked for one in lower case
 LEVELS = ["DEFAULT", "AVX2", "AVX512"]
+interpreted = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled beside a GPU"
+)
 
 
 def judged(run, steps=None):
@@ -42,6 +45,7 @@ def test_bits_are_those_recorded(run):
     assert judged(run) == []
 
 
+@interpreted
 @pytest.mark.parametrize(
     "run", [r for r in RUNS if r.backend == "triton" and r.case in INTERPRETED], ids=str
 )
@@ -49,6 +53,7 @@ def test_first_bits_of_interpreted_kernels_are_those_recorded(run):
     assert judged(run, INTERPRETED[run.case]) == []
 
 
+@interpreted
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("run", [r for r in RUNS if r.backend == "triton"], ids=str)
 def test_bits_of_interpreted_kernels_are_those_recorded(run):
@@ -130,7 +135,8 @@ def test_the_runs_hold_what_they_are_there_for():
     assert len(set(scales("headroom"))) > 3
     assert scales("scale at its minimum")[-1] == 1
     assert {last("hysteresis", 1), last("tolerance", 1)} == {5}
-    assert len({tuple(scales(n)) for n in ("hysteresis", "hysteresis, clean refills", "tolerance")})
+    skipping = ("hysteresis", "hysteresis, clean refills", "tolerance")
+    assert len({tuple(scales(name)) for name in skipping}) == 3
     assert len({scales("several losses", i)[-1] for i in range(3)}) == 3
     assert len(set(scales("mpcore.GradScaler without a wrapper"))) > 1
     # what the compiled backend may have bits of its own for, it has; else one recording would do
