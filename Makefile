@@ -19,7 +19,7 @@ PARALLEL := -n auto --maxprocesses=4
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test test-exhaustive test-random doctest lint docs build audit mutants c-steps import-time clean
+.PHONY: help demo bench gpu test test-exhaustive test-random doctest lint docs build audit mutants c-steps import-time clean
 
 help: ## Show this list.
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 18
@@ -29,6 +29,10 @@ demo: $(VENV)/.demo ## Train a small GPT in FP32 and in 16 bits; print a table, 
 
 bench: $(VENV)/.bench ## Time the optimizer step beside torch's and installed peers; results checked first.
 	$(BIN)/mpcore bench $(ARGS)
+
+# No environment: it runs where nothing can be installed, with whatever torch PYTHON has.
+gpu: ## Judge and time everything on a GPU, into gpu-results/; without one, rehearse on the CPU.
+	$(PYTHON) tests/gpu/run.py --out gpu-results $(ARGS)
 
 test: $(VENV)/.test ## Run the test suite (without the exhaustive tests).
 	$(PYTEST) $(PARALLEL) -m "not exhaustive" $(ARGS)
