@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +13,7 @@ from mpcore._checks import SIXTEEN_BIT
 from mpcore._layouts import laid_out_like, own_memory
 from mpcore.backends import Backend, Inspection
 from mpcore.coefficient import Coefficient
+from mpcore.exposure import Exposure
 from mpcore.gradient_buckets import Bucket, Look, tensor_norms
 from mpcore.masters import Masters
 from mpcore.step_plan import StepPlan
@@ -54,7 +55,7 @@ class StepGradients:
     ) -> None:
         self.params = list(params)
         self.applied = False  # whether the unscaled ones are the gradients of masters
-        self.exposed = False  # whether users may edit them
+        self.exposure: Exposure | None = None  # in `p.grad`, where users may edit them
         self.norm: Tensor | None = None
         self.plan = plan
         self.plan_is_stale = False  # whether parameters were left out since
@@ -65,7 +66,7 @@ class StepGradients:
         self._statistics = statistics
         #: what was added up to make these, if several backward passes were
         self.accumulated: Accumulation | None = None
-        self._inspected = False
+        self._inspected = False  # whether flags tell everything about what is stored
         self._coefficient = Coefficient(coefficient, inverted)
         self._masters = masters
         self._backend = backend
@@ -118,9 +119,28 @@ class StepGradients:
             self._backend.unscale_(self._grads(bucket.without), coefficient, rest)
             bucket.add_flags(flags)
         self._note_largest()
-        self.applied = True
+        self.applied = self._inspected = True
         self._coefficient.spend()
         self._found = None
+
+    def expose(self, sees_pass: Callable[[], None]) -> None:
+        """Shows them in `p.grad`, unscaled, in float32, to be edited there until `release`.
+
+        Args:
+            sees_pass: Called when a backward pass comes to one of them.
+        """
+        self.exposure = Exposure(self.params, self._masters, sees_pass)
+
+    def take_edits(self) -> None:
+        """Takes what users did to `p.grad` since; values that were written are looked at again."""
+        if self.exposure is not None and self.exposure.take_edits(self.params):
+            self._inspected = False
+
+    def conceal(self) -> None:
+        """Puts the model's own gradients back into `p.grad`."""
+        if self.exposure is not None:
+            self.exposure.end()
+            self.exposure = None
 
     def clip(self, max_norm: float) -> Tensor:
         """Lowers the coefficient so that the global norm is at most `max_norm`.
@@ -129,12 +149,17 @@ class StepGradients:
             The 2-norm before clipping, 0-d float32; non-finite if a gradient is.
         """
         self.norm = self._look(max_norm)
+        if self.exposure is not None:  # who looks at them now sees them clipped
+            self.apply()
+            self.exposure.note(self.params)
         return self.norm
 
     def inspect(self) -> None:
-        """Looks for overflow, unless `clip` or `apply` already did; a sum may overflow itself."""
-        if not self._inspected and (not self.applied or self.accumulated is not None):
+        """Looks for overflow, unless `clip` or `apply` already did; sums and edits may overflow."""
+        if not self._inspected:
             self._look(None)
+            if self.exposure is not None:
+                self.exposure.note(self.params)
 
     def _look(self, max_norm: float | None) -> Tensor:
         """Reads every gradient once: overflow, norm, coefficient; returns the norm."""
@@ -211,6 +236,13 @@ class StepGradients:
         if self._found is None:
             self._found = self._any_flag()
         return self._found
+
+    def add_found(self, found_inf: Tensor) -> None:
+        """Joins what an outside scaler found since: ranks may have told it of their overflow."""
+        before, home = self._found_before, self._coefficient.device
+        found = (found_inf != 0).int().reshape(()).to(home, non_blocking=True)
+        self._found_before = found if before is None else found | (before != 0).int().to(home)
+        self._found = None
 
     def _any_flag(self) -> Tensor:
         home = self._coefficient.device
@@ -296,6 +328,7 @@ class StepGradients:
 
         Sums are dropped for all parameters: nobody may take them for gradients of the next pass.
         """
+        self.conceal()
         if not self.applied:
             return
         for bucket in self._buckets:

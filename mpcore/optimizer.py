@@ -127,28 +127,30 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
         return self._paths.current()
 
     def unscale_(self) -> None:
-        """Unscales now instead of in `step`, and fixes whether it skips; no host sync.
+        """Unscales now instead of in `step`, and shows the result in `p.grad`; no host sync.
 
-        Gradients of float32 parameters are unscaled in place. Those of 16-bit parameters stay
-        scaled in `p.grad` (unscaling them there would flush what the scale saved); `grads()`
-        has them in float32.
+        From then on `p.grad` is the float32 gradient that `step` uses, also that of a 16-bit
+        parameter: whatever clips, adds noise, logs or edits acts on it, another tensor may take its
+        place, and None drops it. `step` and `zero_grad` of this object put the model's own 16-bit
+        tensors back. Whether the step skips is fixed here, but for edits that are not finite.
 
         Raises:
-            StageError: Called twice in a step, or the gradients were never scaled.
+            StageError: Called twice in a step, or the gradients were never scaled. A backward pass
+                before the step raises it too.
         """
-        if self._stage.unscaled:
-            raise StageError(
-                "unscale_(): expected one call per step, got a second one. Call step() first."
-            )
-        gradients = self._collect("unscale_()")
-        gradients.apply()
-        gradients.inspect()  # of sums: what follows may edit them
-        gradients.exposed = True
+        self._masters.take_over_edits(self.state)
+        self._stage.unscale("unscale_()", External.of(self))
+
+    def _unscale_from_outside(self, scale: Tensor) -> None:
+        """`unscale_`, for `mpcore.GradScaler` and its scale."""
+        self._masters.take_over_edits(self.state)
+        nothing = torch.zeros((), device=scale.device)
+        self._stage.unscale("GradScaler.unscale_()", External(scale.reshape(()), nothing))
 
     def grads(self) -> list[Tensor]:
         """Returns the unscaled gradients in the order of the parameters; no host sync.
 
-        They are the tensors that `step` uses: editing them in place changes the step.
+        They are those in `p.grad`, which `step` uses: editing them in place changes the step.
 
         Returns:
             float32 (float64 for float64 parameters); parameters without a gradient are left out.
@@ -158,15 +160,14 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
         """
         if not self._stage.unscaled:
             raise StageError("grads(): expected unscale_() to be called first in this step.")
-        gradients = self._collect("grads()")
-        gradients.apply()  # a clip may be pending
-        return gradients.final()
+        return self._collect("grads()").final()
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Clips the global 2-norm of the unscaled gradients to `max_norm`; no host sync.
 
         Nothing is written: the coefficient `min(1, max_norm / (norm + 1e-6))` joins the multiply
-        that unscales. Their product is one float32, so it should stay above 2^-126.
+        that unscales. Their product is one float32, so it should stay above 2^-126. After
+        `unscale_` the gradients in `p.grad` are multiplied at once.
 
         Args:
             max_norm: Above 0.
@@ -254,8 +255,8 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
         Args:
             set_to_none: Set gradients to None instead of filling them with zeros.
         """
+        self._stage.forget()  # first: the model's own gradients are to be cleared
         super().zero_grad(set_to_none)
-        self._stage.forget()
         self._stage.zeroed = not set_to_none
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -300,6 +301,8 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
         state = dict(state)
         accumulated = state.pop("_accumulated", None)
         super().__setstate__(state)
+        for _, master in self._masters.items():
+            master.grad = None  # of the step that the original was in
         self._start()
         self._stage.start_anew(int(self._scale.count("overflows_at_min")))
         self._stage.resume(accumulated)

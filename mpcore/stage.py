@@ -91,7 +91,7 @@ class Stage:
     @property
     def unscaled(self) -> bool:
         """Whether `unscale_` was called in this step."""
-        return self.gradients is not None and self.gradients.exposed
+        return self.gradients is not None and self.gradients.exposure is not None
 
     def collect(self, caller: str, external: External | None) -> StepGradients:
         """Returns this step's gradients, checked, with masters made; there may be none at all.
@@ -105,9 +105,13 @@ class Stage:
             self._check_no_newcomer(caller, params, self.gradients)
             self._masters.check_weights(self._backend, caller, self._name_of)
             self.gradients.plan_is_old = True
-            if self.gradients.accumulated is not None:  # p.grad of 16-bit parameters is None by now
+            if self.gradients.accumulated is not None and not self.unscaled:
+                # p.grad of 16-bit parameters is None by now
                 params = [p for p in self.gradients.params if self._masters.of(p).grad is not None]
             self.gradients.keep(params)
+            self.gradients.take_edits()
+            if external is not None:
+                self.gradients.add_found(external.found_inf)
             return self.gradients
         self._masters.check_weights(self._backend, caller, self._name_of)
         if self._sums is not None:
@@ -120,12 +124,33 @@ class Stage:
         self.gradients = self._gradients_of(params, scale, external)
         return self.gradients
 
+    def unscale(self, caller: str, external: External | None) -> StepGradients:
+        """Collects gradients, unscales them and shows them in `p.grad`; no host sync."""
+        if self.unscaled:
+            raise StageError(
+                f"{caller}: expected one call per step, got a second one. Call step() first, or "
+                "zero_grad() of this optimizer."
+            )
+        gradients = self.collect(caller, external)
+        gradients.apply()
+        gradients.inspect()  # sums: what follows may edit them
+        gradients.expose(self._see_pass)
+        return gradients
+
+    def _see_pass(self) -> None:
+        """Raises in a backward pass that would add scaled gradients to unscaled ones."""
+        self.check_open("a backward pass")
+
     def check_open(self, caller: str) -> None:
         """Raises if gradients of this step were collected: those of another pass would get lost."""
+        exposure = None if self.gradients is None else self.gradients.exposure
+        if exposure is not None and exposure.is_dropped:
+            self.forget()  # by model.zero_grad(), for instance
         if self.gradients is not None:
             raise StageError(
                 f"{caller}: expected to be called before unscale_() or clip_grad_norm_() of the "
-                "same step, got a call after. Run all backward passes first, or call zero_grad()."
+                "same step, got a call after. Run all backward passes first, or call zero_grad() "
+                "of this optimizer."
             )
 
     def accumulate(self, caller: str, loss: ScaledLoss | None = None) -> None:
@@ -178,6 +203,7 @@ class Stage:
     def collect_evaluation(self, external: External | None) -> StepGradients:
         """Returns the gradients of one evaluation of a user's closure, and readies the next."""
         gradients = self.collect("step(closure)", external)
+        gradients.conceal()
         self.gradients, self.scaled = None, False
         if not gradients.params:
             raise StageError(
@@ -225,7 +251,7 @@ class Stage:
         self, caller: str, params: list[Tensor], gradients: StepGradients
     ) -> None:
         known = set(map(id, gradients.params))
-        summed = gradients.accumulated is not None
+        summed = gradients.accumulated is not None and not self.unscaled
         if not summed and known.issuperset(map(id, params)):
             return
         for param in params:
