@@ -277,6 +277,10 @@ class StepGradients:
         """Returns what the first look found on each device, if somebody watches."""
         return [bucket.found for bucket in self._buckets if bucket.found is not None]
 
+    def unscaled_in_place(self) -> list[Tensor]:
+        """Returns the parameters whose `p.grad` itself was multiplied."""
+        return [p for bucket in self._buckets for p in bucket.without] if self.applied else []
+
     def final(self) -> list[Tensor]:
         """Returns the unscaled gradients, in the order of `params`, after `apply`."""
         return self._grads(self.params)

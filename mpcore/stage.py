@@ -14,10 +14,12 @@ from mpcore._scaling import External
 from mpcore.accumulation import Accumulated, Accumulation
 from mpcore.backends import Backend, ScaleMove
 from mpcore.backends._scale import count_step_
+from mpcore.clip_watch import ClipWatch
 from mpcore.errors import StageError
 from mpcore.gradients import StepGradients
 from mpcore.headroom import HeadroomLossScale
-from mpcore.loss_scale import LossScale, NoLossScale
+from mpcore.leftovers import Leftovers
+from mpcore.loss_scale import LossScale, NoLossScale, StaticLossScale
 from mpcore.losses import Losses, ScaledLoss, new_alarm
 from mpcore.masters import Groups, Masters
 from mpcore.scale_tensors import LossScaleTensors
@@ -81,6 +83,8 @@ class Stage:
         self._outside_scale: Tensor | None = None
         self._alarm = new_alarm(loss_scaling, 0)
         self._sums: Accumulation | None = None
+        self._clip_watch = ClipWatch(groups)
+        self._leftovers = Leftovers()
         self.watcher: Watcher | None = None
 
     @property
@@ -118,6 +122,7 @@ class Stage:
             self.gradients = self._summed(self._sums, caller, external)
             return self.gradients
         self._check_scaled(caller, external, bool(params))
+        self._clip_watch.check()
         scale = self._tensors.scale if external is None else external.scale
         # an outside scale is any number and moves in place; our own follows from the coefficient
         self._outside_scale = None if external is None else scale.clone()
@@ -140,6 +145,16 @@ class Stage:
     def _see_pass(self) -> None:
         """Raises in a backward pass that would add scaled gradients to unscaled ones."""
         self.check_open("a backward pass")
+
+    def begin_pass(self) -> None:
+        """Readies what the last step left in `p.grad`, if nobody cleared it; no host sync."""
+        moves = not isinstance(self._loss_scaling, (NoLossScale, StaticLossScale))
+        self._leftovers.rescale_(self._tensors.scale, self._backend, moves=moves)
+
+    def note_scaled(self, outputs: Any) -> None:
+        """Notes that a scaled backward pass is to come."""
+        self.scaled, self.zeroed = True, False
+        self._clip_watch.watch(outputs)
 
     def check_open(self, caller: str) -> None:
         """Raises if gradients of this step were collected: those of another pass would get lost."""
@@ -166,6 +181,7 @@ class Stage:
             return
         if loss is None and not self.zeroed:
             self._check_scaled(caller, None, True)
+        self._clip_watch.check()
         scaling = self._loss_scaling if loss is None else loss.scaling
         scale = self._tensors.scale if loss is None else loss.tensors.scale
         self._masters.create_for(params)
@@ -290,6 +306,9 @@ class Stage:
         self.drop_gradients()
         gradients.release()
         self.scaled = False
+        self._leftovers.forget()
+        if external is None:
+            self._leftovers.note(gradients, [p for group in self._groups for p in group["params"]])
         # last: they may raise
         try:
             if self.watcher is not None:
@@ -342,6 +361,7 @@ class Stage:
             last_step: Whether the last step is none any more, either.
         """
         self.drop_gradients()
+        self._clip_watch.forget()
         if self.watcher is not None:
             self.watcher.forget(last_step=last_step)
 

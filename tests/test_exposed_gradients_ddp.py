@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import socket
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,8 @@ def train(unscales: bool, view: bool, static: bool, no_sync: bool, way: str) -> 
 def work(rank: int, port: int, folder: str) -> None:
     """One rank: every combination, unscaled and not."""
     torch.set_num_threads(1)
+    # what DDP writes at the end of a pass is no clip
+    warnings.filterwarnings("error", message="gradients were made smaller")
     address = f"tcp://127.0.0.1:{port}"
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
     found = {}
