@@ -46,6 +46,7 @@ class BackwardPasses:
         if self._stage.watcher is not None:
             self._stage.watcher.see_loss(outputs)
         if not self._stage.needs_scale:
+            self._stage.scaled = True
             return outputs
         scaled: Outputs = scale_outputs(outputs, self._scale.scale)
         self._stage.note_scaled(scaled)

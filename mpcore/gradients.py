@@ -222,6 +222,11 @@ class StepGradients:
         return self._grads(bucket.params) if self.applied else grads_of(bucket.params)
 
     @property
+    def was_seen(self) -> bool:
+        """Whether they were looked at, so that an overflow is known on the device."""
+        return self._inspected or self.applied
+
+    @property
     def coefficient(self) -> Tensor:
         """What stored gradients still have to be multiplied by: 0-d float32."""
         return self._coefficient.now

@@ -252,12 +252,20 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears every gradient and forgets an `unscale_` or clip that no step used; no host sync.
 
+        If that had found an overflow, the step counts as a skipped one and the loss scale falls: a
+        loop may step only if the norm is finite.
+
         Args:
             set_to_none: Set gradients to None instead of filling them with zeros.
+
+        Raises:
+            LossScaleError: As from `step`; gradients are cleared then.
         """
-        self._stage.forget()  # first: the model's own gradients are to be cleared
-        super().zero_grad(set_to_none)
-        self._stage.zeroed = not set_to_none
+        try:
+            self._stage.throw_away()  # first: the model's own gradients are to be cleared
+        finally:
+            super().zero_grad(set_to_none)
+            self._stage.zeroed = not set_to_none
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` returned, in its dtypes; no host sync.

@@ -160,7 +160,7 @@ class Stage:
         """Raises if gradients of this step were collected: those of another pass would get lost."""
         exposure = None if self.gradients is None else self.gradients.exposure
         if exposure is not None and exposure.is_dropped:
-            self.forget()  # by model.zero_grad(), for instance
+            self.throw_away()  # by model.zero_grad(), for instance
         if self.gradients is not None:
             raise StageError(
                 f"{caller}: expected to be called before unscale_() or clip_grad_norm_() of the "
@@ -233,8 +233,7 @@ class Stage:
         `torch.distributed.checkpoint` steps over such gradients once, before training, to make
         an optimizer create its state.
         """
-        begun = self.scaled or self.gradients is not None or self._sums is not None
-        if begun or not self.needs_scale:
+        if self.scaled or self.gradients is not None or self._sums is not None:
             return None
         params = with_gradient(self._groups, self._device_of, self._masters)
         if not params or any(bool(torch.any(p.grad != 0)) for p in params):  # type: ignore[arg-type]
@@ -282,7 +281,7 @@ class Stage:
         return name_of(param, self._groups)
 
     def _check_scaled(self, caller: str, external: External | None, any_gradient: bool) -> None:
-        if external is not None and self.scaled:
+        if external is not None and self.scaled and self.needs_scale:
             raise StageError(
                 f"{caller}: expected one scaler, got two: the loss went through this optimizer's "
                 "scale() and a torch.amp.GradScaler steps it. Use one of them."
@@ -313,9 +312,8 @@ class Stage:
         try:
             if self.watcher is not None:
                 self.watcher.end_step(gradients, self.result, own_scale=external is None)
-            self._alarm.note(self._tensors.counters)
         finally:
-            self._losses.note()
+            self._sound_alarms()
 
     def _advance(self, gradients: StepGradients, external: External | None) -> None:
         """Moves the scale of each loss that took part; no host sync."""
@@ -364,6 +362,40 @@ class Stage:
         self._clip_watch.forget()
         if self.watcher is not None:
             self.watcher.forget(last_step=last_step)
+
+    def throw_away(self) -> None:
+        """Ends a step that nobody took: as a skipped one if a look found an overflow; no host sync.
+
+        A loop that steps only if the norm is finite would otherwise wait for its scale for ever.
+
+        Raises:
+            LossScaleError: As after a step.
+        """
+        gradients = self.gradients
+        counts = gradients is not None and gradients.was_seen and self._outside_scale is None
+        if gradients is not None and counts:
+            self._count_if_skipped(gradients)
+        self.forget()
+        if counts:
+            self._sound_alarms()
+
+    def _count_if_skipped(self, gradients: StepGradients) -> None:
+        """Moves scales and counters as a skipped step does, if one was due."""
+        found_inf, totals = gradients.found_inf(), self._losses.totals
+        scales = [self._tensors, *(loss.tensors for loss in self._losses.each.values())]
+        kept = [t for scale in scales for t in scale.every()] + ([] if totals is None else [totals])
+        before = [tensor.clone() for tensor in kept]
+        self._advance(gradients, None)
+        if totals is not None:
+            count_step_(totals, found_inf)
+        for tensor, old in zip(kept, before, strict=True):
+            tensor.copy_(torch.where(found_inf != 0, tensor, old))
+
+    def _sound_alarms(self) -> None:
+        try:
+            self._alarm.note(self._tensors.counters)
+        finally:
+            self._losses.note()
 
     def drop_gradients(self) -> None:
         """Drops gradients that were collected and not stepped."""
