@@ -55,6 +55,7 @@ class StepGradients:
     ) -> None:
         self.params = list(params)
         self.applied = False  # whether the unscaled ones are the gradients of masters
+        self.torn = False  # whether an exception came while they were multiplied in place
         self.exposure: Exposure | None = None  # in `p.grad`, where users may edit them
         self.norm: Tensor | None = None
         self.plan = plan
@@ -99,6 +100,7 @@ class StepGradients:
             return
         if self._statistics is not None and not self._inspected and not self.applied:
             self._look(None)
+        in_place = self.applied or any(bucket.without for bucket in self._buckets)
         for bucket in self._buckets:
             coefficient = self.coefficient.to(bucket.device, non_blocking=True)
             flags = torch.zeros_like(bucket.own_flags())
@@ -112,16 +114,18 @@ class StepGradients:
                     if grad.stride() != param.stride():
                         param.grad = laid_out_like(param, grad)
                 self._backend.unscale_into(grads, buffers, coefficient, first)
+                self.torn = in_place
                 for param, buffer in zip(bucket.with_master, buffers, strict=True):
                     self._masters.of(param).grad = buffer
             else:
+                self.torn = in_place
                 self._backend.unscale_(self._grads(bucket.with_master), coefficient, first)
             self._backend.unscale_(self._grads(bucket.without), coefficient, rest)
             bucket.add_flags(flags)
         self._note_largest()
         self.applied = self._inspected = True
         self._coefficient.spend()
-        self._found = None
+        self._found, self.torn = None, False
 
     def expose(self, sees_pass: Callable[[], None]) -> None:
         """Shows them in `p.grad`, unscaled, in float32, to be edited there until `release`.
@@ -163,13 +167,14 @@ class StepGradients:
 
     def _look(self, max_norm: float | None) -> Tensor:
         """Reads every gradient once: overflow, norm, coefficient; returns the norm."""
-        self._inspected, self._found = True, None
+        self._found = None
         if len(self._buckets) == 1 and not _any_float64(self._buckets[0].params):
             found = self._inspection(self._buckets[0], max_norm)
             self._note_largest()
             self._coefficient.clip(found.coefficient)
             if self._found_before is None and not self.applied:
                 self._found = found.found_inf
+            self._inspected = True
             return found.grad_norm
         sums = [self._square_sum(bucket) for bucket in self._buckets]
         self._note_largest()
@@ -180,6 +185,7 @@ class StepGradients:
             shrink = (max_norm / (total + 1e-6)).clamp(max=1.0)
             shrink = torch.where(torch.isfinite(total), shrink, torch.ones_like(shrink))
             self._coefficient.clip((self.coefficient.double() * shrink).float())
+        self._inspected = True
         return total.float()
 
     def _inspection(self, bucket: Bucket, max_norm: float | None) -> Inspection:
@@ -189,14 +195,19 @@ class StepGradients:
         here = None
         if self.plan is not None and not self.plan_is_stale:
             here = self.plan.on(bucket.device)
-        hyper = None if here is None else here.read_hyper()
+        hyper = None
+        if here is not None:
+            hyper = here.read_hyper()
+            here.used()
         found = self._backend.inspect(
             *(grads, coefficient, max_norm),
             inverted=inverted,
             statistics=bool(self._statistics) and bucket.found is None,
-            plan=None if here is None or hyper is None else here.prepared_for(hyper),
+            plan=None if here is None else here.plan,
             hyper=hyper,
         )
+        if here is not None and hyper is not None:
+            here.note_prepared(hyper)
         self._coefficient.note_look(found, inverted)
         if self._statistics is not None and bucket.found is None:
             layouts = tuple((grad.dtype, grad.stride()) for grad in grads)

@@ -33,6 +33,7 @@ class Leftovers:
         self._scaled: list[_Left] = []
         self._unscaled: list[_Left] = []
         self._unscaled_by: Tensor | None = None
+        self.torn = False  # whether an exception came while they were multiplied
 
     def note(self, gradients: StepGradients, params: Sequence[Tensor]) -> None:
         """Notes what a step has left.
@@ -62,6 +63,7 @@ class Leftovers:
         if self._unscaled_by is None:
             return
         unscaled, scaled = _still_there(self._unscaled), _still_there(self._scaled)
+        self.torn = bool(unscaled or (scaled and moves))
         if unscaled:
             _multiply_(unscaled, scale, backend)
         if scaled and moves:

@@ -31,6 +31,7 @@ from mpcore.scale_tensors import LossScaleTensors
 from mpcore.stage import Stage
 from mpcore.step_result import StepResult
 from mpcore.wrapper import SECTION, OptimizerWrapper
+from mpcore.writes import Writes
 
 
 class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
@@ -109,7 +110,10 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
         self.register_state_dict_pre_hook(_take_over_edits)
         self.register_state_dict_post_hook(_add_section)
         backend = (self.backend, self._module)
-        self._paths = Paths(self._path, self.inner, self._masters, backend, self._saturated)
+        self._writes = Writes()
+        self._paths = Paths(
+            self._path, self.inner, self._masters, backend, self._saturated, self._writes
+        )
         self._stage = Stage(
             self.param_groups,
             self._device_of,
@@ -119,6 +123,7 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
             self._scale,
             self._losses,
             self._paths.plan,
+            self._writes,
         )
 
     @property
@@ -201,7 +206,11 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
                 gradients before training to create state: that is accepted.)
             ArgumentError: A gradient is sparse, or a parameter changed its device or dtype.
             LossScaleError: The loss scale is one with `at_min="raise"`. The step has ended.
+
+        An exception before the first write leaves the step before, and `step` may be called again.
+        After one in the midst of writing `step` and `state_dict` raise until a state is loaded.
         """
+        self._writes.check("step()")
         self._masters.take_over_edits(self.state)
         try:
             return self._step_with_closure(closure) if closure is not None else self._step()
@@ -289,6 +298,7 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
         options, states, param_of = read_states(state_dict, self.inner, stepped=stepped)
         sums = checkpoint.section_in(state_dict).get("accumulated")
         accumulated = read_sums(sums, param_of, self._losses.each, self._scale.scale.device)
+        self._writes.begin()
         for group, saved_options in zip(self.param_groups, options, strict=True):
             group.update(saved_options)
         self._masters.replace_state(states)
@@ -299,10 +309,12 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
         self._stage.resume(accumulated)
         self._losses.resume(saved.losses, saved.totals)
         self._began = True
+        self._writes.end()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
     def __getstate__(self) -> dict[str, Any]:
+        self._writes.check("copying it")
         return {**super().__getstate__(), "_accumulated": self._stage.accumulated}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -330,6 +342,7 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
 
 def _take_over_edits(optimizer: Any) -> None:
     """A hook before `state_dict`: a state that somebody replaced has its masters back."""
+    optimizer._writes.check("state_dict()")
     optimizer._masters.take_over_edits(optimizer.state)
 
 

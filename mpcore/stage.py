@@ -25,6 +25,7 @@ from mpcore.masters import Groups, Masters
 from mpcore.scale_tensors import LossScaleTensors
 from mpcore.step_plan import StepPlan
 from mpcore.step_result import StepResult
+from mpcore.writes import Writes
 
 
 class Watcher(Protocol):
@@ -55,6 +56,7 @@ class Stage:
         tensors: The scale and its counters.
         losses: Those with a scale of their own.
         plan: Returns how the fused path updates the parameters given to it, None on another path.
+        writes: Whether everything is whole.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Stage:
         tensors: LossScaleTensors,
         losses: Losses,
         plan: Callable[[list[Tensor]], StepPlan | None],
+        writes: Writes,
     ) -> None:
         self.gradients: StepGradients | None = None
         self.scaled = False  # whether scale() was called since the last step
@@ -80,6 +83,7 @@ class Stage:
         self._tensors = tensors
         self._losses = losses
         self._plan = plan
+        self._writes = writes
         self._outside_scale: Tensor | None = None
         self._alarm = new_alarm(loss_scaling, 0)
         self._sums: Accumulation | None = None
@@ -104,6 +108,7 @@ class Stage:
             caller: The method that asks, for messages.
             external: The outside scaler that drives this step, if one does.
         """
+        self.check_whole(caller)
         params = with_gradient(self._groups, self._device_of, self._masters)
         if self.gradients is not None:
             self._check_no_newcomer(caller, params, self.gradients)
@@ -156,8 +161,19 @@ class Stage:
         self.scaled, self.zeroed = True, False
         self._clip_watch.watch(outputs)
 
+    def check_whole(self, caller: str) -> None:
+        """Raises if an exception has left half of a step, of a load or of gradients."""
+        self._writes.check(caller)
+        parts = (self.gradients, self._sums, self._leftovers)
+        if any(part is not None and part.torn for part in parts):
+            raise StageError(
+                f"{caller}: expected whole gradients, got some that an exception left half "
+                "unscaled. Call zero_grad() of this optimizer and run the backward passes again."
+            )
+
     def check_open(self, caller: str) -> None:
         """Raises if gradients of this step were collected: those of another pass would get lost."""
+        self.check_whole(caller)
         exposure = None if self.gradients is None else self.gradients.exposure
         if exposure is not None and exposure.is_dropped:
             self.throw_away()  # by model.zero_grad(), for instance
@@ -194,6 +210,7 @@ class Stage:
     @property
     def accumulated(self) -> Accumulated | None:
         """What was added up for the next step, None if nothing was."""
+        self.check_whole("state_dict()")
         return None if self._sums is None else self._sums.so_far()
 
     def resume(self, accumulated: Accumulated | None) -> None:
@@ -209,11 +226,11 @@ class Stage:
                 "accumulate() has unscaled. Use the optimizer's own loss scale instead."
             )
         self.accumulate(caller)  # what has come since
-        self._sums, self._outside_scale = None, None
-        summed = set(sums.hand_over())
-        params = [p for group in self._groups for p in group["params"] if p in summed]
+        params = [p for group in self._groups for p in group["params"] if p in sums.sums]
         gradients = self._gradients_of(params, self._tensors.scale, None)
         gradients.take_sums(sums)
+        sums.hand_over()
+        self._sums, self._outside_scale = None, None
         return gradients
 
     def collect_evaluation(self, external: External | None) -> StepGradients:
@@ -297,7 +314,8 @@ class Stage:
     ) -> None:
         """Records the step and, last of all, moves the scale unless it has moved; no host sync."""
         found_inf = gradients.found_inf()
-        self.result = StepResult(found_inf, gradients, self._name_of, self._outside_scale)
+        result = StepResult(found_inf, gradients, self._name_of, self._outside_scale)
+        self._writes.begin()
         if not moved:
             self._advance(gradients, external)
         if self._losses.totals is not None:
@@ -308,10 +326,12 @@ class Stage:
         self._leftovers.forget()
         if external is None:
             self._leftovers.note(gradients, [p for group in self._groups for p in group["params"]])
+        self.result = result
+        self._writes.end()
         # last: they may raise
         try:
             if self.watcher is not None:
-                self.watcher.end_step(gradients, self.result, own_scale=external is None)
+                self.watcher.end_step(gradients, result, own_scale=external is None)
         finally:
             self._sound_alarms()
 
@@ -360,6 +380,8 @@ class Stage:
         """
         self.drop_gradients()
         self._clip_watch.forget()
+        if self._leftovers.torn:
+            self._leftovers.forget()
         if self.watcher is not None:
             self.watcher.forget(last_step=last_step)
 
@@ -373,9 +395,11 @@ class Stage:
         """
         gradients = self.gradients
         counts = gradients is not None and gradients.was_seen and self._outside_scale is None
-        if gradients is not None and counts:
-            self._count_if_skipped(gradients)
-        self.forget()
+        try:
+            if gradients is not None and counts and not gradients.torn:
+                self._count_if_skipped(gradients)
+        finally:
+            self.forget()
         if counts:
             self._sound_alarms()
 
@@ -385,11 +409,15 @@ class Stage:
         scales = [self._tensors, *(loss.tensors for loss in self._losses.each.values())]
         kept = [t for scale in scales for t in scale.every()] + ([] if totals is None else [totals])
         before = [tensor.clone() for tensor in kept]
-        self._advance(gradients, None)
-        if totals is not None:
-            count_step_(totals, found_inf)
-        for tensor, old in zip(kept, before, strict=True):
-            tensor.copy_(torch.where(found_inf != 0, tensor, old))
+        counts = torch.zeros_like(found_inf, dtype=torch.bool)
+        try:
+            self._advance(gradients, None)
+            if totals is not None:
+                count_step_(totals, found_inf)
+            counts = found_inf != 0
+        finally:
+            for tensor, old in zip(kept, before, strict=True):
+                tensor.copy_(torch.where(counts, tensor, old))
 
     def _sound_alarms(self) -> None:
         try:
