@@ -90,6 +90,7 @@ class Accumulation:
         self, masters: Masters, backend: Backend, before: Accumulated | None = None
     ) -> None:
         self.sums, self.micro_batches = Accumulated({}, []) if before is None else before
+        self.torn = False  # whether an exception left a part of a pass in the sums
         self._masters = masters
         self._backend = backend
 
@@ -107,18 +108,35 @@ class Accumulation:
         """
         parts = []
         for some in _slices(params):
-            for param in some:
-                self._own(param)
-            part = StepGradients(
-                some, self._masters, self._backend, coefficient, finds_largest=finds_largest
-            )
-            part.apply()
+            part = self._unscaled(some, coefficient, finds_largest)
+            self.torn = True
             self._add(part)
             part.release()
             for param in some:
                 param.grad = None
             parts.append(part)
         self.micro_batches.append(MicroBatch.of(loss, parts))
+        self.torn = False
+
+    def _unscaled(
+        self, some: list[Tensor], coefficient: Tensor, finds_largest: bool
+    ) -> StepGradients:
+        """Returns gradients, unscaled; leaves `p.grad` as it was if that fails."""
+        before = [param.grad for param in some]
+        try:
+            for param in some:
+                self._own(param)
+            part = StepGradients(
+                some, self._masters, self._backend, coefficient, finds_largest=finds_largest
+            )
+            part.apply()
+        except BaseException:
+            for param, grad in zip(some, before, strict=True):
+                param.grad = grad
+                if self._masters.of(param) is not param:
+                    self._masters.of(param).grad = None
+            raise
+        return part
 
     def _own(self, param: Tensor) -> None:
         """Gives a gradient that would be unscaled in place memory of its own.
@@ -142,12 +160,11 @@ class Accumulation:
         """Returns what there is; not copied."""
         return Accumulated(self.sums, self.micro_batches)
 
-    def hand_over(self) -> list[Tensor]:
-        """Makes the sums the gradients of masters, and of parameters without; returns whose."""
-        sums, self.sums = self.sums, {}
-        for param, total in sums.items():
+    def hand_over(self) -> None:
+        """Makes the sums the gradients of masters, and of parameters without."""
+        for param, total in self.sums.items():
             self._masters.of(param).grad = total
-        return list(sums)
+        self.sums = {}
 
     def losses(self) -> list[str]:
         """Returns the names of the losses that took part."""

@@ -44,12 +44,14 @@ class BackwardPasses:
             StageError: Gradients of this step are already unscaled; more would get lost.
         """
         self._stage.check_open("scale()")
+        self._stage.begin_pass()
         if self._stage.watcher is not None:
             self._stage.watcher.see_loss(outputs)
         if not self._stage.needs_scale:
+            self._stage.scaled = True
             return outputs
         scaled: Outputs = scale_outputs(outputs, self._scale.scale)
-        self._stage.scaled, self._stage.zeroed = True, False
+        self._stage.note_scaled(scaled)
         return scaled
 
     @outside_graphs

@@ -19,6 +19,7 @@ from mpcore.gradients import StepGradients
 from mpcore.masters import Masters
 from mpcore.step_plan import StepPlan, make_plan
 from mpcore.updates import UpdateRule
+from mpcore.writes import Writes
 
 
 class FusedPath:
@@ -30,6 +31,7 @@ class FusedPath:
         masters: Masters and state.
         backend: Does the passes.
         saturated: 0-d int64, counts weights clamped to the finite maximum.
+        writes: Told before the first write.
     """
 
     def __init__(
@@ -39,12 +41,14 @@ class FusedPath:
         masters: Masters,
         backend: Backend,
         saturated: Tensor,
+        writes: Writes,
     ) -> None:
         self.inner = inner
         self.rule = rule
         self._masters = masters
         self._backend = backend
         self._saturated = saturated
+        self._writes = writes
         self._plan: tuple[Any, StepPlan] | None = None
         self._handed_over = -1  # the version of the masters whose state is fit for the other path
 
@@ -104,12 +108,12 @@ class FusedPath:
             saturated = self._saturated
             if part.device != home:
                 saturated = torch.zeros_like(saturated, device=part.device)
+            grads = [gradients.stored_of(params) for params in part.params]
+            here = coefficient.to(part.device, non_blocking=True)
+            found_here = found_inf.to(part.device, non_blocking=True)
+            self._writes.begin()
             self._backend.update_(
-                part.plan,
-                [gradients.stored_of(params) for params in part.params],
-                coefficient.to(part.device, non_blocking=True),
-                found_inf.to(part.device, non_blocking=True),
-                saturated,
+                *(part.plan, grads, here, found_here, saturated),
                 then=move if alone else None,
             )
             part.used()

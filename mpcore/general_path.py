@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpcore._bulk import writes_to
 from mpcore.backends import Backend
 from mpcore.errors import StageError
 from mpcore.gradients import StepGradients
 from mpcore.masters import Masters
+from mpcore.writes import Writes
 
 Closure = Callable[[], Any]
 
@@ -63,6 +65,7 @@ class GeneralPath:
         masters: Masters and state.
         backend: Casts masters into weights.
         saturated: 0-d int64, counts weights clamped to the finite maximum.
+        writes: Told before the first write, and after the last where no loss scale has to move.
     """
 
     def __init__(
@@ -71,12 +74,14 @@ class GeneralPath:
         masters: Masters,
         backend: Backend,
         saturated: Tensor,
+        writes: Writes,
     ) -> None:
         self.inner = inner
         self.masters = masters
         self.stepping = False
         self._backend = backend
         self._saturated = saturated
+        self._writes = writes
         # optimizers of an older protocol take the scaler itself and ignore `found_inf`
         self._takes_scaler = "grad_scaler" in inspect.signature(inner.step).parameters
         self.guard_inner()
@@ -105,18 +110,22 @@ class GeneralPath:
         nothing = torch.zeros((), dtype=torch.int32, device=self._saturated.device)
         self.write_weights(nothing, self._saturated)
         self.masters.link_state(self._params())
+        self._writes.end()
 
     def initialise_state(self, gradients: StepGradients) -> None:
         """Steps over all-zero gradients so that the inner state exists, and changes no weight."""
         gradients.apply()
         targets = [self.masters.of(param) for param in gradients.params]
         before = [target.detach().clone() for target in targets]
-        self._step_inner()
-        with torch.no_grad():
-            for target, value in zip(targets, before, strict=True):
-                target.copy_(value)
-        gradients.release()
+        try:
+            self._step_inner()
+        finally:
+            with torch.no_grad():
+                for target, value in zip(targets, before, strict=True):
+                    target.copy_(value)
+            gradients.release()
         self.masters.link_state(self._params())
+        self._writes.end()
 
     def step_with_closure(
         self, closure: Closure, collect: Callable[[], StepGradients]
@@ -154,17 +163,16 @@ class GeneralPath:
             result = self._step_inner(evaluate)
             if last[1] is None:
                 raise called
+            self.write_weights(last[1].found_inf(), self._saturated)
         except _Overflow:
             before.restore()
             result = last[0]
         except BaseException:
             before.restore()
+            self._writes.end()
             if last[1] is not None:
                 last[1].release()
             raise
-        else:
-            gradients: StepGradients = last[1]
-            self.write_weights(gradients.found_inf(), self._saturated)
         finally:
             self.masters.link_state(self._params())
         return result, last[1]
@@ -212,11 +220,18 @@ class GeneralPath:
             del inner.found_inf, inner.grad_scale
 
     def _step_inner(self, closure: Closure | None = None) -> Any:
+        before = self._written() if closure is None else None
         self.stepping = True
+        if closure is None:  # with one a snapshot undoes what was written
+            self._writes.begin()
         try:
             with self.masters.in_groups():
                 # without a closure call step() bare: some optimizers' step takes no argument
                 result = self.inner.step() if closure is None else self.inner.step(closure)
+        except BaseException:
+            if before is not None and before == self._written():
+                self._writes.end()
+            raise
         finally:
             self.stepping = False
         # torch's fused kernels write parameters without telling autograd
@@ -224,6 +239,20 @@ class GeneralPath:
             [p for p in self._params() if p.grad is not None and self.masters.of(p) is p]
         )
         return result
+
+    def _written(self) -> tuple[list[int], list[int]] | None:
+        """Returns how often masters and state were written to; None where nobody counts.
+
+        torch's own optimizers write so that autograd knows, but for fused kernels; others may
+        write through `.data`.
+        """
+        ours = type(self.inner).__module__.startswith("torch.optim.")
+        if not ours or any(group.get("fused") for group in self.inner.param_groups):
+            return None
+        states = self.inner.state.values()
+        tensors = [v for state in states for v in state.values() if isinstance(v, Tensor)]
+        sizes = [len(state) for state in states]
+        return writes_to([*map(self.masters.of, self._params()), *tensors]), sizes
 
     def _takes_found_inf(self, params: list[Tensor]) -> bool:
         if self._takes_scaler or not getattr(self.inner, "_step_supports_amp_scaling", False):

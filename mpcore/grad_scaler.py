@@ -83,21 +83,16 @@ class GradScaler(ScaleCourse):
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
         """Divides an optimizer's gradients by the scale in place and checks them; no host sync.
 
+        A `MixedPrecisionOptimizer` shows them in `p.grad` in float32 until its step, those of
+        16-bit parameters too: clip `model.parameters()` as ever.
+
         Args:
             optimizer: What owns them.
 
         Raises:
             AssertionError, RuntimeError: At the wrong moment, as in torch.
-            ValueError: It is a `MixedPrecisionOptimizer` over 16-bit parameters, whose gradients
-                must keep their scale.
+            StageError: It is a `MixedPrecisionOptimizer` that has scaled the loss itself.
         """
-        if self._enabled and isinstance(optimizer, MixedPrecisionOptimizer):
-            params = [p for group in optimizer.param_groups for p in group["params"]]
-            if any(p.grad is not None and p.grad.dtype in SIXTEEN_BIT for p in params):
-                raise ValueError(
-                    "Attempting to unscale FP16 gradients. MixedPrecisionOptimizer unscales them "
-                    "in float32 itself: call its clip_grad_norm_() or grads() instead, or nothing."
-                )
         super().unscale_(optimizer)
 
     def _unscale_grads_(
@@ -109,6 +104,10 @@ class GradScaler(ScaleCourse):
     ) -> dict[torch.device, Tensor]:
         """Unscales and checks; one flag for all devices: several would be added up."""
         groups = optimizer.param_groups
+        if isinstance(optimizer, MixedPrecisionOptimizer):
+            optimizer._unscale_from_outside(self._current())
+            found = self._checker.look(groups, torch.ones_like(inv_scale))
+            return self._note(optimizer, found, found_inf.device)
         grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
         if not self._warned and any(grad.dtype in SIXTEEN_BIT for grad in grads):
             self._warned = True

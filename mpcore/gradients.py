@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +13,7 @@ from mpcore._checks import SIXTEEN_BIT
 from mpcore._layouts import laid_out_like, own_memory
 from mpcore.backends import Backend, Inspection
 from mpcore.coefficient import Coefficient
+from mpcore.exposure import Exposure
 from mpcore.gradient_buckets import Bucket, Look, tensor_norms
 from mpcore.masters import Masters
 from mpcore.step_plan import StepPlan
@@ -54,7 +55,8 @@ class StepGradients:
     ) -> None:
         self.params = list(params)
         self.applied = False  # whether the unscaled ones are the gradients of masters
-        self.exposed = False  # whether users may edit them
+        self.torn = False  # whether an exception came while they were multiplied in place
+        self.exposure: Exposure | None = None  # in `p.grad`, where users may edit them
         self.norm: Tensor | None = None
         self.plan = plan
         self.plan_is_stale = False  # whether parameters were left out since
@@ -65,7 +67,7 @@ class StepGradients:
         self._statistics = statistics
         #: what was added up to make these, if several backward passes were
         self.accumulated: Accumulation | None = None
-        self._inspected = False
+        self._inspected = False  # whether flags tell everything about what is stored
         self._coefficient = Coefficient(coefficient, inverted)
         self._masters = masters
         self._backend = backend
@@ -98,6 +100,7 @@ class StepGradients:
             return
         if self._statistics is not None and not self._inspected and not self.applied:
             self._look(None)
+        in_place = self.applied or any(bucket.without for bucket in self._buckets)
         for bucket in self._buckets:
             coefficient = self.coefficient.to(bucket.device, non_blocking=True)
             flags = torch.zeros_like(bucket.own_flags())
@@ -111,16 +114,37 @@ class StepGradients:
                     if grad.stride() != param.stride():
                         param.grad = laid_out_like(param, grad)
                 self._backend.unscale_into(grads, buffers, coefficient, first)
+                self.torn = in_place
                 for param, buffer in zip(bucket.with_master, buffers, strict=True):
                     self._masters.of(param).grad = buffer
             else:
+                self.torn = in_place
                 self._backend.unscale_(self._grads(bucket.with_master), coefficient, first)
             self._backend.unscale_(self._grads(bucket.without), coefficient, rest)
             bucket.add_flags(flags)
         self._note_largest()
-        self.applied = True
+        self.applied = self._inspected = True
         self._coefficient.spend()
-        self._found = None
+        self._found, self.torn = None, False
+
+    def expose(self, sees_pass: Callable[[], None]) -> None:
+        """Shows them in `p.grad`, unscaled, in float32, to be edited there until `release`.
+
+        Args:
+            sees_pass: Called when a backward pass comes to one of them.
+        """
+        self.exposure = Exposure(self.params, self._masters, sees_pass)
+
+    def take_edits(self) -> None:
+        """Takes what users did to `p.grad` since; values that were written are looked at again."""
+        if self.exposure is not None and self.exposure.take_edits(self.params):
+            self._inspected = False
+
+    def conceal(self) -> None:
+        """Puts the model's own gradients back into `p.grad`."""
+        if self.exposure is not None:
+            self.exposure.end()
+            self.exposure = None
 
     def clip(self, max_norm: float) -> Tensor:
         """Lowers the coefficient so that the global norm is at most `max_norm`.
@@ -129,22 +153,28 @@ class StepGradients:
             The 2-norm before clipping, 0-d float32; non-finite if a gradient is.
         """
         self.norm = self._look(max_norm)
+        if self.exposure is not None:  # who looks at them now sees them clipped
+            self.apply()
+            self.exposure.note(self.params)
         return self.norm
 
     def inspect(self) -> None:
-        """Looks for overflow, unless `clip` or `apply` already did; a sum may overflow itself."""
-        if not self._inspected and (not self.applied or self.accumulated is not None):
+        """Looks for overflow, unless `clip` or `apply` already did; sums and edits may overflow."""
+        if not self._inspected:
             self._look(None)
+            if self.exposure is not None:
+                self.exposure.note(self.params)
 
     def _look(self, max_norm: float | None) -> Tensor:
         """Reads every gradient once: overflow, norm, coefficient; returns the norm."""
-        self._inspected, self._found = True, None
+        self._found = None
         if len(self._buckets) == 1 and not _any_float64(self._buckets[0].params):
             found = self._inspection(self._buckets[0], max_norm)
             self._note_largest()
             self._coefficient.clip(found.coefficient)
             if self._found_before is None and not self.applied:
                 self._found = found.found_inf
+            self._inspected = True
             return found.grad_norm
         sums = [self._square_sum(bucket) for bucket in self._buckets]
         self._note_largest()
@@ -155,6 +185,7 @@ class StepGradients:
             shrink = (max_norm / (total + 1e-6)).clamp(max=1.0)
             shrink = torch.where(torch.isfinite(total), shrink, torch.ones_like(shrink))
             self._coefficient.clip((self.coefficient.double() * shrink).float())
+        self._inspected = True
         return total.float()
 
     def _inspection(self, bucket: Bucket, max_norm: float | None) -> Inspection:
@@ -164,14 +195,19 @@ class StepGradients:
         here = None
         if self.plan is not None and not self.plan_is_stale:
             here = self.plan.on(bucket.device)
-        hyper = None if here is None else here.read_hyper()
+        hyper = None
+        if here is not None:
+            hyper = here.read_hyper()
+            here.used()
         found = self._backend.inspect(
             *(grads, coefficient, max_norm),
             inverted=inverted,
             statistics=bool(self._statistics) and bucket.found is None,
-            plan=None if here is None or hyper is None else here.prepared_for(hyper),
+            plan=None if here is None else here.plan,
             hyper=hyper,
         )
+        if here is not None and hyper is not None:
+            here.note_prepared(hyper)
         self._coefficient.note_look(found, inverted)
         if self._statistics is not None and bucket.found is None:
             layouts = tuple((grad.dtype, grad.stride()) for grad in grads)
@@ -197,6 +233,11 @@ class StepGradients:
         return self._grads(bucket.params) if self.applied else grads_of(bucket.params)
 
     @property
+    def was_seen(self) -> bool:
+        """Whether they were looked at, so that an overflow is known on the device."""
+        return self._inspected or self.applied
+
+    @property
     def coefficient(self) -> Tensor:
         """What stored gradients still have to be multiplied by: 0-d float32."""
         return self._coefficient.now
@@ -211,6 +252,13 @@ class StepGradients:
         if self._found is None:
             self._found = self._any_flag()
         return self._found
+
+    def add_found(self, found_inf: Tensor) -> None:
+        """Joins what an outside scaler found since: ranks may have told it of their overflow."""
+        before, home = self._found_before, self._coefficient.device
+        found = (found_inf != 0).int().reshape(()).to(home, non_blocking=True)
+        self._found_before = found if before is None else found | (before != 0).int().to(home)
+        self._found = None
 
     def _any_flag(self) -> Tensor:
         home = self._coefficient.device
@@ -244,6 +292,10 @@ class StepGradients:
     def looks(self) -> list[Look]:
         """Returns what the first look found on each device, if somebody watches."""
         return [bucket.found for bucket in self._buckets if bucket.found is not None]
+
+    def unscaled_in_place(self) -> list[Tensor]:
+        """Returns the parameters whose `p.grad` itself was multiplied."""
+        return [p for bucket in self._buckets for p in bucket.without] if self.applied else []
 
     def final(self) -> list[Tensor]:
         """Returns the unscaled gradients, in the order of `params`, after `apply`."""
@@ -296,6 +348,7 @@ class StepGradients:
 
         Sums are dropped for all parameters: nobody may take them for gradients of the next pass.
         """
+        self.conceal()
         if not self.applied:
             return
         for bucket in self._buckets:

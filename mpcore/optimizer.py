@@ -32,6 +32,7 @@ from mpcore.scale_tensors import LossScaleTensors
 from mpcore.stage import Stage
 from mpcore.step_result import StepResult
 from mpcore.wrapper import SECTION, OptimizerWrapper
+from mpcore.writes import Writes
 
 
 class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
@@ -105,7 +106,10 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
         self.register_state_dict_pre_hook(_take_over_edits)
         self.register_state_dict_post_hook(_add_section)
         backend = (self.backend, self._module)
-        self._paths = Paths(self._path, self.inner, self._masters, backend, self._saturated)
+        self._writes = Writes()
+        self._paths = Paths(
+            self._path, self.inner, self._masters, backend, self._saturated, self._writes
+        )
         self._stage = Stage(
             self.param_groups,
             self._device_of,
@@ -115,6 +119,7 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
             self._scale,
             self._losses,
             self._paths.plan,
+            self._writes,
         )
 
     @property
@@ -124,29 +129,31 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
 
     @outside_graphs
     def unscale_(self) -> None:
-        """Unscales now instead of in `step`, and fixes whether it skips; no host sync.
+        """Unscales now instead of in `step`, and shows the result in `p.grad`; no host sync.
 
-        Gradients of float32 parameters are unscaled in place. Those of 16-bit parameters stay
-        scaled in `p.grad` (unscaling them there would flush what the scale saved); `grads()`
-        has them in float32.
+        From then on `p.grad` is the float32 gradient that `step` uses, also that of a 16-bit
+        parameter: whatever clips, adds noise, logs or edits acts on it, another tensor may take its
+        place, and None drops it. `step` and `zero_grad` of this object put the model's own 16-bit
+        tensors back. Whether the step skips is fixed here, but for edits that are not finite.
 
         Raises:
-            StageError: Called twice in a step, or the gradients were never scaled.
+            StageError: Called twice in a step, or the gradients were never scaled. A backward pass
+                before the step raises it too.
         """
-        if self._stage.unscaled:
-            raise StageError(
-                "unscale_(): expected one call per step, got a second one. Call step() first."
-            )
-        gradients = self._collect("unscale_()")
-        gradients.apply()
-        gradients.inspect()  # of sums: what follows may edit them
-        gradients.exposed = True
+        self._masters.take_over_edits(self.state)
+        self._stage.unscale("unscale_()", External.of(self))
+
+    def _unscale_from_outside(self, scale: Tensor) -> None:
+        """`unscale_`, for `mpcore.GradScaler` and its scale."""
+        self._masters.take_over_edits(self.state)
+        nothing = torch.zeros((), device=scale.device)
+        self._stage.unscale("GradScaler.unscale_()", External(scale.reshape(()), nothing))
 
     @outside_graphs
     def grads(self) -> list[Tensor]:
         """Returns the unscaled gradients in the order of the parameters; no host sync.
 
-        They are the tensors that `step` uses: editing them in place changes the step.
+        They are those in `p.grad`, which `step` uses: editing them in place changes the step.
 
         Returns:
             float32 (float64 for float64 parameters); parameters without a gradient are left out.
@@ -156,16 +163,15 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
         """
         if not self._stage.unscaled:
             raise StageError("grads(): expected unscale_() to be called first in this step.")
-        gradients = self._collect("grads()")
-        gradients.apply()  # a clip may be pending
-        return gradients.final()
+        return self._collect("grads()").final()
 
     @outside_graphs
     def clip_grad_norm_(self, max_norm: float, *others: object, norm_type: float = 2.0) -> Tensor:
         """Clips the global 2-norm of the unscaled gradients to `max_norm`; no host sync.
 
         Nothing is written: the coefficient `min(1, max_norm / (norm + 1e-6))` joins the multiply
-        that unscales. Their product is one float32, so it should stay above 2^-126.
+        that unscales. Their product is one float32, so it should stay above 2^-126. After
+        `unscale_` the gradients in `p.grad` are multiplied at once.
 
         Args:
             max_norm: Above 0.
@@ -213,7 +219,11 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
                 gradients before training to create state: that is accepted.)
             ArgumentError: A gradient is sparse, or a parameter changed its device or dtype.
             LossScaleError: The loss scale is one with `at_min="raise"`. The step has ended.
+
+        An exception before the first write leaves the step before, and `step` may be called again.
+        After one in the midst of writing `step` and `state_dict` raise until a state is loaded.
         """
+        self._writes.check("step()")
         self._masters.take_over_edits(self.state)
         try:
             return self._step_with_closure(closure) if closure is not None else self._step()
@@ -265,12 +275,20 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears every gradient and forgets an `unscale_` or clip that no step used; no host sync.
 
+        If that had found an overflow, the step counts as a skipped one and the loss scale falls: a
+        loop may step only if the norm is finite.
+
         Args:
             set_to_none: Set gradients to None instead of filling them with zeros.
+
+        Raises:
+            LossScaleError: As from `step`; gradients are cleared then.
         """
-        super().zero_grad(set_to_none)
-        self._stage.forget()
-        self._stage.zeroed = not set_to_none
+        try:
+            self._stage.throw_away()  # first: the model's own gradients are to be cleared
+        finally:
+            super().zero_grad(set_to_none)
+            self._stage.zeroed = not set_to_none
 
     @outside_graphs
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -295,6 +313,7 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
         options, states, param_of = read_states(state_dict, self.inner, stepped=stepped)
         sums = checkpoint.section_in(state_dict).get("accumulated")
         accumulated = read_sums(sums, param_of, self._losses.each, self._scale.scale.device)
+        self._writes.begin()
         for group, saved_options in zip(self.param_groups, options, strict=True):
             group.update(saved_options)
         self._masters.replace_state(states)
@@ -305,16 +324,20 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
         self._stage.resume(accumulated)
         self._losses.resume(saved.losses, saved.totals)
         self._began = True
+        self._writes.end()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
     def __getstate__(self) -> dict[str, Any]:
+        self._writes.check("copying it")
         return {**super().__getstate__(), "_accumulated": self._stage.accumulated}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
         accumulated = state.pop("_accumulated", None)
         super().__setstate__(state)
+        for _, master in self._masters.items():
+            master.grad = None  # of the step that the original was in
         self._start()
         self._stage.start_anew(int(self._scale.count("overflows_at_min")))
         self._stage.resume(accumulated)
@@ -334,6 +357,7 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
 
 def _take_over_edits(optimizer: Any) -> None:
     """A hook before `state_dict`: a state that somebody replaced has its masters back."""
+    optimizer._writes.check("state_dict()")
     optimizer._masters.take_over_edits(optimizer.state)
 
 

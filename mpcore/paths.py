@@ -18,6 +18,7 @@ from mpcore.gradients import StepGradients
 from mpcore.masters import Groups, Masters
 from mpcore.step_plan import StepPlan
 from mpcore.updates import rule_of
+from mpcore.writes import Writes
 
 PATHS = ("auto", "fused", "general")
 
@@ -154,6 +155,7 @@ class Paths:
         masters: Masters and state.
         backend: Its name and what does the passes.
         saturated: 0-d int64, counts weights clamped to the finite maximum.
+        writes: Told before the first write of a step; whoever finishes the step ends it.
 
     Raises:
         ArgumentError: "fused" was asked for and cannot be taken.
@@ -166,15 +168,16 @@ class Paths:
         masters: Masters,
         backend: tuple[str, Backend],
         saturated: Tensor,
+        writes: Writes,
     ) -> None:
         self._asked = asked
         self._backend, module = backend
         self._inner = inner
         rule = rule_of(inner)
-        self._general = GeneralPath(inner, masters, module, saturated)
+        self._general = GeneralPath(inner, masters, module, saturated, writes)
         self._fused: FusedPath | None = None
         if rule is not None:
-            self._fused = FusedPath(inner, rule, masters, module, saturated)
+            self._fused = FusedPath(inner, rule, masters, module, saturated, writes)
         self._signature: list[Any] = []
         self._chosen: tuple[GroupPath, ...] = ()
         self.current()

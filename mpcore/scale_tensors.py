@@ -78,6 +78,11 @@ class LossScaleTensors:
         ):
             tensor.fill_(value)
 
+    def every(self) -> list[Tensor]:
+        """Returns all of them."""
+        single = [self.scale, self.growth_tracker, self.overflows_left]
+        return [*single, self.counters, self.peak, self.peak_before]
+
     def count(self, name: str) -> Tensor:
         """Returns one of the counters, 0-d; no host sync."""
         return counter(self.counters, name)

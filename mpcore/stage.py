@@ -14,15 +14,18 @@ from mpcore._scaling import External
 from mpcore.accumulation import Accumulated, Accumulation
 from mpcore.backends import Backend, ScaleMove
 from mpcore.backends._scale import count_step_
+from mpcore.clip_watch import ClipWatch
 from mpcore.errors import StageError
 from mpcore.gradients import StepGradients
 from mpcore.headroom import HeadroomLossScale
-from mpcore.loss_scale import LossScale, NoLossScale
+from mpcore.leftovers import Leftovers
+from mpcore.loss_scale import LossScale, NoLossScale, StaticLossScale
 from mpcore.losses import Losses, ScaledLoss, new_alarm
 from mpcore.masters import Groups, Masters
 from mpcore.scale_tensors import LossScaleTensors
 from mpcore.step_plan import StepPlan
 from mpcore.step_result import StepResult
+from mpcore.writes import Writes
 
 
 class Watcher(Protocol):
@@ -53,6 +56,7 @@ class Stage:
         tensors: The scale and its counters.
         losses: Those with a scale of their own.
         plan: Returns how the fused path updates the parameters given to it, None on another path.
+        writes: Whether everything is whole.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class Stage:
         tensors: LossScaleTensors,
         losses: Losses,
         plan: Callable[[list[Tensor]], StepPlan | None],
+        writes: Writes,
     ) -> None:
         self.gradients: StepGradients | None = None
         self.scaled = False  # whether scale() was called since the last step
@@ -78,9 +83,12 @@ class Stage:
         self._tensors = tensors
         self._losses = losses
         self._plan = plan
+        self._writes = writes
         self._outside_scale: Tensor | None = None
         self._alarm = new_alarm(loss_scaling, 0)
         self._sums: Accumulation | None = None
+        self._clip_watch = ClipWatch(groups)
+        self._leftovers = Leftovers()
         self.watcher: Watcher | None = None
 
     @property
@@ -91,7 +99,7 @@ class Stage:
     @property
     def unscaled(self) -> bool:
         """Whether `unscale_` was called in this step."""
-        return self.gradients is not None and self.gradients.exposed
+        return self.gradients is not None and self.gradients.exposure is not None
 
     def collect(self, caller: str, external: External | None) -> StepGradients:
         """Returns this step's gradients, checked, with masters made; there may be none at all.
@@ -100,32 +108,80 @@ class Stage:
             caller: The method that asks, for messages.
             external: The outside scaler that drives this step, if one does.
         """
+        self.check_whole(caller)
         params = with_gradient(self._groups, self._device_of, self._masters)
         if self.gradients is not None:
             self._check_no_newcomer(caller, params, self.gradients)
             self._masters.check_weights(self._backend, caller, self._name_of)
             self.gradients.plan_is_old = True
-            if self.gradients.accumulated is not None:  # p.grad of 16-bit parameters is None by now
+            if self.gradients.accumulated is not None and not self.unscaled:
+                # p.grad of 16-bit parameters is None by now
                 params = [p for p in self.gradients.params if self._masters.of(p).grad is not None]
             self.gradients.keep(params)
+            self.gradients.take_edits()
+            if external is not None:
+                self.gradients.add_found(external.found_inf)
             return self.gradients
         self._masters.check_weights(self._backend, caller, self._name_of)
         if self._sums is not None:
             self.gradients = self._summed(self._sums, caller, external)
             return self.gradients
         self._check_scaled(caller, external, bool(params))
+        self._clip_watch.check()
         scale = self._tensors.scale if external is None else external.scale
         # an outside scale is any number and moves in place; our own follows from the coefficient
         self._outside_scale = None if external is None else scale.clone()
         self.gradients = self._gradients_of(params, scale, external)
         return self.gradients
 
+    def unscale(self, caller: str, external: External | None) -> StepGradients:
+        """Collects gradients, unscales them and shows them in `p.grad`; no host sync."""
+        if self.unscaled:
+            raise StageError(
+                f"{caller}: expected one call per step, got a second one. Call step() first, or "
+                "zero_grad() of this optimizer."
+            )
+        gradients = self.collect(caller, external)
+        gradients.apply()
+        gradients.inspect()  # sums: what follows may edit them
+        gradients.expose(self._see_pass)
+        return gradients
+
+    def _see_pass(self) -> None:
+        """Raises in a backward pass that would add scaled gradients to unscaled ones."""
+        self.check_open("a backward pass")
+
+    def begin_pass(self) -> None:
+        """Readies what the last step left in `p.grad`, if nobody cleared it; no host sync."""
+        moves = not isinstance(self._loss_scaling, (NoLossScale, StaticLossScale))
+        self._leftovers.rescale_(self._tensors.scale, self._backend, moves=moves)
+
+    def note_scaled(self, outputs: Any) -> None:
+        """Notes that a scaled backward pass is to come."""
+        self.scaled, self.zeroed = True, False
+        self._clip_watch.watch(outputs)
+
+    def check_whole(self, caller: str) -> None:
+        """Raises if an exception has left half of a step, of a load or of gradients."""
+        self._writes.check(caller)
+        parts = (self.gradients, self._sums, self._leftovers)
+        if any(part is not None and part.torn for part in parts):
+            raise StageError(
+                f"{caller}: expected whole gradients, got some that an exception left half "
+                "unscaled. Call zero_grad() of this optimizer and run the backward passes again."
+            )
+
     def check_open(self, caller: str) -> None:
         """Raises if gradients of this step were collected: those of another pass would get lost."""
+        self.check_whole(caller)
+        exposure = None if self.gradients is None else self.gradients.exposure
+        if exposure is not None and exposure.is_dropped:
+            self.throw_away()  # by model.zero_grad(), for instance
         if self.gradients is not None:
             raise StageError(
                 f"{caller}: expected to be called before unscale_() or clip_grad_norm_() of the "
-                "same step, got a call after. Run all backward passes first, or call zero_grad()."
+                "same step, got a call after. Run all backward passes first, or call zero_grad() "
+                "of this optimizer."
             )
 
     def accumulate(self, caller: str, loss: ScaledLoss | None = None) -> None:
@@ -141,6 +197,7 @@ class Stage:
             return
         if loss is None and not self.zeroed:
             self._check_scaled(caller, None, True)
+        self._clip_watch.check()
         scaling = self._loss_scaling if loss is None else loss.scaling
         scale = self._tensors.scale if loss is None else loss.tensors.scale
         self._masters.create_for(params)
@@ -153,6 +210,7 @@ class Stage:
     @property
     def accumulated(self) -> Accumulated | None:
         """What was added up for the next step, None if nothing was."""
+        self.check_whole("state_dict()")
         return None if self._sums is None else self._sums.so_far()
 
     def resume(self, accumulated: Accumulated | None) -> None:
@@ -168,16 +226,17 @@ class Stage:
                 "accumulate() has unscaled. Use the optimizer's own loss scale instead."
             )
         self.accumulate(caller)  # what has come since
-        self._sums, self._outside_scale = None, None
-        summed = set(sums.hand_over())
-        params = [p for group in self._groups for p in group["params"] if p in summed]
+        params = [p for group in self._groups for p in group["params"] if p in sums.sums]
         gradients = self._gradients_of(params, self._tensors.scale, None)
         gradients.take_sums(sums)
+        sums.hand_over()
+        self._sums, self._outside_scale = None, None
         return gradients
 
     def collect_evaluation(self, external: External | None) -> StepGradients:
         """Returns the gradients of one evaluation of a user's closure, and readies the next."""
         gradients = self.collect("step(closure)", external)
+        gradients.conceal()
         self.gradients, self.scaled = None, False
         if not gradients.params:
             raise StageError(
@@ -191,8 +250,7 @@ class Stage:
         `torch.distributed.checkpoint` steps over such gradients once, before training, to make
         an optimizer create its state.
         """
-        begun = self.scaled or self.gradients is not None or self._sums is not None
-        if begun or not self.needs_scale:
+        if self.scaled or self.gradients is not None or self._sums is not None:
             return None
         params = with_gradient(self._groups, self._device_of, self._masters)
         if not params or any(bool(torch.any(p.grad != 0)) for p in params):  # type: ignore[arg-type]
@@ -225,7 +283,7 @@ class Stage:
         self, caller: str, params: list[Tensor], gradients: StepGradients
     ) -> None:
         known = set(map(id, gradients.params))
-        summed = gradients.accumulated is not None
+        summed = gradients.accumulated is not None and not self.unscaled
         if not summed and known.issuperset(map(id, params)):
             return
         for param in params:
@@ -240,7 +298,7 @@ class Stage:
         return name_of(param, self._groups)
 
     def _check_scaled(self, caller: str, external: External | None, any_gradient: bool) -> None:
-        if external is not None and self.scaled:
+        if external is not None and self.scaled and self.needs_scale:
             raise StageError(
                 f"{caller}: expected one scaler, got two: the loss went through this optimizer's "
                 "scale() and a torch.amp.GradScaler steps it. Use one of them."
@@ -256,7 +314,8 @@ class Stage:
     ) -> None:
         """Records the step and, last of all, moves the scale unless it has moved; no host sync."""
         found_inf = gradients.found_inf()
-        self.result = StepResult(found_inf, gradients, self._name_of, self._outside_scale)
+        result = StepResult(found_inf, gradients, self._name_of, self._outside_scale)
+        self._writes.begin()
         if not moved:
             self._advance(gradients, external)
         if self._losses.totals is not None:
@@ -264,13 +323,17 @@ class Stage:
         self.drop_gradients()
         gradients.release()
         self.scaled = False
+        self._leftovers.forget()
+        if external is None:
+            self._leftovers.note(gradients, [p for group in self._groups for p in group["params"]])
+        self.result = result
+        self._writes.end()
         # last: they may raise
         try:
             if self.watcher is not None:
-                self.watcher.end_step(gradients, self.result, own_scale=external is None)
-            self._alarm.note(self._tensors.counters)
+                self.watcher.end_step(gradients, result, own_scale=external is None)
         finally:
-            self._losses.note()
+            self._sound_alarms()
 
     def _advance(self, gradients: StepGradients, external: External | None) -> None:
         """Moves the scale of each loss that took part; no host sync."""
@@ -316,8 +379,51 @@ class Stage:
             last_step: Whether the last step is none any more, either.
         """
         self.drop_gradients()
+        self._clip_watch.forget()
+        if self._leftovers.torn:
+            self._leftovers.forget()
         if self.watcher is not None:
             self.watcher.forget(last_step=last_step)
+
+    def throw_away(self) -> None:
+        """Ends a step that nobody took: as a skipped one if a look found an overflow; no host sync.
+
+        A loop that steps only if the norm is finite would otherwise wait for its scale for ever.
+
+        Raises:
+            LossScaleError: As after a step.
+        """
+        gradients = self.gradients
+        counts = gradients is not None and gradients.was_seen and self._outside_scale is None
+        try:
+            if gradients is not None and counts and not gradients.torn:
+                self._count_if_skipped(gradients)
+        finally:
+            self.forget()
+        if counts:
+            self._sound_alarms()
+
+    def _count_if_skipped(self, gradients: StepGradients) -> None:
+        """Moves scales and counters as a skipped step does, if one was due."""
+        found_inf, totals = gradients.found_inf(), self._losses.totals
+        scales = [self._tensors, *(loss.tensors for loss in self._losses.each.values())]
+        kept = [t for scale in scales for t in scale.every()] + ([] if totals is None else [totals])
+        before = [tensor.clone() for tensor in kept]
+        counts = torch.zeros_like(found_inf, dtype=torch.bool)
+        try:
+            self._advance(gradients, None)
+            if totals is not None:
+                count_step_(totals, found_inf)
+            counts = found_inf != 0
+        finally:
+            for tensor, old in zip(kept, before, strict=True):
+                tensor.copy_(torch.where(counts, tensor, old))
+
+    def _sound_alarms(self) -> None:
+        try:
+            self._alarm.note(self._tensors.counters)
+        finally:
+            self._losses.note()
 
     def drop_gradients(self) -> None:
         """Drops gradients that were collected and not stepped."""

@@ -46,19 +46,19 @@ class DevicePlan:
         )
         return Hyper(numbers, tuple(rate if isinstance(rate, Tensor) else None for rate in rates))
 
-    def prepared_for(self, hyper: Hyper) -> Any:
-        """Returns the backend's plan and remembers what it is going to be prepared for."""
+    def note_prepared(self, hyper: Hyper) -> None:
+        """Notes what the backend's plan has been prepared for."""
         self._prepared = (_identity(hyper), hyper)
-        return self.plan
 
     def prepare(self, backend: Backend) -> None:
         """Prepares the plan unless it is, for the hyper-parameters of now."""
         hyper = self.read_hyper()
         if self._prepared is None or self._prepared[0] != _identity(hyper):
-            backend.prepare_(self.prepared_for(hyper), hyper)
+            backend.prepare_(self.plan, hyper)
+            self.note_prepared(hyper)
 
     def used(self) -> None:
-        """Notes that an update took what was prepared."""
+        """Notes that an update took what was prepared, or that something else is going to be."""
         self._prepared = None
 
 

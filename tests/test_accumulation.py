@@ -184,7 +184,13 @@ def test_calls_at_the_wrong_moment_are_refused(engine: Engine) -> None:
     optimizer.unscale_()
     with pytest.raises(mpcore.StageError, match=r"^accumulate\(\): expected .*before unscale_"):
         optimizer.accumulate()
-    param.grad = torch.ones(2).half()  # a backward pass after unscaling
+    with pytest.raises(mpcore.StageError, match=r"^a backward pass: expected .*before unscale_"):
+        param.float().sum().backward()
+    optimizer.zero_grad()
+    optimizer.backward(param.float().sum())
+    optimizer.accumulate()
+    optimizer.clip_grad_norm_(1.0)
+    param.grad = torch.ones(2).half()  # a backward pass after clipping
     with pytest.raises(mpcore.StageError, match=r"got a new one of group 0, parameter 0"):
         optimizer.step()
     optimizer.zero_grad()
@@ -292,7 +298,7 @@ def test_a_sum_that_overflows_is_an_overflow_of_all_that_took_part(engine: Engin
         optimizer.zero_grad()
 
 
-def test_whether_it_skips_is_fixed_when_sums_are_unscaled(engine: Engine) -> None:
+def test_sums_that_are_edited_to_what_is_not_finite_skip(engine: Engine) -> None:
     param = nn.Parameter(torch.zeros(2).half())
     optimizer = engine.wrap(torch.optim.SGD([param], lr=1.0), mpcore.StaticLossScale(8.0))
     optimizer.backward(param.float().sum())
@@ -300,7 +306,7 @@ def test_whether_it_skips_is_fixed_when_sums_are_unscaled(engine: Engine) -> Non
     optimizer.unscale_()
     optimizer.grads()[0][0] = torch.inf
     optimizer.step()
-    assert not optimizer.last_step.skipped
+    assert optimizer.last_step.skipped
 
 
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")

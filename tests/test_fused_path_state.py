@@ -102,7 +102,7 @@ def test_what_a_plan_is_prepared_for_lives_until_it_is_used() -> None:
     rate = torch.full((), 0.25)
     alive = weakref.ref(rate)
     part = DevicePlan(torch.device("cpu"), [], None, AdamRule(), [])
-    part.prepared_for(Hyper(((0.0,),), (rate,)))
+    part.note_prepared(Hyper(((0.0,),), (rate,)))
     del rate
     assert alive() is not None  # or another tensor could get its id, and be taken for it
     part.used()
