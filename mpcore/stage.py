@@ -23,6 +23,7 @@ from mpcore.masters import Groups, Masters
 from mpcore.scale_tensors import LossScaleTensors
 from mpcore.step_plan import StepPlan
 from mpcore.step_result import StepResult
+from mpcore.weight_edits import WeightEdits
 
 
 class Watcher(Protocol):
@@ -53,6 +54,7 @@ class Stage:
         tensors: The scale and its counters.
         losses: Those with a scale of their own.
         plan: Returns how the fused path updates the parameters given to it, None on another path.
+        edits: Knows which weights do not go with their masters.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Stage:
         tensors: LossScaleTensors,
         losses: Losses,
         plan: Callable[[list[Tensor]], StepPlan | None],
+        edits: WeightEdits,
     ) -> None:
         self.gradients: StepGradients | None = None
         self.scaled = False  # whether scale() was called since the last step
@@ -78,6 +81,7 @@ class Stage:
         self._tensors = tensors
         self._losses = losses
         self._plan = plan
+        self._edits = edits
         self._outside_scale: Tensor | None = None
         self._alarm = new_alarm(loss_scaling, 0)
         self._sums: Accumulation | None = None
@@ -103,13 +107,13 @@ class Stage:
         params = with_gradient(self._groups, self._device_of, self._masters)
         if self.gradients is not None:
             self._check_no_newcomer(caller, params, self.gradients)
-            self._masters.check_weights(self._backend, caller, self._name_of)
+            self._edits.check(caller)
             self.gradients.plan_is_old = True
             if self.gradients.accumulated is not None:  # p.grad of 16-bit parameters is None by now
                 params = [p for p in self.gradients.params if self._masters.of(p).grad is not None]
             self.gradients.keep(params)
             return self.gradients
-        self._masters.check_weights(self._backend, caller, self._name_of)
+        self._edits.check(caller)
         if self._sums is not None:
             self.gradients = self._summed(self._sums, caller, external)
             return self.gradients
