@@ -48,8 +48,8 @@ class Plan:
 def make_plan(model: nn.Module, dtype: torch.dtype, keep_fp32: Choices | None) -> Plan:
     """Returns the plan for `model`, or raises if `keep_fp32` cannot be met."""
     chosen = choose(model, keep_fp32)
-    norms = {module for module in model.modules() if isinstance(module, NORMALISATIONS)}
-    inside = _paths_inside(model, chosen | norms)
+    own = {module for module in model.modules() if _keeps_fp32_by_itself(module)}
+    inside = _paths_inside(model, chosen | own)
     _check_sharing(model, inside)
     modules = list(model.modules())
     kept = {module for path, module in _paths(model) if inside[path]}
@@ -63,6 +63,17 @@ def make_plan(model: nn.Module, dtype: torch.dtype, keep_fp32: Choices | None) -
         after = None if module in outputs else CastOutputs(dtype)
         hooks[module] = (CastInputs(torch.float32), after)
     return Plan(halves, [module for module in modules if module in kept], hooks)
+
+
+def _keeps_fp32_by_itself(module: nn.Module) -> bool:
+    """Tells whether a module is kept in FP32 although nobody named it.
+
+    Normalisations, and tables whose forward pass writes to their weight: it would round each time.
+    """
+    tables = (nn.Embedding, nn.EmbeddingBag)
+    return isinstance(module, NORMALISATIONS) or (
+        isinstance(module, tables) and module.max_norm is not None
+    )
 
 
 def choose(model: nn.Module, choices: Choices | None) -> set[nn.Module]:
@@ -189,7 +200,7 @@ def _check_sharing(model: nn.Module, inside: dict[str, bool]) -> None:
                 kept, cast = (full, other) if inside[path] else (other, full)
                 raise ArgumentError(
                     f"keep_fp32: expected tied tensors to be kept or cast together, got {kept!r} "
-                    f"kept and {cast!r} cast. Keep the modules of both, or of neither."
+                    f"kept and {cast!r} cast. Name the modules of both, or untie them."
                 )
 
 

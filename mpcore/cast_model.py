@@ -31,10 +31,11 @@ def cast_model(
     """Casts a model's weights to 16 bits in place and keeps it running; syncs with the host.
 
     The `Parameter` objects stay the same, so an optimizer that was built before keeps working.
-    Normalisation layers, and what `keep_fp32` names, stay in FP32: they get FP32 inputs and hand
-    on 16-bit outputs. Modules with 16-bit weights get 16-bit inputs. `state_dict` keys do not
-    change. The model's result is as its last module leaves it: FP32 if that one is kept (see
-    `keep_fp32`), 16-bit if not.
+    Normalisation layers, embeddings with `max_norm` (which write to their weight in each forward
+    pass), and what `keep_fp32` names, stay in FP32: they get FP32 inputs and hand on 16-bit
+    outputs. Modules with 16-bit weights get 16-bit inputs. `state_dict` keys do not change. The
+    model's result is as its last module leaves it: FP32 if that one is kept (see `keep_fp32`),
+    16-bit if not.
 
     Call it before training, before `DistributedDataParallel` or `fully_shard`, and again on a
     model that is already cast only with the same choices, which changes nothing.

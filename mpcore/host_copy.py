@@ -29,3 +29,13 @@ class HostCopy:
     def wait(self) -> None:
         """Returns when `values` can be read; syncs with the device up to the copy."""
         self._event.synchronize()
+
+
+def comes_late(device: torch.device) -> bool:
+    """Returns whether the host hears of a device late: of a CUDA or ROCm one."""
+    return device.type == "cuda"
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Returns whether work for a device is being captured into a CUDA graph now."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

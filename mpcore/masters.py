@@ -6,7 +6,7 @@ A 16-bit weight loses an update smaller than half its last place; a float32 mast
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,10 +17,15 @@ from mpcore._bulk import writes_to
 from mpcore._checks import SIXTEEN_BIT
 from mpcore._nested import map_tensors
 from mpcore.backends import Backend
-from mpcore.errors import StageError
+from mpcore.backends._cast import differing
 from mpcore.shown_state import ShownState
 
 Groups = list[dict[str, Any]]
+
+#: In the place of a number of writes (-1: nobody counts them): the master came without its weight,
+NEVER = -2
+#: and the weight is known not to be its rounded master.
+SUSPECT = -3
 
 
 def upcast(value: Any) -> Any:
@@ -45,7 +50,7 @@ class Masters:
         self._master_of: dict[Tensor, Tensor] = {}
         #: by id of the key, which keeps it valid: its place in the order of creation
         self._place: dict[int, int] = {}
-        #: in that order, the writes that a weight had when its master fitted; -2: it never did
+        #: in that order, the writes that a weight had when its master fitted; NEVER, SUSPECT
         self._seen: list[int] = []
         self._shown = ShownState()
         #: counts what replaces tensors: plans made of older ones are stale
@@ -55,6 +60,13 @@ class Masters:
     def of(self, param: Tensor) -> Tensor:
         """Returns the master of `param`, or `param` itself if it has none."""
         return self._master_of.get(param, param)
+
+    def __len__(self) -> int:
+        return len(self._master_of)
+
+    def place_of(self, param: Tensor) -> int:
+        """Returns which one in the order of creation the master of `param` is."""
+        return self._place[id(param)]
 
     def items(self) -> Iterable[tuple[Tensor, Tensor]]:
         """Returns (parameter, master) pairs in order of creation."""
@@ -144,14 +156,22 @@ class Masters:
             if rest:
                 self._inner.state[self.of(param)] = rest
         # the weights that go with these masters are still to come, or there
-        self._seen = [-2] * len(self._place)
+        self._seen = [NEVER] * len(self._place)
         self.link_state(key for key in states if isinstance(key, Tensor))
 
     @torch.no_grad()
-    def copy_from_weights(self) -> None:
-        """Overwrites every master with its weight; no host sync."""
+    def take_weights(self, *, exact: bool) -> None:
+        """Makes weights the masters, whatever they are; no host sync.
+
+        Args:
+            exact: Whether masters lose what the weights do not have, too. Otherwise elements that
+                are their rounded masters stay.
+        """
         for param, master in self._master_of.items():
-            master.copy_(param)
+            value = param.detach().to(master.dtype)
+            if not exact:
+                value = torch.where(differing(param.detach(), master), value, master)
+            master.copy_(value)
         self.note_weights()
 
     @torch.no_grad()
@@ -167,19 +187,14 @@ class Masters:
             self._round_into(param.detach(), param, backend)
             self._seen[place] = writes_to([param])[0]
 
-    def stale(self, backend: Backend) -> list[Tensor]:
-        """Returns the weights that are not their rounded masters; syncs with the host."""
-        return [param for param in self._master_of if self._is_stale(param, backend)]
+    def stale(self, params: Iterable[Tensor] | None = None) -> list[Tensor]:
+        """Returns the weights that are not their rounded masters; syncs with the host.
 
-    @torch.no_grad()
-    def _is_stale(self, param: Tensor, backend: Backend) -> bool:
-        weight, rounded = param.detach(), param.detach().clone()
-        self._round_into(rounded, param, backend)
-        # a NaN may have any bits
-        same = (rounded.view(torch.int16) == weight.view(torch.int16)) | (
-            rounded.isnan() & weight.isnan()
-        )
-        return not bool(same.all())
+        Args:
+            params: Those to look at; all by default.
+        """
+        asked = self._master_of if params is None else params
+        return [p for p in asked if bool(differing(p.detach(), self._master_of[p]).any())]
 
     def _round_into(self, weight: Tensor, param: Tensor, backend: Backend) -> None:
         """Overwrites a tensor with what the weight of `param` has to be."""
@@ -190,32 +205,32 @@ class Masters:
         """Notes that all weights are their rounded masters now; no host sync."""
         self._seen = writes_to(self._master_of)
 
-    def check_weights(
-        self, backend: Backend, caller: str, name_of: Callable[[Tensor], str]
-    ) -> None:
-        """Raises if somebody else has changed a weight since; syncs only if one was written to.
+    def written(self) -> list[Tensor]:
+        """Returns the weights that somebody wrote to since their masters fitted; no host sync.
 
-        Args:
-            backend: Rounds.
-            caller: The method that asks, for messages.
-            name_of: Names a parameter.
+        What bumps no version counter (`.data`, NumPy) is not seen.
         """
         writes = writes_to(self._master_of)
         if writes == self._seen:
-            return
+            return []
         counted = zip(self._master_of, writes, self._seen, strict=True)
-        written = [param for param, now, then in counted if now != then]
-        stale = [param for param in written if self._is_stale(param, backend)]
-        if stale:
-            names = ", ".join(map(name_of, stale[:3]))
-            more = f" and {len(stale) - 3} more" if len(stale) > 3 else ""
-            raise StageError(
-                f"{caller}: expected weights that are their rounded masters, got others in {names}"
-                f"{more}: they were written to since the last step, or the optimizer's state was "
-                "loaded without the model's. Call sync_masters_from_model() to go on from the "
-                "weights, or load the weights that go with the masters."
-            )
-        self._seen = writes
+        return [param for param, now, then in counted if now != then]
+
+    def never_fitted(self) -> list[Tensor]:
+        """Returns the weights of which nobody knows whether they go with their masters."""
+        if NEVER not in self._seen:
+            return []
+        return [p for p, then in zip(self._master_of, self._seen, strict=True) if then == NEVER]
+
+    def note(self, params: Iterable[Tensor]) -> None:
+        """Notes that these weights are their rounded masters now; no host sync."""
+        for param in params:
+            self._seen[self._place[id(param)]] = writes_to([param])[0]
+
+    def suspect(self, params: Iterable[Tensor]) -> None:
+        """Notes that these weights are not their rounded masters: they are `written`."""
+        for param in params:
+            self._seen[self._place[id(param)]] = SUSPECT
 
     @contextmanager
     def in_groups(self) -> Iterator[None]:

@@ -31,6 +31,7 @@ from mpcore.readings import Readings
 from mpcore.scale_tensors import LossScaleTensors
 from mpcore.stage import Stage
 from mpcore.step_result import StepResult
+from mpcore.weight_edits import WeightEdits, check_rule
 from mpcore.wrapper import SECTION, OptimizerWrapper
 from mpcore.writes import Writes
 
@@ -49,11 +50,16 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
         backend: "auto", or one by name: see `mpcore.backends.resolve`.
         path: "fused" (the backend computes the whole step; AdamW, Adam, SGD, Adagrad and Lion of
             exactly these types), "general" (the optimizer's own step), or "auto": fused if it can.
+        on_weight_edit: What `step` does about 16-bit weights that somebody else wrote to. "adopt":
+            elements that are no longer their rounded master become masters, all others keep theirs;
+            one warning, no host sync. "always" looks at every weight in every step, and so sees
+            writes through `.data` and NumPy. "raise": a StageError; a comparison then syncs.
 
     Raises:
         ArgumentTypeError: `optimizer` or `loss_scale` is something else.
         ArgumentError: It is wrapped already, a parameter is complex, integer or there twice,
-            `backend` or `path` is unknown, or the step cannot be fused and `path` is "fused".
+            `backend`, `path` or `on_weight_edit` is unknown, or the step cannot be fused and
+            `path` is "fused".
         BackendError: The backend asked for cannot run here.
 
     Example:
@@ -73,7 +79,7 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
 
     _kept = (
         *OptimizerWrapper._kept,
-        *("loss_scaling", "_scale", "_losses", "_saturated", "_began", "_path"),
+        *("loss_scaling", "_scale", "_losses", "_saturated", "_began", "_path", "on_weight_edit"),
     )
 
     #: torch.amp.GradScaler then hands over `grad_scale` and `found_inf` and always calls `step`
@@ -86,10 +92,12 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
         *,
         backend: str = "auto",
         path: str = "auto",
+        on_weight_edit: str = "adopt",
     ) -> None:
         check_inner(optimizer, MixedPrecisionOptimizer)
         check_loss_scale(loss_scale)
         check_path(path)
+        self.on_weight_edit = check_rule(on_weight_edit)
         super().__init__(optimizer, backend)
         self.loss_scaling = loss_scale
         self._path = path
@@ -110,6 +118,9 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
         self._paths = Paths(
             self._path, self.inner, self._masters, backend, self._saturated, self._writes
         )
+        self._edits = WeightEdits(
+            self.on_weight_edit, self._masters, self._module, self.param_groups
+        )
         self._stage = Stage(
             self.param_groups,
             self._device_of,
@@ -120,6 +131,7 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
             self._losses,
             self._paths.plan,
             self._writes,
+            self._edits,
         )
 
     @property
@@ -216,7 +228,9 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
 
         Raises:
             StageError: The gradients were never scaled. (Checkpoint tools step once over all-zero
-                gradients before training to create state: that is accepted.)
+                gradients before training to create state: that is accepted.) Or somebody wrote
+                numbers that are not finite to a weight, or its master came without it: see
+                `sync_masters_from_model`.
             ArgumentError: A gradient is sparse, or a parameter changed its device or dtype.
             LossScaleError: The loss scale is one with `at_min="raise"`. The step has ended.
 
@@ -237,6 +251,7 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
             self._paths.initialise_state(zeros)
             return
         collected = self._stage.collect("step()", External.of(self))
+        self._edits.adopt(began=self._began)
         if collected.params:
             self._finish(
                 collected, self._paths.step(collected, self._stage.move(External.of(self)))
@@ -247,10 +262,12 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
 
     def _step_with_closure(self, closure: Callable[[], Any]) -> Any:
         self._stage.forget()
+        self._edits.check("step(closure)")
+        self._edits.adopt(began=self._began)
         try:
             result, gradients, moved = self._paths.step_with_closure(
                 closure,
-                lambda: self._stage.collect_evaluation(External.of(self)),
+                self._collect_evaluation,
                 self._stage.move(External.of(self)),
             )
         except BaseException:
@@ -261,6 +278,11 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
             self._stage.scaled = False
         self._finish(gradients, moved)
         return result
+
+    def _collect_evaluation(self) -> StepGradients:
+        gradients = self._stage.collect_evaluation(External.of(self))
+        self._edits.adopt(began=self._began)
+        return gradients
 
     def _finish(self, gradients: StepGradients, moved: bool) -> None:
         self._began = True
@@ -317,6 +339,7 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
         for group, saved_options in zip(self.param_groups, options, strict=True):
             group.update(saved_options)
         self._masters.replace_state(states)
+        self._edits.forget()
         resumed = resumed_state(self.loss_scaling, saved.loss_scale)
         self._scale.assign_(resumed)
         self._saturated.fill_(saved.saturated)

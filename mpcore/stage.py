@@ -25,6 +25,7 @@ from mpcore.masters import Groups, Masters
 from mpcore.scale_tensors import LossScaleTensors
 from mpcore.step_plan import StepPlan
 from mpcore.step_result import StepResult
+from mpcore.weight_edits import WeightEdits
 from mpcore.writes import Writes
 
 
@@ -57,6 +58,7 @@ class Stage:
         losses: Those with a scale of their own.
         plan: Returns how the fused path updates the parameters given to it, None on another path.
         writes: Whether everything is whole.
+        edits: Knows which weights do not go with their masters.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Stage:
         losses: Losses,
         plan: Callable[[list[Tensor]], StepPlan | None],
         writes: Writes,
+        edits: WeightEdits,
     ) -> None:
         self.gradients: StepGradients | None = None
         self.scaled = False  # whether scale() was called since the last step
@@ -84,6 +87,7 @@ class Stage:
         self._losses = losses
         self._plan = plan
         self._writes = writes
+        self._edits = edits
         self._outside_scale: Tensor | None = None
         self._alarm = new_alarm(loss_scaling, 0)
         self._sums: Accumulation | None = None
@@ -112,7 +116,7 @@ class Stage:
         params = with_gradient(self._groups, self._device_of, self._masters)
         if self.gradients is not None:
             self._check_no_newcomer(caller, params, self.gradients)
-            self._masters.check_weights(self._backend, caller, self._name_of)
+            self._edits.check(caller)
             self.gradients.plan_is_old = True
             if self.gradients.accumulated is not None and not self.unscaled:
                 # p.grad of 16-bit parameters is None by now
@@ -122,7 +126,7 @@ class Stage:
             if external is not None:
                 self.gradients.add_found(external.found_inf)
             return self.gradients
-        self._masters.check_weights(self._backend, caller, self._name_of)
+        self._edits.check(caller)
         if self._sums is not None:
             self.gradients = self._summed(self._sums, caller, external)
             return self.gradients

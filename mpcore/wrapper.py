@@ -125,22 +125,27 @@ class OptimizerWrapper(torch.optim.Optimizer):
         self._masters.create_for([])  # what was made is noted
 
     @outside_graphs
-    def sync_masters_from_model(self, weights: Mapping[str, Tensor] | None = None) -> None:
-        """Overwrites every master with its weight, without a host sync.
+    def sync_masters_from_model(
+        self, weights: Mapping[str, Tensor] | None = None, *, exact: bool = False
+    ) -> None:
+        """Makes the weights the masters, without a host sync.
 
-        Call it after writing to the weights by other means (`model.load_state_dict`, an EMA
-        swap): the next step raises otherwise, or overwrites what was written through `.data`.
+        `step` does it by itself for weights that somebody wrote to; this is for what it does not
+        see (`.data`, NumPy) or does not take (a state that was loaded without its weights, numbers
+        that are not finite).
 
         Args:
             weights: A state dict of higher precision to take instead, by parameter name; what it
                 does not name stays. Weights become its values, rounded.
+            exact: Overwrite every master with its weight. By default an element that is its
+                rounded master keeps the digits that only the master has.
 
         Raises:
             ArgumentError: One of `weights` has another shape or is no floating tensor, or the
                 optimizer was not made from `model.named_parameters()`. Nothing has changed then.
         """
         if weights is None:
-            self._masters.copy_from_weights()
+            self._masters.take_weights(exact=exact)
             return
         named = self._named_with_master(weights)
         self._masters.overwrite(named, self._module)
@@ -169,7 +174,7 @@ class OptimizerWrapper(torch.optim.Optimizer):
     @outside_graphs
     def check_masters(self) -> list[str]:
         """Returns the names of weights that are not their rounded masters; syncs with the host."""
-        return [self._name_of(param) for param in self._masters.stale(self._module)]
+        return [self._name_of(param) for param in self._masters.stale()]
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: self.__dict__[key] for key in self._kept}

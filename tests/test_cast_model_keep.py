@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import mpcore
 import pytest
 import torch
 from mpcore._casts import CastInputs, hooks_of
@@ -145,3 +146,50 @@ def test_a_module_shared_under_two_names_is_kept_by_either() -> None:
     cast_model(model, torch.float16, keep_fp32="b")
     assert linear.weight.dtype == torch.float32
     assert hooks_of(linear)[0] == CastInputs(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [(nn.Embedding, torch.float16), (nn.EmbeddingBag, torch.bfloat16)]
+)
+def test_a_table_that_its_forward_pass_renormalises_trains_as_in_fp32(
+    kind: Any, dtype: torch.dtype
+) -> None:
+    """2,000 steps that turn rows along the bound by less than a last place of 16 bits each."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(kind(10, 4, max_norm=1.0))
+    model = copy.deepcopy(plain)
+    ours = mpcore.MixedPrecisionOptimizer(
+        torch.optim.SGD(model.parameters(), lr=1e-3), mpcore.NoLossScale()
+    )
+    cast_model(model, dtype, ours)
+    assert model[0].weight.dtype == torch.float32
+    theirs = torch.optim.SGD(plain.parameters(), lr=1e-3)
+    rows = torch.arange(10)[:, None] if kind is nn.EmbeddingBag else torch.arange(10)
+    pull = torch.tensor([0.5, -0.25, 0.125, 1.0])
+    for _ in range(2000):
+        out = model(rows)
+        assert out.dtype == dtype
+        ours.backward(-(out.float() * pull).sum())
+        ours.step()
+        ours.zero_grad()
+        (-(plain(rows) * pull).sum()).backward()
+        theirs.step()
+        theirs.zero_grad()
+    with torch.no_grad():
+        model(rows), plain(rows)
+    assert (plain[0].weight.norm(dim=1) > 0.999).all()
+    assert (model[0].weight - plain[0].weight).abs().max() < 2e-3
+
+
+def test_a_table_without_a_bound_is_cast() -> None:
+    model = cast_model(nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 1)), torch.float16)
+    assert {p.dtype for p in model.parameters()} == {torch.float16}
+
+
+def test_a_renormalised_table_that_is_tied_to_a_16_bit_layer_is_named() -> None:
+    model = nn.Sequential(nn.Embedding(3, 2, max_norm=1.0), nn.Linear(2, 3, bias=False))
+    model[1].weight = model[0].weight
+    with pytest.raises(mpcore.ArgumentError, match=r"got '0\.weight' kept and '1\.weight' cast"):
+        cast_model(model, torch.float16)
+    cast_model(model, torch.float16, keep_fp32=["1"])  # as the message says
+    assert model(torch.tensor([0])).dtype == torch.float32

@@ -1,4 +1,8 @@
-"""Weights that somebody else writes to: a master that no longer fits is noticed, never used."""
+"""Weights that do not go with their masters where that is an error.
+
+That is with `on_weight_edit="raise"`, and for masters that came without their weights. See
+`test_weight_edits.py` for the rule by default.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +25,11 @@ STALE = r"step\(\): expected weights that are their rounded masters, got others 
 
 
 class Training:
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, on_weight_edit: str = "raise") -> None:
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2))
         inner = torch.optim.AdamW(self.model.named_parameters(), lr=0.1)
-        self.optimizer = engine.wrap(inner, mpcore.StaticLossScale(2.0**6))
+        self.optimizer = engine.wrap(inner, mpcore.StaticLossScale(2.0**6), on_weight_edit)
         self.model = mpcore.cast_model(self.model, HALF, self.optimizer)
 
     def backward(self, seed: int) -> None:
@@ -81,13 +85,21 @@ def test_model_and_optimizer_may_be_loaded_in_either_order(
     assert same_bits(snapshot(target.optimizer), snapshot(source.optimizer))
 
 
-def test_a_state_without_the_weights_that_go_with_it_is_noticed(engine: Engine) -> None:
-    source, target = Training(engine), Training(engine)
+@pytest.mark.parametrize("rule", ["adopt", "always", "raise"])
+def test_a_state_without_the_weights_that_go_with_it_is_noticed(engine: Engine, rule: str) -> None:
+    source, target = Training(engine), Training(engine, rule)
     source.step(1, 2)
     target.step(5)
     target.optimizer.load_state_dict(source.optimizer.state_dict())
     with pytest.raises(mpcore.StageError, match="was loaded without the model's"):
         target.step(3)
+    before = snapshot(target.optimizer)
+    for call in (target.optimizer.unscale_, target.optimizer.step):
+        with pytest.raises(mpcore.StageError, match="was loaded without the model's"):
+            call()
+    assert same_bits(snapshot(target.optimizer), before)
+    target.model.load_state_dict(source.model.state_dict())  # as the message says
+    target.optimizer.step()
 
 
 def test_swapping_averages_in_and_out_changes_nothing(engine: Engine) -> None:
@@ -196,9 +208,7 @@ def test_looking_costs_no_read_unless_a_weight_was_written_to(engine: Engine) ->
             with torch.no_grad():
                 training.model[0].bias.copy_(training.model[0].bias.clone())
         with ScalarReads() as reads:
-            training.optimizer._stage._masters.check_weights(
-                training.optimizer._module, "a test", str
-            )
+            training.optimizer._edits.check("a test")
         counts.append(reads.count)
         training.optimizer.zero_grad()
     assert counts[0] == 0

@@ -6,6 +6,7 @@ tensors instead, through Triton's interpreter: slow, and bit for bit the same.
 """
 
 from mpcore_kernels._update_plan import Plan as Plan
+from mpcore_kernels.adopt import adopt_ as adopt_
 from mpcore_kernels.cast import cast_into as cast_into
 from mpcore_kernels.inspection import Inspection as Inspection
 from mpcore_kernels.inspection import inspect as inspect
@@ -22,6 +23,7 @@ __all__ = [
     "Inspection",
     "Launcher",
     "Plan",
+    "adopt_",
     "cast_into",
     "inspect",
     "plan_update",

@@ -10,6 +10,7 @@ from mpcore_kernels._cache import TableCache
 from mpcore_kernels._scale_move import ScaleMove
 from mpcore_kernels._update_batch import Batch, Hyper
 from mpcore_kernels._update_plan import Plan
+from mpcore_kernels.adopt import adopt_
 from mpcore_kernels.cast import cast_into
 from mpcore_kernels.inspection import Inspection, inspect
 from mpcore_kernels.scale import update_scale_
@@ -69,6 +70,10 @@ class Launcher:
     def widen_into(self, weights: Sequence[Tensor], masters: Sequence[Tensor]) -> None:
         """See `mpcore_kernels.widen_into`; no host sync."""
         widen_into(weights, masters, tables=self._tables)
+
+    def adopt_(self, weights: Sequence[Tensor], masters: Sequence[Tensor], counts: Tensor) -> None:
+        """See `mpcore_kernels.adopt_`; no host sync."""
+        adopt_(weights, masters, counts, tables=self._tables)
 
     def inspect(
         self,

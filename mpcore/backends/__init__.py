@@ -62,6 +62,9 @@ class Backend(Protocol):
     def widen_into(self, weights: Sequence[Tensor], masters: Sequence[Tensor]) -> None:
         """Writes 16-bit weights as float32 masters."""
 
+    def adopt_(self, weights: Sequence[Tensor], masters: Sequence[Tensor], counts: Tensor) -> None:
+        """Makes weights that are not their rounded masters the masters, by element."""
+
     def inspect(
         self,
         grads: Sequence[Tensor],

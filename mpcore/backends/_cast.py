@@ -1,4 +1,4 @@
-"""`cast_into` and `widen_into` of the reference backend: masters to weights and back."""
+"""`cast_into`, `widen_into` and `adopt_` of the reference backend: masters to weights and back."""
 
 from __future__ import annotations
 
@@ -54,3 +54,43 @@ def widen_into(weights: Sequence[Tensor], masters: Sequence[Tensor]) -> None:
     """
     for weight, master in zip(weights, masters, strict=True):
         master.copy_(weight)
+
+
+@torch.no_grad()
+def adopt_(weights: Sequence[Tensor], masters: Sequence[Tensor], counts: Tensor) -> None:
+    """Makes weights that are not their rounded masters the masters, by element; no host sync.
+
+    An element that has the bits of its rounded and clamped master leaves the master as it is; so
+    does a NaN whose master is one. Another one becomes its master, unless it is not finite.
+
+    Args:
+        weights: float16 / bfloat16, any shape. Left as they are.
+        masters: float32, shapes of `weights`. Overwritten where weights differ.
+        counts: int64 `[len(weights), 2]`. For each tensor the number of elements that became
+            masters, and of those that did not because they are not finite, are added.
+
+    Example:
+        >>> master, counts = torch.tensor([1.0001, 2.0, 3.0]), torch.zeros(1, 2, dtype=torch.int64)
+        >>> adopt_([torch.tensor([1.0, 5.0, torch.inf]).half()], [master], counts)
+        >>> master.tolist(), counts.tolist()
+        ([1.000100016593933, 5.0, 3.0], [[1, 1]])
+    """
+    for weight, master, count in zip(weights, masters, counts.unbind(), strict=True):
+        differs = differing(weight, master)
+        finite = weight.isfinite()
+        adopted = differs & finite
+        torch.where(adopted, weight.to(master.dtype), master, out=master)
+        count.add_(torch.stack([adopted.sum(), (differs & finite.logical_not()).sum()]))
+
+
+@torch.no_grad()
+def differing(weight: Tensor, master: Tensor) -> Tensor:
+    """Returns which elements of a weight are not their rounded masters, as booleans; no host sync.
+
+    NaNs are equal whatever their bits, zeros of two signs are not.
+    """
+    rounded = torch.empty_like(weight)
+    zero = torch.zeros((), dtype=torch.int64, device=weight.device)
+    cast_into([master], [rounded], zero, zero.clone())
+    other_bits = rounded.view(torch.int16) != weight.view(torch.int16)
+    return other_bits & (rounded.isnan() & weight.isnan()).logical_not()

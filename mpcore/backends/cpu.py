@@ -2,6 +2,7 @@
 
     unscale, cast, widen    the bits of the reference backend
     inspect                 its flags; norms within 1e-6            `_cpu_inspection.py`
+    adopt                   the reference backend's
     update                  the bits of `torch.optim`, fused=True   `_cpu_update.py`
 
 Reading a tensor of the host costs nothing, so skips are decided before any work is done.
@@ -16,12 +17,13 @@ from torch import Tensor
 
 from mpcore.backends import reference
 from mpcore.backends._blocks import blocks, copy_all, cut, memory_order, new_scratch, none_reaches
-from mpcore.backends._cast import widen_into
+from mpcore.backends._cast import adopt_, widen_into
 from mpcore.backends._cpu_inspection import inspect
 from mpcore.backends._cpu_update import plan_update, prepare_, update_
 from mpcore.backends._scale import update_scale_
 
 __all__ = [
+    "adopt_",
     "cast_into",
     "inspect",
     "plan_update",

@@ -3,6 +3,7 @@
     unscale:  x = float32(g) * coefficient              one multiply, rounded to nearest even
     cast:     w = clamp(round_to_nearest_even(master))  clamped to the finite maximum of w's dtype
     widen:    master = float32(w)                       exact
+    adopt:    master = float32(w) where w is not cast(master)
     inspect:  overflow, norms and the clip factor       in `_inspection.py`
     scale:    the rule of `mpcore.loss_scale`           on tensors, in `_scale.py`
     update:   the rules of `mpcore.updates`             in `_update.py`
@@ -17,13 +18,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mpcore.backends._cast import cast_into, widen_into
+from mpcore.backends._cast import adopt_, cast_into, widen_into
 from mpcore.backends._inspection import Inspection, inspect
 from mpcore.backends._scale import update_scale_
 from mpcore.backends._update import plan_update, prepare_, update_
 
 __all__ = [
     "Inspection",
+    "adopt_",
     "cast_into",
     "inspect",
     "plan_update",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mpcore.gradients import StepGradients
-from mpcore.host_copy import HostCopy
+from mpcore.host_copy import HostCopy, comes_late
 from mpcore.optimizer import MixedPrecisionOptimizer
 from mpcore.step_result import StepResult
 
@@ -117,8 +117,3 @@ class Pending:
             self._steps.popleft()
             if sent.values.tolist()[0] != 0:
                 yield step
-
-
-def comes_late(device: torch.device) -> bool:
-    """Returns whether the host hears of a device late: of a CUDA or ROCm one."""
-    return device.type == "cuda"

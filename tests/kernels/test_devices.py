@@ -30,6 +30,9 @@ def arguments(name, device):
         return lists | {"found_inf": torch.zeros_like(flags(1, device)[0])} | counts
     if name == "widen_into":
         return {"weights": pair(half, device), "masters": pair(full, device)}
+    if name == "adopt_":
+        counts = {"counts": torch.zeros(2, 2, dtype=torch.int64, device=device)}
+        return {"weights": pair(half, device), "masters": pair(full, device)} | counts
     if name == "inspect":
         return {"grads": pair(half, device), "coefficient": one}
     integers = {n: scalar(torch.int32, device) for n in ("growth_tracker", "overflows_left")}
@@ -47,7 +50,8 @@ def call(function, name, given):
 
 
 def cases():
-    for name in ("unscale_", "unscale_into", "cast_into", "widen_into", "inspect", "update_scale_"):
+    passes = ("unscale_", "unscale_into", "cast_into", "widen_into", "adopt_", "inspect")
+    for name in (*passes, "update_scale_"):
         for argument, value in arguments(name, "cpu").items():
             if isinstance(value, list):
                 yield from ((name, argument, place) for place in range(len(value)))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mpcore_kernels import _chunks, _finish, cast, inspect, scale, unscale, widen
+from mpcore_kernels import _chunks, _finish, adopt, cast, inspect, scale, unscale, widen
 from mpcore_kernels._dtypes import FORMATS
 from mpcore_testing.batches import Move
 from mpcore_testing.kernels import FLOATS, HALVES, flags
@@ -28,6 +28,7 @@ def recorded(monkeypatch):
     monkeypatch.setattr(unscale, "_unscale_kernel", recorder)
     monkeypatch.setattr(cast, "_cast_kernel", recorder)
     monkeypatch.setattr(widen, "_widen_kernel", recorder)
+    monkeypatch.setattr(adopt, "_adopt_kernel", recorder)
     monkeypatch.setattr(_chunks, "_inspect_kernel", recorder)
     monkeypatch.setattr(_finish, "_finish_kernel", recorder)
     monkeypatch.setattr(scale, "_update_scale_kernel", recorder)
@@ -60,6 +61,13 @@ def test_cast_launches_once_per_dtype_whatever_the_number_of_tensors(recorded):
 
 def test_widen_launches_once_per_dtype_whatever_the_number_of_tensors(recorded):
     widen.widen_into(tensors(100, HALVES), tensors(100, [torch.float32]))
+    full = FORMATS[torch.float32]
+    assert recorded.formats("WEIGHT", "MASTER") == [(FORMATS[d], full) for d in HALVES]
+
+
+def test_adopt_launches_once_per_dtype_whatever_the_number_of_tensors(recorded):
+    counts = torch.zeros(100, 2, dtype=torch.int64)
+    adopt.adopt_(tensors(100, HALVES), tensors(100, [torch.float32]), counts)
     full = FORMATS[torch.float32]
     assert recorded.formats("WEIGHT", "MASTER") == [(FORMATS[d], full) for d in HALVES]
 

@@ -47,6 +47,8 @@ def call_every_launcher(device):
     mpcore_kernels.unscale_into(grads, outs, one, flags(3, device))
     mpcore_kernels.cast_into(masters, halves, found_inf, scalar(torch.int64, device))
     mpcore_kernels.widen_into(halves, masters)
+    counts = torch.zeros(len(halves), 2, dtype=torch.int64, device=device)
+    mpcore_kernels.adopt_(halves, masters, counts)
     for statistics in (False, True):
         mpcore_kernels.inspect(grads, one, 1.0, statistics=statistics)
     mpcore_kernels.update_scale_(Move.on(device), found_inf)

@@ -48,10 +48,15 @@ class Engine:
         self,
         inner: torch.optim.Optimizer,
         loss_scale: Any = mpcore.DynamicLossScale(),  # noqa: B008 - a frozen value
+        on_weight_edit: str = "adopt",
     ) -> mpcore.MixedPrecisionOptimizer:
         """Returns `inner`, wrapped; both are asked for by name, so neither can be another."""
         return mpcore.MixedPrecisionOptimizer(
-            inner, loss_scale, backend=self.backend, path=self.path
+            inner,
+            loss_scale,
+            backend=self.backend,
+            path=self.path,
+            on_weight_edit=on_weight_edit,
         )
 
     @property
