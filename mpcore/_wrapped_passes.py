@@ -61,6 +61,11 @@ class WrappedPasses:
         module = self._for(held, here, device=found_inf.device)
         module.cast_into(held, here, found_inf, saturated)
 
+    def adopt_(self, weights: Sequence[Tensor], masters: Sequence[Tensor], counts: Tensor) -> None:
+        """Makes weights that are not their rounded masters the masters, by element."""
+        here, held = list(map(held_here, weights)), list(map(held_here, masters))
+        self._for(here, held, device=counts.device).adopt_(here, held, counts)
+
     def inspect(
         self, grads: Sequence[Tensor], coefficient: Tensor, max_norm: float | None, **options: Any
     ) -> Inspection:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mpcore._bulk import grads_of
 from mpcore.backends import Inspection
 
 
@@ -76,3 +77,21 @@ class Bucket:
     def add_flags(self, flags: Tensor) -> None:
         """Joins flags with those that are there."""
         self.nonfinite = flags if self.nonfinite is None else self.nonfinite | flags
+
+
+def largest_of(buckets: Sequence[Bucket], unscaled_by: Tensor) -> Tensor:
+    """Returns the largest magnitude of float16 gradients, unscaled, 0-d float64; no host sync.
+
+    0 if there are none, anything if one is not finite.
+    """
+    home = unscaled_by.device
+    peaks = [torch.zeros((), dtype=torch.float64, device=home)]
+    for bucket in buckets:
+        grads = grads_of(p for p in bucket.with_master if p.dtype == torch.float16)
+        if grads and bucket.largest is not None and len(grads) == len(bucket.with_master):
+            peak = bucket.largest[: len(grads)].amax().double()
+            peaks.append(peak.to(home, non_blocking=True))
+        elif grads := [grad for grad in grads if grad.numel()]:
+            norms = torch.stack(torch._foreach_norm(grads, torch.inf)).amax().double()
+            peaks.append(norms.to(home, non_blocking=True) * unscaled_by)
+    return torch.stack(peaks).amax()

@@ -14,7 +14,7 @@ from mpcore._layouts import laid_out_like, own_memory
 from mpcore.backends import Backend, Inspection
 from mpcore.coefficient import Coefficient
 from mpcore.exposure import Exposure
-from mpcore.gradient_buckets import Bucket, Look, tensor_norms
+from mpcore.gradient_buckets import Bucket, Look, largest_of, tensor_norms
 from mpcore.masters import Masters
 from mpcore.step_plan import StepPlan
 
@@ -168,7 +168,7 @@ class StepGradients:
     def _look(self, max_norm: float | None) -> Tensor:
         """Reads every gradient once: overflow, norm, coefficient; returns the norm."""
         self._found = None
-        if len(self._buckets) == 1 and not _any_float64(self._buckets[0].params):
+        if len(self._buckets) == 1 and torch.float64 not in dtypes_of(self._buckets[0].params):
             found = self._inspection(self._buckets[0], max_norm)
             self._note_largest()
             self._coefficient.clip(found.coefficient)
@@ -218,7 +218,7 @@ class StepGradients:
         return found
 
     def _square_sum(self, bucket: Bucket) -> Tensor:
-        if not _any_float64(bucket.params):
+        if torch.float64 not in dtypes_of(bucket.params):
             square_sum = self._inspection(bucket, None).square_sum.sum()
         else:
             coefficient = self.coefficient.to(bucket.device, non_blocking=True)
@@ -277,17 +277,7 @@ class StepGradients:
         """
         if not self._finds_largest or self.largest is not None:
             return
-        home = self.unscaled_by.device
-        peaks = [torch.zeros((), dtype=torch.float64, device=home)]
-        for bucket in self._buckets:
-            grads = grads_of(p for p in bucket.with_master if p.dtype == torch.float16)
-            if grads and bucket.largest is not None and len(grads) == len(bucket.with_master):
-                peak = bucket.largest[: len(grads)].amax().double()
-                peaks.append(peak.to(home, non_blocking=True))
-            elif grads := [grad for grad in grads if grad.numel()]:
-                norms = torch.stack(torch._foreach_norm(grads, torch.inf)).amax().double()
-                peaks.append(norms.to(home, non_blocking=True) * self.unscaled_by)
-        self.largest = torch.stack(peaks).amax()
+        self.largest = largest_of(self._buckets, self.unscaled_by)
 
     def looks(self) -> list[Look]:
         """Returns what the first look found on each device, if somebody watches."""
@@ -308,8 +298,7 @@ class StepGradients:
         grads = grads_of(params)
         if all(map(Tensor.is_contiguous, grads)) and all(map(Tensor.is_contiguous, params)):
             return grads
-        pairs = zip(params, grads, strict=True)
-        return [laid_out_like(self._masters.of(param), grad) for param, grad in pairs]
+        return [laid_out_like(self._masters.of(p), g) for p, g in zip(params, grads, strict=True)]
 
     def flags(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields (parameter, 0-d int32 flag) for every gradient, in the order of `params`."""
@@ -331,8 +320,7 @@ class StepGradients:
         kept = set(params)
         for param in self.params:
             if param not in kept:
-                master = self._masters.of(param)
-                master.grad = None
+                self._masters.of(param).grad = None
         flag_of = dict(self.flags())
         self.params = [param for param in self.params if param in kept]
         for bucket in self._buckets:
@@ -360,7 +348,3 @@ class StepGradients:
 
     def _grads(self, params: Sequence[Tensor]) -> list[Tensor]:
         return grads_of(map(self._masters.of, params))
-
-
-def _any_float64(params: Sequence[Tensor]) -> bool:
-    return torch.float64 in dtypes_of(params)

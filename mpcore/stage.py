@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mpcore._checks import SIXTEEN_BIT
 from mpcore._parameters import name_of, with_gradient
 from mpcore._scaling import External
 from mpcore.accumulation import Accumulated, Accumulation
@@ -22,27 +22,20 @@ from mpcore.leftovers import Leftovers
 from mpcore.loss_scale import LossScale, NoLossScale, StaticLossScale
 from mpcore.losses import Losses, ScaledLoss, new_alarm
 from mpcore.masters import Groups, Masters
+from mpcore.scale_moves import ScaleMoves
 from mpcore.scale_tensors import LossScaleTensors
+from mpcore.stage_checks import (
+    check_no_newcomer,
+    check_no_outside_scaler,
+    check_none_collected,
+    check_not_torn,
+    check_scaled,
+)
 from mpcore.step_plan import StepPlan
 from mpcore.step_result import StepResult
+from mpcore.watcher import Watcher
 from mpcore.weight_edits import WeightEdits
 from mpcore.writes import Writes
-
-
-class Watcher(Protocol):
-    """Somebody who wants to know what happens in each step: `mpcore.Monitor`."""
-
-    def see_loss(self, outputs: Any) -> None:
-        """Hears what is going to be scaled."""
-
-    def begin_step(self, params: Sequence[Tensor]) -> bool:
-        """Hears whose gradients are collected; returns whether their values shall be counted."""
-
-    def end_step(self, gradients: StepGradients, result: StepResult, *, own_scale: bool) -> None:
-        """Hears how the step ended, after the scale has moved, and whether that is our own."""
-
-    def forget(self, *, last_step: bool) -> None:
-        """Hears that passes were thrown away, and whether the last step is none any more."""
 
 
 class Stage:
@@ -88,6 +81,7 @@ class Stage:
         self._plan = plan
         self._writes = writes
         self._edits = edits
+        self._moves = ScaleMoves(loss_scaling, tensors, losses, backend)
         self._outside_scale: Tensor | None = None
         self._alarm = new_alarm(loss_scaling, 0)
         self._sums: Accumulation | None = None
@@ -115,7 +109,7 @@ class Stage:
         self.check_whole(caller)
         params = with_gradient(self._groups, self._device_of, self._masters)
         if self.gradients is not None:
-            self._check_no_newcomer(caller, params, self.gradients)
+            check_no_newcomer(caller, params, self.gradients, self._groups)
             self._edits.check(caller)
             self.gradients.plan_is_old = True
             if self.gradients.accumulated is not None and not self.unscaled:
@@ -130,7 +124,8 @@ class Stage:
         if self._sums is not None:
             self.gradients = self._summed(self._sums, caller, external)
             return self.gradients
-        self._check_scaled(caller, external, bool(params))
+        if self.needs_scale:
+            check_scaled(caller, external, any_gradient=bool(params), scaled=self.scaled)
         self._clip_watch.check()
         scale = self._tensors.scale if external is None else external.scale
         # an outside scale is any number and moves in place; our own follows from the coefficient
@@ -168,12 +163,7 @@ class Stage:
     def check_whole(self, caller: str) -> None:
         """Raises if an exception has left half of a step, of a load or of gradients."""
         self._writes.check(caller)
-        parts = (self.gradients, self._sums, self._leftovers)
-        if any(part is not None and part.torn for part in parts):
-            raise StageError(
-                f"{caller}: expected whole gradients, got some that an exception left half "
-                "unscaled. Call zero_grad() of this optimizer and run the backward passes again."
-            )
+        check_not_torn(caller, self.gradients, self._sums, self._leftovers)
 
     def check_open(self, caller: str) -> None:
         """Raises if gradients of this step were collected: those of another pass would get lost."""
@@ -181,12 +171,7 @@ class Stage:
         exposure = None if self.gradients is None else self.gradients.exposure
         if exposure is not None and exposure.is_dropped:
             self.throw_away()  # by model.zero_grad(), for instance
-        if self.gradients is not None:
-            raise StageError(
-                f"{caller}: expected to be called before unscale_() or clip_grad_norm_() of the "
-                "same step, got a call after. Run all backward passes first, or call zero_grad() "
-                "of this optimizer."
-            )
+        check_none_collected(caller, self.gradients)
 
     def accumulate(self, caller: str, loss: ScaledLoss | None = None) -> None:
         """Adds the gradients that are there to float32 sums and drops them; no host sync.
@@ -199,8 +184,8 @@ class Stage:
         params = with_gradient(self._groups, self._device_of, self._masters)
         if not params:
             return
-        if loss is None and not self.zeroed:
-            self._check_scaled(caller, None, True)
+        if loss is None and not self.zeroed and self.needs_scale:
+            check_scaled(caller, None, any_gradient=True, scaled=self.scaled)
         self._clip_watch.check()
         scaling = self._loss_scaling if loss is None else loss.scaling
         scale = self._tensors.scale if loss is None else loss.tensors.scale
@@ -224,11 +209,7 @@ class Stage:
 
     def _summed(self, sums: Accumulation, caller: str, external: External | None) -> StepGradients:
         """Returns the sums as the gradients of this step."""
-        if external is not None:
-            raise StageError(
-                f"{caller}: expected gradients that a torch.amp.GradScaler scaled, got some that "
-                "accumulate() has unscaled. Use the optimizer's own loss scale instead."
-            )
+        check_no_outside_scaler(caller, external)
         self.accumulate(caller)  # what has come since
         params = [p for group in self._groups for p in group["params"] if p in sums.sums]
         gradients = self._gradients_of(params, self._tensors.scale, None)
@@ -283,45 +264,17 @@ class Stage:
             *(found_inf, plan, headroom, statistics),
         )
 
-    def _check_no_newcomer(
-        self, caller: str, params: list[Tensor], gradients: StepGradients
-    ) -> None:
-        known = set(map(id, gradients.params))
-        summed = gradients.accumulated is not None and not self.unscaled
-        if not summed and known.issuperset(map(id, params)):
-            return
-        for param in params:
-            if id(param) not in known or (summed and param.dtype in SIXTEEN_BIT):
-                raise StageError(
-                    f"{caller}: expected the gradients that unscale_() or clip_grad_norm_() saw, "
-                    f"got a new one of {name_of(param, self._groups)}. Run all backward passes "
-                    "first, or call zero_grad()."
-                )
-
-    def _name_of(self, param: Tensor) -> str:
-        return name_of(param, self._groups)
-
-    def _check_scaled(self, caller: str, external: External | None, any_gradient: bool) -> None:
-        if external is not None and self.scaled and self.needs_scale:
-            raise StageError(
-                f"{caller}: expected one scaler, got two: the loss went through this optimizer's "
-                "scale() and a torch.amp.GradScaler steps it. Use one of them."
-            )
-        if external is None and any_gradient and not self.scaled and self.needs_scale:
-            raise StageError(
-                f"{caller}: expected gradients of a scaled loss, got no scale() since the last "
-                "step. Write optimizer.backward(loss), or pass loss_scale=mpcore.NoLossScale()."
-            )
-
     def finish(
         self, gradients: StepGradients, external: External | None, *, moved: bool = False
     ) -> None:
         """Records the step and, last of all, moves the scale unless it has moved; no host sync."""
         found_inf = gradients.found_inf()
-        result = StepResult(found_inf, gradients, self._name_of, self._outside_scale)
+        result = StepResult(
+            found_inf, gradients, partial(name_of, groups=self._groups), self._outside_scale
+        )
         self._writes.begin()
         if not moved:
-            self._advance(gradients, external)
+            self._moves.advance(gradients, external)
         if self._losses.totals is not None:
             count_step_(self._losses.totals, found_inf)
         self.drop_gradients()
@@ -338,26 +291,6 @@ class Stage:
                 self.watcher.end_step(gradients, result, own_scale=external is None)
         finally:
             self._sound_alarms()
-
-    def _advance(self, gradients: StepGradients, external: External | None) -> None:
-        """Moves the scale of each loss that took part; no host sync."""
-        update = self._backend.update_scale_
-        scaling = self._loss_scaling if external is None else NoLossScale()
-        sums = gradients.accumulated
-        if sums is None:
-            self._tensors.advance_(scaling, gradients.found_inf(), update, gradients.largest)
-            return
-        outcomes = {name: sums.outcome(name) for name in sums.losses()}
-        known = torch.stack([found != 0 for found, _ in outcomes.values()]).any()
-        # a sum that overflows although no gradient did: nobody knows whose fault that is
-        unexplained = (gradients.found_inf() != 0) & known.logical_not()
-        for name, (own_found, largest) in outcomes.items():
-            found_inf = ((own_found != 0) | unexplained).int()
-            if name == "":
-                self._tensors.advance_(scaling, found_inf, update, largest)
-            else:
-                loss = self._losses.each[name]
-                loss.tensors.advance_(loss.scaling, found_inf, update, largest)
 
     def move(self, external: External | None) -> ScaleMove | None:
         """Returns how the scale moves at the end of a step, None if it only counts."""
@@ -401,27 +334,11 @@ class Stage:
         counts = gradients is not None and gradients.was_seen and self._outside_scale is None
         try:
             if gradients is not None and counts and not gradients.torn:
-                self._count_if_skipped(gradients)
+                self._moves.count_if_skipped(gradients)
         finally:
             self.forget()
         if counts:
             self._sound_alarms()
-
-    def _count_if_skipped(self, gradients: StepGradients) -> None:
-        """Moves scales and counters as a skipped step does, if one was due."""
-        found_inf, totals = gradients.found_inf(), self._losses.totals
-        scales = [self._tensors, *(loss.tensors for loss in self._losses.each.values())]
-        kept = [t for scale in scales for t in scale.every()] + ([] if totals is None else [totals])
-        before = [tensor.clone() for tensor in kept]
-        counts = torch.zeros_like(found_inf, dtype=torch.bool)
-        try:
-            self._advance(gradients, None)
-            if totals is not None:
-                count_step_(totals, found_inf)
-            counts = found_inf != 0
-        finally:
-            for tensor, old in zip(kept, before, strict=True):
-                tensor.copy_(torch.where(counts, tensor, old))
 
     def _sound_alarms(self) -> None:
         try:

@@ -1,0 +1,68 @@
+"""How the loss scales of an optimizer, its own and those of its losses, move after a step."""
+
+from __future__ import annotations
+
+import torch
+
+from mpcore._scaling import External
+from mpcore.backends import Backend
+from mpcore.backends._scale import count_step_
+from mpcore.gradients import StepGradients
+from mpcore.loss_scale import LossScale, NoLossScale
+from mpcore.losses import Losses
+from mpcore.scale_tensors import LossScaleTensors
+
+
+class ScaleMoves:
+    """Moves every loss scale that took part in a step.
+
+    Args:
+        loss_scaling: How the optimizer's own scale moves.
+        tensors: That scale and its counters.
+        losses: Those with a scale of their own.
+        backend: Moves scales.
+    """
+
+    def __init__(
+        self, loss_scaling: LossScale, tensors: LossScaleTensors, losses: Losses, backend: Backend
+    ) -> None:
+        self._loss_scaling = loss_scaling
+        self._tensors = tensors
+        self._losses = losses
+        self._backend = backend
+
+    def advance(self, gradients: StepGradients, external: External | None) -> None:
+        """Moves the scale of each loss that took part; no host sync."""
+        update = self._backend.update_scale_
+        scaling = self._loss_scaling if external is None else NoLossScale()
+        sums = gradients.accumulated
+        if sums is None:
+            self._tensors.advance_(scaling, gradients.found_inf(), update, gradients.largest)
+            return
+        outcomes = {name: sums.outcome(name) for name in sums.losses()}
+        known = torch.stack([found != 0 for found, _ in outcomes.values()]).any()
+        # a sum that overflows although no gradient did: nobody knows whose fault that is
+        unexplained = (gradients.found_inf() != 0) & known.logical_not()
+        for name, (own_found, largest) in outcomes.items():
+            found_inf = ((own_found != 0) | unexplained).int()
+            if name == "":
+                self._tensors.advance_(scaling, found_inf, update, largest)
+            else:
+                loss = self._losses.each[name]
+                loss.tensors.advance_(loss.scaling, found_inf, update, largest)
+
+    def count_if_skipped(self, gradients: StepGradients) -> None:
+        """Moves scales and counters as a skipped step does, if one was due."""
+        found_inf, totals = gradients.found_inf(), self._losses.totals
+        scales = [self._tensors, *(loss.tensors for loss in self._losses.each.values())]
+        kept = [t for scale in scales for t in scale.every()] + ([] if totals is None else [totals])
+        before = [tensor.clone() for tensor in kept]
+        counts = torch.zeros_like(found_inf, dtype=torch.bool)
+        try:
+            self.advance(gradients, None)
+            if totals is not None:
+                count_step_(totals, found_inf)
+            counts = found_inf != 0
+        finally:
+            for tensor, old in zip(kept, before, strict=True):
+                tensor.copy_(torch.where(counts, tensor, old))

@@ -1,0 +1,84 @@
+"""What must hold at each stage of a step, and what a call out of turn is told."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from mpcore._checks import SIXTEEN_BIT
+from mpcore._parameters import name_of
+from mpcore._scaling import External
+from mpcore.errors import StageError
+from mpcore.gradients import StepGradients
+from mpcore.masters import Groups
+
+
+class Tearable(Protocol):
+    """Something that an exception may leave half changed."""
+
+    @property
+    def torn(self) -> bool:
+        """Whether one did."""
+
+
+def check_not_torn(caller: str, *parts: Tearable | None) -> None:
+    """Raises if an exception has left half of some gradients."""
+    if any(part is not None and part.torn for part in parts):
+        raise StageError(
+            f"{caller}: expected whole gradients, got some that an exception left half "
+            "unscaled. Call zero_grad() of this optimizer and run the backward passes again."
+        )
+
+
+def check_none_collected(caller: str, gradients: StepGradients | None) -> None:
+    """Raises if gradients of this step were collected already."""
+    if gradients is not None:
+        raise StageError(
+            f"{caller}: expected to be called before unscale_() or clip_grad_norm_() of the "
+            "same step, got a call after. Run all backward passes first, or call zero_grad() "
+            "of this optimizer."
+        )
+
+
+def check_no_outside_scaler(caller: str, external: External | None) -> None:
+    """Raises if an outside scaler drives a step whose gradients `accumulate` has unscaled."""
+    if external is not None:
+        raise StageError(
+            f"{caller}: expected gradients that a torch.amp.GradScaler scaled, got some that "
+            "accumulate() has unscaled. Use the optimizer's own loss scale instead."
+        )
+
+
+def check_no_newcomer(
+    caller: str, params: Sequence[Tensor], gradients: StepGradients, groups: Groups
+) -> None:
+    """Raises if a parameter has a gradient that was not there when they were collected."""
+    known = set(map(id, gradients.params))
+    summed = gradients.accumulated is not None and gradients.exposure is None
+    if not summed and known.issuperset(map(id, params)):
+        return
+    for param in params:
+        if id(param) not in known or (summed and param.dtype in SIXTEEN_BIT):
+            raise StageError(
+                f"{caller}: expected the gradients that unscale_() or clip_grad_norm_() saw, "
+                f"got a new one of {name_of(param, groups)}. Run all backward passes "
+                "first, or call zero_grad()."
+            )
+
+
+def check_scaled(
+    caller: str, external: External | None, *, any_gradient: bool, scaled: bool
+) -> None:
+    """Raises unless exactly one scaler has scaled the loss, for scales that are needed."""
+    if external is not None and scaled:
+        raise StageError(
+            f"{caller}: expected one scaler, got two: the loss went through this optimizer's "
+            "scale() and a torch.amp.GradScaler steps it. Use one of them."
+        )
+    if external is None and any_gradient and not scaled:
+        raise StageError(
+            f"{caller}: expected gradients of a scaled loss, got no scale() since the last "
+            "step. Write optimizer.backward(loss), or pass loss_scale=mpcore.NoLossScale()."
+        )
