@@ -249,7 +249,7 @@ class GeneralPath:
         ours = type(self.inner).__module__.startswith("torch.optim.")
         if not ours or any(group.get("fused") for group in self.inner.param_groups):
             return None
-        states = self.inner.state.values()
+        states = [state for state in self.inner.state.values() if isinstance(state, dict)]
         tensors = [v for state in states for v in state.values() if isinstance(v, Tensor)]
         sizes = [len(state) for state in states]
         return writes_to([*map(self.masters.of, self._params()), *tensors]), sizes

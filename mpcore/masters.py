@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mpcore._bulk import writes_to
 from mpcore._checks import SIXTEEN_BIT
+from mpcore._layouts import held_here
 from mpcore._nested import map_tensors
 from mpcore.backends import Backend
 from mpcore.backends._cast import differing
@@ -168,10 +169,9 @@ class Masters:
                 are their rounded masters stay.
         """
         for param, master in self._master_of.items():
-            value = param.detach().to(master.dtype)
-            if not exact:
-                value = torch.where(differing(param.detach(), master), value, master)
-            master.copy_(value)
+            held = held_here(master)
+            value = held_here(param.detach()).to(held.dtype)
+            held.copy_(value if exact else torch.where(self._changed(param), value, held))
         self.note_weights()
 
     @torch.no_grad()
@@ -194,7 +194,11 @@ class Masters:
             params: Those to look at; all by default.
         """
         asked = self._master_of if params is None else params
-        return [p for p in asked if bool(differing(p.detach(), self._master_of[p]).any())]
+        return [p for p in asked if bool(self._changed(p).any())]
+
+    def _changed(self, param: Tensor) -> Tensor:
+        """Returns which elements here are not their rounded masters; no host sync."""
+        return differing(held_here(param.detach()), held_here(self._master_of[param]))
 
     def _round_into(self, weight: Tensor, param: Tensor, backend: Backend) -> None:
         """Overwrites a tensor with what the weight of `param` has to be."""

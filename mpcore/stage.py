@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpcore import stage_checks as checks
 from mpcore._parameters import name_of, with_gradient
 from mpcore._scaling import External
 from mpcore.accumulation import Accumulated, Accumulation
@@ -24,13 +25,6 @@ from mpcore.losses import Losses, ScaledLoss, new_alarm
 from mpcore.masters import Groups, Masters
 from mpcore.scale_moves import ScaleMoves
 from mpcore.scale_tensors import LossScaleTensors
-from mpcore.stage_checks import (
-    check_no_newcomer,
-    check_no_outside_scaler,
-    check_none_collected,
-    check_not_torn,
-    check_scaled,
-)
 from mpcore.step_plan import StepPlan
 from mpcore.step_result import StepResult
 from mpcore.watcher import Watcher
@@ -109,7 +103,7 @@ class Stage:
         self.check_whole(caller)
         params = with_gradient(self._groups, self._device_of, self._masters)
         if self.gradients is not None:
-            check_no_newcomer(caller, params, self.gradients, self._groups)
+            checks.check_no_newcomer(caller, params, self.gradients, self._groups)
             self._edits.check(caller)
             self.gradients.plan_is_old = True
             if self.gradients.accumulated is not None and not self.unscaled:
@@ -125,7 +119,7 @@ class Stage:
             self.gradients = self._summed(self._sums, caller, external)
             return self.gradients
         if self.needs_scale:
-            check_scaled(caller, external, any_gradient=bool(params), scaled=self.scaled)
+            checks.check_scaled(caller, external, any_gradient=bool(params), scaled=self.scaled)
         self._clip_watch.check()
         scale = self._tensors.scale if external is None else external.scale
         # an outside scale is any number and moves in place; our own follows from the coefficient
@@ -163,7 +157,7 @@ class Stage:
     def check_whole(self, caller: str) -> None:
         """Raises if an exception has left half of a step, of a load or of gradients."""
         self._writes.check(caller)
-        check_not_torn(caller, self.gradients, self._sums, self._leftovers)
+        checks.check_not_torn(caller, self.gradients, self._sums, self._leftovers)
 
     def check_open(self, caller: str) -> None:
         """Raises if gradients of this step were collected: those of another pass would get lost."""
@@ -171,7 +165,7 @@ class Stage:
         exposure = None if self.gradients is None else self.gradients.exposure
         if exposure is not None and exposure.is_dropped:
             self.throw_away()  # by model.zero_grad(), for instance
-        check_none_collected(caller, self.gradients)
+        checks.check_none_collected(caller, self.gradients)
 
     def accumulate(self, caller: str, loss: ScaledLoss | None = None) -> None:
         """Adds the gradients that are there to float32 sums and drops them; no host sync.
@@ -185,7 +179,7 @@ class Stage:
         if not params:
             return
         if loss is None and not self.zeroed and self.needs_scale:
-            check_scaled(caller, None, any_gradient=True, scaled=self.scaled)
+            checks.check_scaled(caller, None, any_gradient=True, scaled=self.scaled)
         self._clip_watch.check()
         scaling = self._loss_scaling if loss is None else loss.scaling
         scale = self._tensors.scale if loss is None else loss.tensors.scale
@@ -209,7 +203,7 @@ class Stage:
 
     def _summed(self, sums: Accumulation, caller: str, external: External | None) -> StepGradients:
         """Returns the sums as the gradients of this step."""
-        check_no_outside_scaler(caller, external)
+        checks.check_no_outside_scaler(caller, external)
         self.accumulate(caller)  # what has come since
         params = [p for group in self._groups for p in group["params"] if p in sums.sums]
         gradients = self._gradients_of(params, self._tensors.scale, None)
