@@ -140,7 +140,7 @@ def why_not_release(
     if _number(triton) >= (3, 7):
         return None
     if on_amd:
-        return f"Triton {triton} makes NaN of the square root of a subnormal number on AMD GPUs"
+        return f"Triton {triton} gets square roots of small numbers wrong on AMD GPUs"
     if beside_numpy is not None and _number(beside_numpy) >= (2, 4):
         return (
             f"Triton {triton}'s interpreter needs a NumPy before 2.4, and {beside_numpy} is "
