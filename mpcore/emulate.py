@@ -16,12 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from mpcore.errors import StageError
 
@@ -119,8 +119,8 @@ class _TensorCoreMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        name = func._schema.name
-        if (name in _PRODUCTS or name in _FUSED) and func._overloadname in _OVERLOADS:
+        name = _product(func)
+        if name is not None:
             dtype = _half_type(name, args, kwargs)
             if dtype is not None:
                 return _compute_in_float32(func, name, dtype, args, kwargs)
@@ -129,6 +129,14 @@ class _TensorCoreMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             with self:
                 return func.decompose(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+@cache  # a model asks for each of its operations
+def _product(func: Any) -> str | None:
+    """Returns the name of an operation that is emulated for 16-bit operands, None of the others."""
+    name: str = func._schema.name
+    emulated = name in _PRODUCTS or name in _FUSED
+    return name if emulated and func._overloadname in _OVERLOADS else None
 
 
 def _is_composite(func: Any) -> bool:
@@ -142,12 +150,15 @@ def _half_type(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torc
 
     Mixtures of types are PyTorch's to refuse; other devices and layouts are its to multiply.
     """
-    leaves = tree_leaves((args, kwargs))
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    if any(tensor.device.type != "cpu" or tensor.layout != torch.strided for tensor in tensors):
-        return None
-    dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
-    dtypes |= {leaf for leaf in leaves if isinstance(leaf, torch.dtype)}
+    dtypes = set()
+    for value in (*args, *kwargs.values()):  # no product takes a list of tensors
+        if isinstance(value, Tensor):
+            if value.device.type != "cpu" or value.layout != torch.strided:
+                return None
+            if value.is_floating_point():
+                dtypes.add(value.dtype)
+        elif isinstance(value, torch.dtype):
+            dtypes.add(value)
     if name in _FUSED:
         dtypes.discard(torch.float32)
     return next(iter(dtypes)) if len(dtypes) == 1 and dtypes <= _HALF_TYPES else None
@@ -159,8 +170,8 @@ def _compute_in_float32(
     """Runs `func` on widened operands and rounds its 16-bit results once."""
     written = _written_argument(func)
     functional = getattr(torch.ops.aten, name.removeprefix("aten::").removesuffix("_")).default
-    operands = {key: value for key, value in kwargs.items() if key != written}
-    result = functional(*tree_map(_widen, args), **tree_map(_widen, operands))
+    operands = {key: _widen(value) for key, value in kwargs.items() if key != written}
+    result = functional(*map(_widen, args), **operands)
     result = _round_outputs(result, dtype, _FLOAT32_OUTPUTS.get(name, frozenset()))
     if written is None:
         return result
@@ -169,6 +180,7 @@ def _compute_in_float32(
     return args[0].copy_(result)
 
 
+@cache
 def _written_argument(func: Any) -> str | None:
     """Returns the argument that an `out=` or in-place form writes, by name."""
     for argument in func._schema.arguments:

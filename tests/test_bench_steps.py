@@ -31,10 +31,10 @@ MIXED = ParameterList("mixed", ((7, 13), (1,), (4099,), (64, 65), ()))
 
 class Silent:
     def begin(self, label, total):
-        self.total = total
+        def advance(done, note):
+            assert 0 < done <= total
 
-    def advance(self, done, note):
-        assert 0 < done <= self.total
+        return advance
 
 
 def run(listed=MIXED, **options):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from dataclasses import replace
 
 import numpy as np
@@ -20,6 +21,15 @@ from mpcore.report.svg import smooth
 from mpcore_testing.pages import check_fetches_nothing, check_well_formed, pictures
 
 
+def without_times(run):
+    """A run but for what it took, as text: norms in its log may be NaN."""
+    run = replace(run, seconds=0.0)
+    if getattr(run, "log", None) is not None:
+        courses = tuple(replace(course, seconds=()) for course in run.log.courses)
+        run = replace(run, log=replace(run.log, courses=courses))
+    return repr(run)
+
+
 class Recorder:
     """A progress display that remembers."""
 
@@ -27,10 +37,13 @@ class Recorder:
         self.runs = []
 
     def begin(self, label, total):
-        self.runs.append([label, total, 0])
+        run = [label, total, 0]
+        self.runs.append(run)
 
-    def advance(self, done, note):
-        self.runs[-1][2] = done
+        def advance(done, note):
+            run[2] = done
+
+        return advance
 
 
 @pytest.fixture(scope="module")
@@ -138,13 +151,29 @@ def test_demo_runs_every_regime_with_every_seed_and_reports_progress(result, rec
     assert all(total == done for _, total, done in recorder.runs)
 
 
-def test_demo_runs_on_the_threads_it_was_told_and_gives_the_others_back():
+def test_demo_in_two_processes_gives_the_numbers_of_one_and_the_same_progress(result, recorder):
+    heard = Recorder()
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)  # of this process; those of the others are the settings'
+    try:
+        again = run_demo(replace(result.settings, processes=2), heard)
+    finally:
+        torch.set_num_threads(before)
+    assert [*map(without_times, again.runs)] == [*map(without_times, result.runs)]
+    assert [*map(without_times, again.digits)] == [*map(without_times, result.digits)]
+    assert heard.runs == recorder.runs
+    assert multiprocessing.active_children() == []
+
+
+def test_demo_runs_on_the_threads_it_was_told_and_gives_the_others_back(monkeypatch):
+    for regimes in ("GPT_REGIMES", "DIGITS_REGIMES"):
+        monkeypatch.setattr(experiment, regimes, (FP32,))
     before = torch.get_num_threads()
     counts = set()
 
     class Watcher(Recorder):
-        def advance(self, done, note):
-            counts.add(torch.get_num_threads())
+        def begin(self, label, total):
+            return lambda done, note: counts.add(torch.get_num_threads())
 
     settings = make_settings(quick=True, steps=1, threads=2)
     run_demo(replace(settings, digits=replace(settings.digits, epochs=1)), Watcher())
@@ -174,7 +203,7 @@ def test_powers_become_superscripts_and_markup_is_escaped():
 
 
 def test_settings_of_the_command_line_change_what_they_name():
-    default, quick = make_settings(), make_settings(quick=True)
+    default, quick = make_settings(processes=1), make_settings(quick=True)
     assert default == experiment.DemoSettings()
     assert quick.gpt.steps < default.gpt.steps
     settings = make_settings(seed=3, seeds=2, steps=7)
@@ -190,6 +219,7 @@ def test_settings_of_the_command_line_change_what_they_name():
         ({"seeds": 0}, "seeds"),
         ({"steps": 0}, "steps"),
         ({"threads": 0}, "threads"),
+        ({"processes": 0}, "processes"),
         ({"seed": -1}, "seed"),
     ],
 )

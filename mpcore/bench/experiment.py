@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -134,11 +134,8 @@ class BenchResult:
 class Progress(Protocol):
     """What is told about a running experiment."""
 
-    def begin(self, label: str, total: int) -> None:
-        """A parameter list begins."""
-
-    def advance(self, done: int, note: str) -> None:
-        """Some of its stages are done."""
+    def begin(self, label: str, total: int) -> Callable[[int, str], None]:
+        """A parameter list begins; what is returned hears how many of its stages are done."""
 
 
 def run_bench(settings: BenchSettings, progress: Progress) -> BenchResult:
@@ -182,7 +179,7 @@ def _run_list(
     listed: ParameterList, rows: Sequence[Row], settings: BenchSettings, progress: Progress
 ) -> list[Outcome]:
     running = [row for row in rows if row.missing is None]
-    progress.begin(listed.name, 2 * len(running) + settings.rounds)
+    advance = progress.begin(listed.name, 2 * len(running) + settings.rounds)
     problem = make_problem(listed, settings.device)
     outcomes = {row.key: Outcome(listed, row, row.missing) for row in rows}
     built: dict[str, _Built] = {}
@@ -192,7 +189,7 @@ def _run_list(
         except Exception as raised:  # whatever foreign code raises: the row says so, others go on
             reason = f"failed: {type(raised).__name__}: {' '.join(str(raised).split())[:200]}"
             outcomes[row.key] = Outcome(listed, row, reason)
-        progress.advance(done, row.label)
+        advance(done, row.label)
     judged = errors(problem, {key: (b.contender, b.row.bound) for key, b in built.items()})
     for done, (key, error) in enumerate(judged.items(), len(running) + 1):
         wrong = verdict(error, built[key].row.bound)
@@ -201,12 +198,12 @@ def _run_list(
             outcomes[key] = _count(outcomes[key], built[key], problem)
         else:
             del built[key]
-        progress.advance(done, f"checked {outcomes[key].row.label}")
+        advance(done, f"checked {outcomes[key].row.label}")
     times = time_rounds(
         problem,
         {key: b.contender for key, b in built.items()},
         settings.rounds,
-        lambda done: progress.advance(2 * len(running) + done, f"round {done}"),
+        lambda done: advance(2 * len(running) + done, f"round {done}"),
     )
     return [replace(outcomes[row.key], times=times.get(row.key)) for row in rows]
 

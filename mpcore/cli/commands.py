@@ -49,7 +49,11 @@ def demo(
     seed: Annotated[int, typer.Option(help="First seed.")] = 0,
     seeds: Annotated[int, typer.Option(help="Seeds of the GPT runs; tables show means.")] = 1,
     steps: Annotated[int | None, typer.Option(help="Steps of each GPT run.")] = None,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    threads: Annotated[int, typer.Option(help="CPU threads of each process.")] = 1,
+    processes: Annotated[
+        int | None,
+        typer.Option(help="Runs at the same time.", show_default="the cores, at most 4"),
+    ] = None,
     output: Annotated[Path, typer.Option(help="Where to write the report.")] = Path(
         "mpcore-demo.html"
     ),
@@ -60,7 +64,9 @@ def demo(
         from mpcore.cli.demo_view import run_and_show
         from mpcore.demo.experiment import make_settings
 
-        settings = make_settings(quick=quick, seed=seed, seeds=seeds, steps=steps, threads=threads)
+        settings = make_settings(
+            quick=quick, seed=seed, seeds=seeds, steps=steps, threads=threads, processes=processes
+        )
         run_and_show(settings, output, Console())
 
 

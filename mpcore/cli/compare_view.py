@@ -53,8 +53,8 @@ def compare_and_show(target: str, options: CompareOptions, console: Console) -> 
     check_count("seeds", options.seeds)
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     with progress_on(console) as progress:
-        bars, done, total = Bars(progress), count(), len(seeds) * (len(policies) + 1)
-        bars.begin("Runs", total)
+        done, total = count(), len(seeds) * (len(policies) + 1)
+        advance = Bars(progress).begin("Runs", total)
         result = compare(
             train,
             policies,
@@ -62,9 +62,9 @@ def compare_and_show(target: str, options: CompareOptions, console: Console) -> 
             metric=options.metric,
             higher_is_better=options.higher_is_better,
             margin=options.margin,
-            on_run=lambda label, seed: bars.advance(next(done), f"{label}, seed {seed}"),
+            on_run=lambda label, seed: advance(next(done), f"{label}, seed {seed}"),
         )
-        bars.advance(total, "")
+        advance(total, "")
     options.output.write_text(render_comparison(result), encoding="utf-8")
     show_table(result.table(), console)
     for label, found in result.agreements.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -11,7 +12,6 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    TaskID,
     TextColumn,
     TimeElapsedColumn,
 )
@@ -23,7 +23,7 @@ from mpcore.table import Table
 
 
 class Bars:
-    """One progress bar per run, the finished ones above the current one.
+    """One progress bar per run, in the order in which they began.
 
     Args:
         progress: Where to draw.
@@ -31,15 +31,11 @@ class Bars:
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
-        self._task = TaskID(0)
 
-    def begin(self, label: str, total: int) -> None:
-        """Adds a bar."""
-        self._task = self._progress.add_task(label, total=total, note="")
-
-    def advance(self, done: int, note: str) -> None:
-        """Moves the newest bar."""
-        self._progress.update(self._task, completed=done, note=note)
+    def begin(self, label: str, total: int) -> Callable[[int, str], None]:
+        """Adds a bar and returns what moves it: how much is done, and a note."""
+        task = self._progress.add_task(label, total=total, note="")
+        return lambda done, note: self._progress.update(task, completed=done, note=note)
 
 
 def progress_on(console: Console) -> Progress:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -14,9 +16,12 @@ from mpcore._checks import check_count
 from mpcore.demo.data import Corpus, load_corpus
 from mpcore.demo.digits import DigitsRun, DigitsSettings, train_digits
 from mpcore.demo.model import GPTConfig
+from mpcore.demo.processes import Advance, Processes, Work
 from mpcore.demo.regimes import DIGITS_REGIMES, FP32, GPT_REGIMES, Regime
 from mpcore.demo.train import GPTSettings, Run, train_gpt
 from mpcore.errors import ArgumentError
+
+_MOST_PROCESSES = 4  # by default: each keeps PyTorch in memory once more
 
 
 @dataclass(frozen=True)
@@ -29,22 +34,41 @@ class DemoSettings:
         digits: Settings of the digits runs; has seeds of its own.
         threads: CPU threads. Products this small gain little from more than one, and with a fixed
             number the results do not depend on how many cores there are.
+        processes: How many runs are computed at the same time; changes no result.
     """
 
     seeds: tuple[int, ...] = (0,)
     gpt: GPTSettings = field(default_factory=GPTSettings)
     digits: DigitsSettings = field(default_factory=DigitsSettings)
     threads: int = 1
+    processes: int = 1
 
 
 class Progress(Protocol):
     """Hears what the experiments are doing."""
 
-    def begin(self, label: str, total: int) -> None:
-        """A run of `total` steps begins."""
+    def begin(self, label: str, total: int) -> Advance:
+        """A run of `total` steps begins; what is returned hears how many are over, and a note."""
 
-    def advance(self, done: int, note: str) -> None:
-        """`done` steps of the current run are over."""
+
+@dataclass(frozen=True)
+class DemoRun:
+    """One run of the demo, before it runs.
+
+    Attributes:
+        label: What progress calls it.
+        regime: How weights are stored and the loss is scaled.
+        seed: Of a GPT run; None for the digits, which train several side by side.
+        total: Steps or epochs.
+    """
+
+    label: str
+    regime: Regime
+    seed: int | None
+    total: int
+
+    def __str__(self) -> str:
+        return f"the run {self.label!r}"
 
 
 @dataclass(frozen=True)
@@ -69,6 +93,7 @@ def make_settings(
     seeds: int = 1,
     steps: int | None = None,
     threads: int = 1,
+    processes: int | None = None,
 ) -> DemoSettings:
     """Returns the settings that the command line's options describe.
 
@@ -77,7 +102,9 @@ def make_settings(
         seed: First seed.
         seeds: How many seeds, counted up from `seed`. The digits always train three.
         steps: Steps of each GPT run; None for the default.
-        threads: CPU threads.
+        threads: CPU threads of each process.
+        processes: Runs at the same time; None for as many as there are cores for, at most 4. If
+            `quick`, None is 1: a process takes as long to start as such runs take.
 
     Raises:
         ArgumentError: A count is below 1, or the seed is negative.
@@ -88,9 +115,14 @@ def make_settings(
     """
     check_count("seeds", seeds)
     check_count("threads", threads)
+    if processes is None:
+        processes = 1 if quick else max(1, min(_MOST_PROCESSES, _cores() // threads))
+    check_count("processes", processes)
     if seed < 0:
         raise ArgumentError(f"seed: expected a whole number of at least 0, got {seed}.")
-    settings = DemoSettings(seeds=tuple(range(seed, seed + seeds)), threads=threads)
+    settings = DemoSettings(
+        seeds=tuple(range(seed, seed + seeds)), threads=threads, processes=processes
+    )
     gpt = settings.gpt
     digits = replace(settings.digits, seeds=tuple(range(seed, seed + 3)))
     if quick:
@@ -112,17 +144,65 @@ def run_demo(settings: DemoSettings, progress: Progress) -> DemoResult:
 
     Raises:
         ArgumentError: This Python has no standard library to read.
+        StageError: A process of several ended, or what ran in it raised.
     """
     started = time.perf_counter()
     corpus = load_corpus()
-    with cpu_threads(settings.threads):
-        runs = [
-            _run_gpt(regime, settings, corpus, seed, progress)
-            for seed in settings.seeds
-            for regime in GPT_REGIMES
-        ]
-        digits = [_run_digits(regime, settings, progress) for regime in DIGITS_REGIMES]
-    return DemoResult(settings, corpus, tuple(runs), tuple(digits), time.perf_counter() - started)
+    planned = planned_runs(settings)
+    results: list[Run | DigitsRun]
+    if settings.processes == 1:
+        with cpu_threads(settings.threads):
+            results = [
+                run_one(settings, corpus, run, progress.begin(run.label, run.total))
+                for run in planned
+            ]
+    else:
+        processes = Processes(partial(_prepare, settings), settings.processes)
+        results = processes.run(planned, lambda run: progress.begin(run.label, run.total))
+    return DemoResult(
+        settings,
+        corpus,
+        tuple(result for result in results if isinstance(result, Run)),
+        tuple(result for result in results if isinstance(result, DigitsRun)),
+        time.perf_counter() - started,
+    )
+
+
+def planned_runs(settings: DemoSettings) -> list[DemoRun]:
+    """Lists all runs: those of the GPT, which take longest, and then the digits.
+
+    Example:
+        >>> [run.label for run in planned_runs(make_settings())][0]
+        'GPT: FP32'
+    """
+    gpt = [
+        DemoRun(
+            f"GPT: {regime.label}" + (f" (seed {seed})" if len(settings.seeds) > 1 else ""),
+            *(regime, seed, settings.gpt.steps),
+        )
+        for seed in settings.seeds
+        for regime in GPT_REGIMES
+    ]
+    epochs = settings.digits.epochs
+    return gpt + [DemoRun(f"Digits: {r.label}", r, None, epochs) for r in DIGITS_REGIMES]
+
+
+def run_one(
+    settings: DemoSettings, corpus: Corpus, run: DemoRun, advance: Advance
+) -> Run | DigitsRun:
+    """Does one run, on as many threads as PyTorch is set to."""
+    if run.seed is None:
+        return train_digits(run.regime, settings.digits, lambda done: advance(done, ""))
+    return train_gpt(
+        *(run.regime, settings.gpt, corpus, run.seed),
+        lambda done, loss: advance(done, f"loss {loss:.3f}"),
+    )
+
+
+def _prepare(settings: DemoSettings) -> Work[DemoRun, Run | DigitsRun]:
+    """What a process of several does before its first run."""
+    torch.set_num_threads(settings.threads)
+    return partial(run_one, settings, load_corpus())
 
 
 @contextmanager
@@ -162,20 +242,8 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _run_gpt(
-    regime: Regime, settings: DemoSettings, corpus: Corpus, seed: int, progress: Progress
-) -> Run:
-    many = f" (seed {seed})" if len(settings.seeds) > 1 else ""
-    progress.begin(f"GPT: {regime.label}{many}", settings.gpt.steps)
-    return train_gpt(
-        regime,
-        settings.gpt,
-        corpus,
-        seed,
-        lambda done, loss: progress.advance(done, f"loss {loss:.3f}"),
-    )
-
-
-def _run_digits(regime: Regime, settings: DemoSettings, progress: Progress) -> DigitsRun:
-    progress.begin(f"Digits: {regime.label}", settings.digits.epochs)
-    return train_digits(regime, settings.digits, lambda done: progress.advance(done, ""))
+def _cores() -> int:
+    """Returns how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

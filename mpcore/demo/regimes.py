@@ -200,7 +200,7 @@ def prepare(
         eps=adamw.eps,
         weight_decay=adamw.weight_decay,
     )
-    if regime is FP32:
+    if regime == FP32:  # not the same object in another process
         return model, plain
     optimizer = MixedPrecisionOptimizer(plain, loss_scale)
     if regime.keeps_masters:

@@ -45,8 +45,7 @@ class GPTSettings:
         weight_decay: AdamW's.
         loss_weight: A power of two.
         scale: The loss scale of the scaled regimes that have none of their own.
-        validation_windows: Windows of held-out text, always the same.
-        validations: How often they are evaluated, the last time after the last step.
+        validation_windows: Windows of held-out text, always the same; read after the last step.
     """
 
     steps: int = 400
@@ -66,7 +65,6 @@ class GPTSettings:
         )
     )
     validation_windows: int = 128
-    validations: int = 8
 
     @property
     def adamw(self) -> AdamWSettings:
@@ -95,7 +93,7 @@ class Run:
         regime: The regime.
         seed: Seed of the initial weights and of the batches.
         train_losses: Loss of each step's batch, before the step, without the loss weight.
-        validation: (steps done, validation loss), oldest first.
+        validation_loss: After the last step.
         scales: The scale that each step's loss was multiplied by.
         skipped: The steps, counted from 0, that an overflow cancelled.
         final_scale: The scale after the last step.
@@ -111,7 +109,7 @@ class Run:
     regime: Regime
     seed: int
     train_losses: tuple[float, ...]
-    validation: tuple[tuple[int, float], ...]
+    validation_loss: float
     scales: tuple[float, ...]
     skipped: tuple[int, ...]
     final_scale: float
@@ -121,11 +119,6 @@ class Run:
     parameters: int
     seconds: float
     log: RunLog | None = None
-
-    @property
-    def validation_loss(self) -> float:
-        """The validation loss after the last step."""
-        return self.validation[-1][1]
 
 
 OnStep = Callable[[int, float], None]
@@ -160,7 +153,7 @@ def train_gpt(
         regime=regime,
         seed=seed,
         train_losses=tuple(loop.train_losses),
-        validation=tuple(loop.validation),
+        validation_loss=loop.validation_loss(),
         scales=tuple(loop.scales),
         skipped=tuple(loop.skipped),
         final_scale=loop.engine.loss_scale,
@@ -198,12 +191,7 @@ class _Loop:
             len(corpus.train), settings.steps, settings.batch, context, seed
         )
         self.held_out = spread_offsets(len(corpus.validation), settings.validation_windows, context)
-        self.evaluated = {
-            round(settings.steps * k / settings.validations)
-            for k in range(1, settings.validations + 1)
-        }
         self.train_losses: list[float] = []
-        self.validation: list[tuple[int, float]] = []
         self.scales: list[float] = []
         self.skipped: list[int] = []
 
@@ -218,10 +206,9 @@ class _Loop:
             group["lr"] = self.settings.lr_at(step)
         if self.tally.step():
             self.skipped.append(step)
-        self.resident = resident_bytes(self.engine)
+        if step + 1 == self.settings.steps:
+            self.resident = resident_bytes(self.engine)
         self.engine.zero_grad()
-        if step + 1 in self.evaluated:
-            self.validation.append((step + 1, self._validate()))
 
     def close(self) -> RunLog | None:
         if self.monitor is None:
@@ -236,7 +223,7 @@ class _Loop:
         return language_loss(logits, targets)
 
     @torch.no_grad()
-    def _validate(self) -> float:
+    def validation_loss(self) -> float:
         total = 0.0
         with emulate_tensor_cores():
             for chunk in torch.split(self.held_out, 32):

@@ -54,8 +54,8 @@ def reproduce(
         return replace(settings, seeds=tuple(range(seeds)), epochs=epochs)
 
     def on_run(label: str, epochs: int) -> Callable[[int], None]:
-        progress.begin(label, epochs)
-        return lambda done: progress.advance(done, "")
+        advance = progress.begin(label, epochs)
+        return lambda done: advance(done, "")
 
     with cpu_threads(threads):
         if name == "loss-scaling":
