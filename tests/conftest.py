@@ -12,6 +12,9 @@ from mpcore_testing.engines import ENGINES
 # read when a kernel is decorated, so it must be set before anything imports the kernels
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    from mpcore_testing.interpreter import patch_language_once  # reads the variable, too
+
+    patch_language_once()
 
 # The same examples in every run, so that a change is judged by what it changed; `make test-random`
 # looks for new ones. An example it finds is kept as an @example of its test.

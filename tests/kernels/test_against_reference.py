@@ -23,7 +23,7 @@ from mpcore_testing.kernels import (
     random_bits,
     random_finite,
 )
-from mpcore_testing.lengths import few_of
+from mpcore_testing.lengths import few_of, in_turn
 from mpcore_testing.strategies import float32_bits, tensors
 
 
@@ -135,8 +135,7 @@ def every_result(backend, values, device):
     return [*grads, *outs, *weights, *masters], [nonfinite.tolist(), saturated.item()]
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("size", "dtype"), in_turn(SIZES, FLOATS))
 def test_backends_agree_on_a_tensor_of_any_size(dtype, size, device):
     values = [random_bits(size, dtype, seed=size), random_finite(size, dtype, seed=size)]
     for chosen in (values[:1], values[1:], values):

@@ -6,12 +6,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpcore_kernels._launch import Variant
 from mpcore_testing.engine_runs import OPTIMIZERS, OVERFLOWS, Training
-from mpcore_testing.kernels import assert_same_bits
+from mpcore_testing.kernels import HALVES, assert_same_bits
+from mpcore_testing.lengths import in_turn
 
 
 @pytest.mark.parametrize("max_norm", [None, 0.5])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(("name", "dtype"), in_turn(list(OPTIMIZERS), HALVES))
 def test_training_on_the_kernels_has_the_bits_of_the_reference_backend(
     name, dtype, max_norm, device
 ):
