@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mpcore import checkpoint
 from mpcore._checks import check_number
-from mpcore._parameters import check_inner
+from mpcore._parameters import check_inner, check_shared
 from mpcore._scaling import External
 from mpcore.backward_passes import BackwardPasses
 from mpcore.checkpoint_states import read_states
@@ -281,7 +281,7 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
         self._stage.zeroed = not set_to_none
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned, in its dtypes; no host sync.
+        """Restores what `state_dict` returned, in its dtypes; syncs only if masters are shared.
 
         The settings of the loss scale stay those of this object: a saved scale outside its bounds
         is moved into them, and a scale that never moves stays. Load the model's weights as
@@ -291,7 +291,8 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
             state_dict: Left as it is.
 
         Raises:
-            ArgumentError: It does not fit; nothing has changed then.
+            ArgumentError: It does not fit, or another optimizer that shares a parameter has loaded
+                another master of it; nothing has changed then.
         """
         state_dict = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
@@ -302,6 +303,8 @@ class MixedPrecisionOptimizer(BackwardPasses, Readings, OptimizerWrapper):
         options, states, param_of = read_states(state_dict, self.inner, stepped=stepped)
         sums = checkpoint.section_in(state_dict).get("accumulated")
         accumulated = read_sums(sums, param_of, self._losses.each, self._scale.scale.device)
+        masters = {param: state["master"] for param, state in states.items() if "master" in state}
+        check_shared(self._masters, masters, self.param_groups, loaded=True)
         for group, saved_options in zip(self.param_groups, options, strict=True):
             group.update(saved_options)
         self._masters.replace_state(states)

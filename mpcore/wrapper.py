@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpcore._parameters import check_group, check_original, name_of
+from mpcore._parameters import check_group, check_original, check_shared, name_of
 from mpcore.backends import resolve
 from mpcore.errors import ArgumentError, BackendError
 from mpcore.masters import Masters
@@ -99,7 +99,8 @@ class OptimizerWrapper(torch.optim.Optimizer):
                 the float32 tensor of its shape and device that becomes its master, not copied.
 
         Raises:
-            ArgumentError: A pair is not like that, or the parameter has a master already.
+            ArgumentError: A pair is not like that, or the parameter has a master already, here or,
+                with other values, in another optimizer.
         """
         pairs = list(pairs)
         if len({param for param, _ in pairs}) < len(pairs):
@@ -108,6 +109,7 @@ class OptimizerWrapper(torch.optim.Optimizer):
             )
         for param, original in pairs:
             check_original(param, original, self._device_of, self._masters)
+        check_shared(self._masters, dict(pairs), self.param_groups, loaded=False)
         self._masters.take_over_edits(self.state)
         for param, original in pairs:
             self._masters.create(param, original)
