@@ -15,6 +15,7 @@ from mpcore._memory import all_in_memory, can_be_stepped, why_no_memory
 from mpcore.errors import ArgumentError, ArgumentTypeError
 from mpcore.general_path import DirectStepGuard
 from mpcore.masters import Groups, Masters
+from mpcore.shared_masters import conflicting
 
 
 def name_of(param: Tensor, groups: Groups) -> str:
@@ -120,6 +121,26 @@ def check_original(
         )
     if masters.of(param) is not param:
         raise ArgumentError("adopt_masters: expected a parameter without a master, got one with.")
+
+
+def check_shared(
+    masters: Masters, values: Mapping[Tensor, Tensor], groups: Groups, *, loaded: bool
+) -> None:
+    """Raises if another optimizer was given other masters; syncs for parameters that it shares.
+
+    Args:
+        masters: Those that are going to be replaced.
+        values: New masters, by parameter.
+        groups: For names.
+        loaded: Whether masters may be replaced that the other optimizer has not loaded.
+    """
+    differ = conflicting(masters.sharing, values, loaded=loaded)
+    if differ:
+        raise ArgumentError(
+            f"{name_of(differ[0], groups)}: expected the master that another optimizer of this "
+            "parameter was given, got a different one. A shared parameter has one master: take "
+            "both states from one moment, or delete the other optimizer."
+        )
 
 
 def with_gradient(

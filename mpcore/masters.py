@@ -19,14 +19,10 @@ from mpcore._layouts import held_here
 from mpcore._nested import map_tensors
 from mpcore.backends import Backend
 from mpcore.backends._cast import differing
+from mpcore.shared_masters import NEVER, SUSPECT, Sharing
 from mpcore.shown_state import ShownState
 
 Groups = list[dict[str, Any]]
-
-#: In the place of a number of writes (-1: nobody counts them): the master came without its weight,
-NEVER = -2
-#: and the weight is known not to be its rounded master.
-SUSPECT = -3
 
 
 def upcast(value: Any) -> Any:
@@ -54,6 +50,7 @@ class Masters:
         #: in that order, the writes that a weight had when its master fitted; NEVER, SUSPECT
         self._seen: list[int] = []
         self._shown = ShownState()
+        self.sharing = Sharing()
         #: counts what replaces tensors: plans made of older ones are stale
         self.version = 0
         self.link_state(param for group in inner.param_groups for param in group["params"])
@@ -78,14 +75,20 @@ class Masters:
 
         Args:
             param: A float16 or bfloat16 parameter.
-            value: float32 tensor that becomes the master, not copied. By default the weight.
+            value: float32 tensor that becomes the master, not copied. By default the weight. Not
+                used if another optimizer holds a master of the parameter: that is shared.
         """
         if param in self._master_of:
             return
-        master = param.detach().float() if value is None else value.detach()
+        shared = self.sharing.others(param)
+        if shared is not None:
+            master = shared  # which may be older than what was written through `.data`
+        else:
+            master = param.detach().float() if value is None else value.detach()
         self._master_of[param] = master
         self._place[id(param)] = len(self._place)
-        self._seen += writes_to([param])
+        self._seen += writes_to([param]) if shared is None else [SUSPECT]
+        self.sharing.hold(param, master)
         self.version += 1
         if param in self._inner.state:
             self._inner.state[master] = upcast(self._inner.state.pop(param))
@@ -127,19 +130,43 @@ class Masters:
         self._outer_state = shown
         if self._shown.is_changed(shown):
             self._shown.take_over(shown, self._inner.state, self._master_of)
+            self._keep_shared()
             self.version += 1
             self.link_state([*self._master_of])
+
+    @torch.no_grad()
+    def _keep_shared(self) -> None:
+        """Gives the value of a master that was replaced to the one that others hold as well."""
+        for param, link in self.sharing.links.items():
+            new, shared = self._master_of.get(param), link.master
+            if new is None or shared is None or new is shared:
+                continue
+            shared.copy_(new)
+            if new in self._inner.state:
+                self._inner.state[shared] = self._inner.state.pop(new)
+            self._master_of[param] = shared
+        for param, master in self._master_of.items():
+            self.sharing.hold(param, master)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "sharing"}
 
     def after_copy(self) -> None:
         """Sets right what a copy or a pickle has taken from its original: identities."""
         self._place = {id(param): place for place, param in enumerate(self._master_of)}
         self._shown.note(self._outer_state)
+        self.sharing = Sharing()
+        for param, master in self._master_of.items():
+            if self.sharing.others(param) is None:
+                self.sharing.hold(param, master)
 
+    @torch.no_grad()
     def replace_state(self, states: dict[Tensor, dict[str, Any]]) -> None:
         """Makes `states` the whole optimizer state, masters included.
 
         Args:
-            states: Per parameter what `outer_state` shows of it. Tensors are taken, not copied.
+            states: Per parameter what `outer_state` shows of it. Tensors are taken, not copied,
+                but for masters that other optimizers hold: these get the values.
         """
         self.version += 1
         self._master_of.clear()
@@ -152,8 +179,12 @@ class Masters:
                 continue
             rest = {key: value for key, value in state.items() if key != "master"}
             if "master" in state:
-                self._master_of[param] = state["master"]
+                shared = self.sharing.others(param)
+                master = state["master"] if shared is None else shared.copy_(state["master"])
+                self._master_of[param] = master
                 self._place[id(param)] = len(self._place)
+                self.sharing.hold(param, master)
+                self.sharing.note_loaded(param)
             if rest:
                 self._inner.state[self.of(param)] = rest
         # the weights that go with these masters are still to come, or there
@@ -182,10 +213,11 @@ class Masters:
             pairs: (parameter, value of its master).
             backend: Rounds.
         """
-        for place, param, value in [(self._place[id(p)], p, value) for p, value in pairs]:
+        for param, value in pairs:
             self._master_of[param].copy_(value)
-            self._round_into(param.detach(), param, backend)
-            self._seen[place] = writes_to([param])[0]
+            zero = torch.zeros((), dtype=torch.int32, device=param.device)
+            backend.cast_into([self._master_of[param]], [param.detach()], zero, zero.long())
+            self.note([param])
 
     def stale(self, params: Iterable[Tensor] | None = None) -> list[Tensor]:
         """Returns the weights that are not their rounded masters; syncs with the host.
@@ -200,14 +232,11 @@ class Masters:
         """Returns which elements here are not their rounded masters; no host sync."""
         return differing(held_here(param.detach()), held_here(self._master_of[param]))
 
-    def _round_into(self, weight: Tensor, param: Tensor, backend: Backend) -> None:
-        """Overwrites a tensor with what the weight of `param` has to be."""
-        zero = torch.zeros((), dtype=torch.int32, device=param.device)
-        backend.cast_into([self._master_of[param]], [weight], zero, zero.long())
-
     def note_weights(self) -> None:
         """Notes that all weights are their rounded masters now; no host sync."""
         self._seen = writes_to(self._master_of)
+        if self.sharing.links:
+            self.sharing.note()
 
     def written(self) -> list[Tensor]:
         """Returns the weights that somebody wrote to since their masters fitted; no host sync.
@@ -215,26 +244,34 @@ class Masters:
         What bumps no version counter (`.data`, NumPy) is not seen.
         """
         writes = writes_to(self._master_of)
-        if writes == self._seen:
+        if writes == self._seen and not self.sharing.links:
             return []
         counted = zip(self._master_of, writes, self._seen, strict=True)
-        return [param for param, now, then in counted if now != then]
+        moved = [(param, then) for param, now, then in counted if now != then]
+        if not self.sharing.links:
+            return [param for param, _ in moved]
+        mine = [p for p, then in moved if then in (NEVER, SUSPECT) or not self.sharing.is_fit(p)]
+        return list(dict.fromkeys([*mine, *self.sharing.suspects(NEVER, SUSPECT)]))
 
     def never_fitted(self) -> list[Tensor]:
         """Returns the weights of which nobody knows whether they go with their masters."""
         if NEVER not in self._seen:
-            return []
-        return [p for p, then in zip(self._master_of, self._seen, strict=True) if then == NEVER]
+            return self.sharing.suspects(NEVER)
+        mine = [p for p, then in zip(self._master_of, self._seen, strict=True) if then == NEVER]
+        return list(dict.fromkeys([*mine, *self.sharing.suspects(NEVER)]))
 
     def note(self, params: Iterable[Tensor]) -> None:
         """Notes that these weights are their rounded masters now; no host sync."""
-        for param in params:
-            self._seen[self._place[id(param)]] = writes_to([param])[0]
+        params = list(params)
+        for param, writes in zip(params, writes_to(params), strict=True):
+            self._seen[self._place[id(param)]] = writes
+        self.sharing.note(params)
 
     def suspect(self, params: Iterable[Tensor]) -> None:
         """Notes that these weights are not their rounded masters: they are `written`."""
         for param in params:
             self._seen[self._place[id(param)]] = SUSPECT
+            self.sharing.doubt(param)
 
     @contextmanager
     def in_groups(self) -> Iterator[None]:

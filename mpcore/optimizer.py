@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mpcore import checkpoint
 from mpcore._graphs import outside_graphs, outside_graphs_step
-from mpcore._parameters import check_inner
+from mpcore._parameters import check_inner, check_shared
 from mpcore._scaling import External
 from mpcore.backward_passes import BackwardPasses
 from mpcore.checkpoint_states import read_states
@@ -239,7 +240,7 @@ class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, OptimizerWrap
 
     @outside_graphs
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned, in its dtypes; no host sync.
+        """Restores what `state_dict` returned, in its dtypes; syncs only if masters are shared.
 
         The settings of the loss scale stay those of this object: a saved scale outside its bounds
         is moved into them, and a scale that never moves stays. Load the model's weights as
@@ -249,7 +250,8 @@ class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, OptimizerWrap
             state_dict: Left as it is.
 
         Raises:
-            ArgumentError: It does not fit; nothing has changed then.
+            ArgumentError: It does not fit, or another optimizer that shares a parameter has loaded
+                another master of it; nothing has changed then.
         """
         state_dict = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
@@ -260,6 +262,9 @@ class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, OptimizerWrap
         options, states, param_of = read_states(state_dict, self.inner, stepped=stepped)
         sums = checkpoint.section_in(state_dict).get("accumulated")
         accumulated = read_sums(sums, param_of, self._losses.each, self._scale.scale.device)
+        saved_states = [(p, state) for p, state in states.items() if isinstance(p, Tensor)]
+        masters = {param: state["master"] for param, state in saved_states if "master" in state}
+        check_shared(self._masters, masters, self.param_groups, loaded=True)
         self._writes.begin()
         for group, saved_options in zip(self.param_groups, options, strict=True):
             group.update(saved_options)

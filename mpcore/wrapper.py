@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mpcore._graphs import outside_graphs
 from mpcore._memory import all_in_memory
-from mpcore._parameters import check_group, check_original, name_of
+from mpcore._parameters import check_group, check_original, check_shared, name_of
 from mpcore._wrapped_passes import WrappedPasses
 from mpcore.backends import resolve
 from mpcore.errors import ArgumentError, BackendError
@@ -110,7 +110,8 @@ class OptimizerWrapper(torch.optim.Optimizer):
                 the float32 tensor of its shape and device that becomes its master, not copied.
 
         Raises:
-            ArgumentError: A pair is not like that, or the parameter has a master already.
+            ArgumentError: A pair is not like that, or the parameter has a master already, here or,
+                with other values, in another optimizer.
         """
         pairs = list(pairs)
         if len({param for param, _ in pairs}) < len(pairs):
@@ -119,6 +120,7 @@ class OptimizerWrapper(torch.optim.Optimizer):
             )
         for param, original in pairs:
             check_original(param, original, self._device_of, self._masters)
+        check_shared(self._masters, dict(pairs), self.param_groups, loaded=False)
         self._masters.take_over_edits(self.state)
         for param, original in pairs:
             self._masters.create(param, original)
