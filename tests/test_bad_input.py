@@ -182,7 +182,8 @@ def test_a_second_unscale_is_refused_and_the_first_one_counts(
         if clipped:
             one.clip_grad_norm_(1.0)
     before = snapshot(params, optimizer)
-    with pytest.raises(StageError, match=r"^unscale_\(\): expected one call .* step\(\) first\."):
+    advice = r"Call step\(\) first, or zero_grad\(\) of this optimizer\."
+    with pytest.raises(StageError, match=rf"^unscale_\(\): expected one call .* {advice}"):
         optimizer.unscale_()
     assert snapshot(params, optimizer) == before
     optimizer.step()

@@ -69,6 +69,9 @@ class NoKernels:
     def prepare_(self, plan: Any, hyper: Any) -> None:
         """Does nothing."""
 
+    def unscale_(self, grads: Sequence[Tensor], coefficient: Tensor, nonfinite: Tensor) -> None:
+        """Does nothing."""
+
     def inspect(
         self,
         grads: Sequence[Tensor],
