@@ -76,6 +76,12 @@ class Model:
                     self.update(index, [g * self.clip for g in grad])
         self.clip = 1.0
 
+    def throw_away(self) -> None:
+        """A step that was looked at and that nobody took: a skipped one, or none."""
+        if self.overflow:
+            self.steps, self.skipped = self.steps + 1, self.skipped + 1
+            self.move(True)
+
     def update(self, index: int, grad: list[float]) -> None:
         weight, old = self.weights[index], self.velocity[index]
         decayed = [g + DECAY * w for g, w in zip(grad, weight, strict=True)]
@@ -216,6 +222,8 @@ class Machine(RuleBasedStateMachine):
     @rule(set_to_none=st.booleans())
     def zero_grad(self, set_to_none: bool) -> None:
         self.optimizer.zero_grad(set_to_none=set_to_none)
+        if self.collected:
+            self.model.throw_away()
         self.begin_anew()
         if not set_to_none:  # zeros that are there take part in the next step
             for index, param in enumerate(self.params):
