@@ -19,8 +19,8 @@ def facts(variant):
     """What Triton's own language says, which is the same for all GPUs."""
     compiled = triton.compile(variant.source(), target=TARGETS[1], options=variant.options())
     middle = compiled.asm["ttir"]
-    # an update writes what it reads, but for the gradient
-    in_place = len(variant.reads) - 1 if variant.name.startswith("update") else 0
+    # an update writes what it reads, but for the gradient; what is adopted goes to the master
+    in_place = len(variant.reads) - 1 if variant.name.startswith(("update", "adopt")) else 0
     return {
         "name": variant.name,
         "reads": len(variant.reads),

@@ -17,8 +17,8 @@ from mpcore_testing.kernels import (
     guarded,
     random_bits,
     rounding_boundaries,
-    tensors,
 )
+from mpcore_testing.strategies import tensors
 
 LARGEST = {torch.float16: 65504.0, torch.bfloat16: (2.0**8 - 1) * 2.0**120}
 
