@@ -57,6 +57,32 @@ class DirectStepGuard:
             )
 
 
+class CheckpointGuard:
+    """A hook of the inner optimizer's `state_dict` or `load_state_dict`: names the wrapper's.
+
+    The inner optimizer keeps its state under masters, which torch's methods cannot number, and a
+    load would give it param groups that the wrapper does not share.
+
+    Args:
+        path: Of the wrapper. The guard does not keep it alive.
+        method: The name of the method.
+    """
+
+    def __init__(self, path: GeneralPath, method: str) -> None:
+        self._path = weakref.ref(path)
+        self._method = method
+
+    def __call__(self, optimizer: torch.optim.Optimizer, state_dict: object = None) -> None:
+        """Raises `StageError` while the wrapper exists."""
+        if self._path() is not None:
+            raise StageError(
+                f"{type(optimizer).__name__}.{self._method}(): expected a call of the "
+                "MixedPrecisionOptimizer around it, got one of the wrapped optimizer. Call "
+                f"{self._method}() of the wrapper; mpcore.migration converts states of "
+                "torch.optim from and to its own."
+            )
+
+
 class GeneralPath:
     """Steps an inner optimizer over FP32 masters.
 
@@ -87,8 +113,10 @@ class GeneralPath:
         self.guard_inner()
 
     def guard_inner(self) -> None:
-        """Registers the hook that refuses a direct `inner.step()`."""
+        """Registers hooks that refuse a direct `step` and checkpoints of the inner one."""
         self.inner.register_step_pre_hook(DirectStepGuard(self))
+        self.inner.register_state_dict_pre_hook(CheckpointGuard(self, "state_dict"))
+        self.inner.register_load_state_dict_pre_hook(CheckpointGuard(self, "load_state_dict"))
 
     def step(self, gradients: StepGradients) -> None:
         """Unscales, then steps or skips; syncs with the host only if `inner` needs it."""
@@ -111,6 +139,24 @@ class GeneralPath:
         self.write_weights(nothing, self._saturated)
         self.masters.link_state(self._params())
         self._writes.end()
+
+    def call_inner(self, adopt: Callable[[], None], method: Callable[[], Any]) -> Any:
+        """Calls a method of the inner optimizer over masters; weights follow, without a host sync.
+
+        Args:
+            adopt: Called once all masters are there.
+            method: What is called.
+        """
+        self.masters.create_for(param for param in self._params() if param.requires_grad)
+        adopt()
+        self._writes.begin()
+        with self.masters.in_groups():
+            result = method()
+        nothing = torch.zeros((), dtype=torch.int32, device=self._saturated.device)
+        self.write_weights(nothing, self._saturated)
+        self.masters.link_state(self._params())
+        self._writes.end()
+        return result
 
     def initialise_state(self, gradients: StepGradients) -> None:
         """Steps over all-zero gradients so that the inner state exists, and changes no weight."""

@@ -16,6 +16,7 @@ from mpcore.backward_passes import BackwardPasses
 from mpcore.checkpoint_states import read_states
 from mpcore.checkpoint_sums import read_sums, sums_section
 from mpcore.gradients import StepGradients
+from mpcore.inner_methods import InnerMethods
 from mpcore.loss_scale import (
     DynamicLossScale,
     LossScale,
@@ -35,7 +36,7 @@ from mpcore.wrapper import SECTION, OptimizerWrapper
 from mpcore.writes import Writes
 
 
-class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, OptimizerWrapper):
+class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, InnerMethods, OptimizerWrapper):
     """Wraps an optimizer: FP32 masters for 16-bit parameters, loss scaling, skipped overflows.
 
     It is a `torch.optim.Optimizer` and shares `param_groups` with the one it wraps, so LR

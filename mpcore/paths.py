@@ -220,6 +220,16 @@ class Paths:
         if self._now() is None:
             self._general.step_without_gradients()
 
+    def call_inner(self, adopt: Callable[[], None], method: Callable[[], Any]) -> Any:
+        """Calls a method of the wrapped optimizer over masters, and rounds these into weights.
+
+        Args:
+            adopt: Makes weights that others wrote to the masters, which are there by then.
+            method: A method of the wrapped optimizer.
+        """
+        self._hand_over()
+        return self._general.call_inner(adopt, method)
+
     def initialise_state(self, gradients: StepGradients) -> None:
         """Makes the optimizer's state and changes no weight."""
         self._general.initialise_state(gradients)

@@ -1,0 +1,65 @@
+"""Methods of the wrapped optimizer that `torch.optim.Optimizer` does not have, such as `eval`."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpcore._graphs import outside_graphs
+from mpcore.errors import StageError
+from mpcore.masters import Masters
+from mpcore.paths import Paths
+from mpcore.stage import Stage
+from mpcore.weight_edits import WeightEdits
+
+
+class InnerMethods:
+    """Offers public methods of the wrapped optimizer; they see masters, and weights follow."""
+
+    inner: torch.optim.Optimizer
+    state: defaultdict[Tensor, Any]
+    _began: bool
+    _edits: WeightEdits
+    _masters: Masters
+    _paths: Paths
+    _stage: Stage
+
+    def __getattr__(self, name: str) -> Any:
+        inner = self.__dict__.get("inner")
+        method = None if inner is None or name.startswith("_") else getattr(inner, name, None)
+        if not inspect.ismethod(method):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return functools.partial(self._call_inner, method)
+
+    @outside_graphs
+    def _call_inner(self, method: Any, *args: Any, **options: Any) -> Any:
+        """Calls a method of the wrapped optimizer over masters; weights are rounded after it.
+
+        Args:
+            method: A bound method of `inner`.
+            args: Passed on.
+            options: Likewise.
+
+        Raises:
+            StageError: Gradients of a scaled loss wait for a step: the method would not see them.
+        """
+        caller = f"{method.__name__}()"
+        self._stage.check_whole(caller)
+        stage = self._stage
+        if stage.scaled or stage.gradients is not None or stage.accumulated is not None:
+            raise StageError(
+                f"{caller} of {type(self.inner).__name__}: expected a call between two steps, got "
+                "one while gradients of a scaled loss wait for step(). Call step() first, or "
+                "zero_grad() of this optimizer."
+            )
+        self._masters.take_over_edits(self.state)
+        self._edits.check(caller)
+        return self._paths.call_inner(
+            lambda: self._edits.adopt(began=self._began),
+            functools.partial(method, *args, **options),
+        )
