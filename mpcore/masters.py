@@ -81,13 +81,16 @@ class Masters:
         if param in self._master_of:
             return
         shared = self.sharing.others(param)
+        moved = self._moved_here(param)
         if shared is not None:
             master = shared  # which may be older than what was written through `.data`
+        elif value is None and moved is not None:
+            master = moved
         else:
             master = param.detach().float() if value is None else value.detach()
         self._master_of[param] = master
         self._place[id(param)] = len(self._place)
-        self._seen += writes_to([param]) if shared is None else [SUSPECT]
+        self._seen += [SUSPECT] if master is shared or master is moved else writes_to([param])
         self.sharing.hold(param, master)
         self.version += 1
         if param in self._inner.state:
@@ -130,9 +133,34 @@ class Masters:
         self._outer_state = shown
         if self._shown.is_changed(shown):
             self._shown.take_over(shown, self._inner.state, self._master_of)
+            self._let_go(shown)
             self._keep_shared()
             self.version += 1
             self.link_state([*self._master_of])
+
+    def _moved_here(self, param: Tensor) -> Tensor | None:
+        """Takes out the master in a state that was moved to a parameter, if it fits that one."""
+        state = self._inner.state.get(param)
+        if not isinstance(state, dict) or "master" not in state:
+            return None
+        rest = {key: value for key, value in state.items() if key != "master"}
+        self._inner.state[param] = rest
+        master: Any = state["master"]
+        fits = isinstance(master, Tensor) and master.dtype == torch.float32
+        return master if fits and master.shape == param.shape else None
+
+    def _let_go(self, shown: dict[Tensor, Any]) -> None:
+        """Drops masters of parameters that are in no group and no state any more."""
+        known = {*shown, *(p for group in self._inner.param_groups for p in group["params"])}
+        gone = [param for param in self._master_of if param not in known]
+        if not gone:
+            return
+        seen = dict(zip(self._master_of, self._seen, strict=True))
+        for param in gone:
+            del self._master_of[param]
+            self.sharing.links.pop(param, None)
+        self._seen = [seen[param] for param in self._master_of]
+        self._place = {id(param): place for place, param in enumerate(self._master_of)}
 
     @torch.no_grad()
     def _keep_shared(self) -> None:

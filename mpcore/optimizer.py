@@ -15,6 +15,7 @@ from mpcore._scaling import External
 from mpcore.backward_passes import BackwardPasses
 from mpcore.checkpoint_states import read_states
 from mpcore.checkpoint_sums import read_sums, sums_section
+from mpcore.errors import StageError
 from mpcore.gradients import StepGradients
 from mpcore.inner_methods import InnerMethods
 from mpcore.loss_scale import (
@@ -309,6 +310,14 @@ def _take_over_edits(optimizer: Any) -> None:
     """A hook before `state_dict`: a state that somebody replaced has its masters back."""
     optimizer._writes.check("state_dict()")
     optimizer._masters.take_over_edits(optimizer.state)
+    known = set(map(id, optimizer._params()))
+    for key in optimizer.state:
+        if isinstance(key, Tensor) and id(key) not in known:
+            raise StageError(
+                "state_dict(): expected the state of parameters in param groups, got that of one "
+                f"of shape {list(key.shape)} in none. Put the parameter into a group, or delete "
+                "its entry from optimizer.state."
+            )
 
 
 def _add_section(optimizer: Any, saved: dict[str, Any]) -> None:

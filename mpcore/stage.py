@@ -102,6 +102,7 @@ class Stage:
         """
         self.check_whole(caller)
         params = with_gradient(self._groups, self._device_of, self._masters)
+        checks.check_shapes(caller, params, self._masters, self._groups)
         if self.gradients is not None:
             checks.check_no_newcomer(caller, params, self.gradients, self._groups)
             self._edits.check(caller)

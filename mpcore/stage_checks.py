@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Protocol
 
 from torch import Tensor
@@ -10,9 +11,11 @@ from torch import Tensor
 from mpcore._checks import SIXTEEN_BIT
 from mpcore._parameters import name_of
 from mpcore._scaling import External
-from mpcore.errors import StageError
+from mpcore.errors import ArgumentError, StageError
 from mpcore.gradients import StepGradients
-from mpcore.masters import Groups
+from mpcore.masters import Groups, Masters
+
+_SHAPE = attrgetter("shape")
 
 
 class Tearable(Protocol):
@@ -65,6 +68,20 @@ def check_no_newcomer(
                 f"{caller}: expected the gradients that unscale_() or clip_grad_norm_() saw, "
                 f"got a new one of {name_of(param, groups)}. Run all backward passes "
                 "first, or call zero_grad()."
+            )
+
+
+def check_shapes(caller: str, params: Sequence[Tensor], masters: Masters, groups: Groups) -> None:
+    """Raises if a weight has no longer the shape of its master; looks at no value."""
+    held = list(map(masters.of, params))
+    if list(map(_SHAPE, params)) == list(map(_SHAPE, held)):
+        return
+    for param, master in zip(params, held, strict=True):
+        if param.shape != master.shape:
+            raise ArgumentError(
+                f"{caller}: {name_of(param, groups)}: expected {list(master.shape)} like its "
+                f"master, got {list(param.shape)}: its data was replaced. Put a new Parameter into "
+                "the param group, and its state into optimizer.state, or delete its state there."
             )
 
 

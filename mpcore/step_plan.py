@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mpcore._checks import SIXTEEN_BIT
 from mpcore.backends import Backend
+from mpcore.errors import ArgumentError
 from mpcore.masters import Groups, Masters
 from mpcore.updates import Batch, Hyper, UpdateRule
 from mpcore.updates.batch import shared_base
@@ -215,6 +216,12 @@ def _complete(
         moment = state.get(name)
         if moment is None:
             state[name] = torch.full_like(master, value)
+        elif moment.shape != master.shape:
+            raise ArgumentError(
+                f"state[{name!r}]: expected {list(master.shape)} like the parameter, got "
+                f"{list(moment.shape)}. Put a tensor of its shape there, or delete the entry of "
+                "the parameter from optimizer.state to begin anew."
+            )
         elif moment.dtype != torch.float32 or moment.stride() != master.stride():
             state[name] = torch.empty_like(master).copy_(moment)
     if rule.counts_steps(names):
