@@ -13,7 +13,7 @@ from mpcore._bulk import devices_of, dtypes_of, layouts_of
 from mpcore._checks import FULL_PRECISION, SIXTEEN_BIT
 from mpcore._memory import all_in_memory, can_be_stepped, why_no_memory
 from mpcore.errors import ArgumentError, ArgumentTypeError
-from mpcore.general_path import DirectStepGuard
+from mpcore.inner_guards import DirectStepGuard
 from mpcore.masters import Groups, Masters
 from mpcore.shared_masters import conflicting
 

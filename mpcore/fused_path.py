@@ -145,6 +145,8 @@ class FusedPath:
         with torch.enable_grad():
             loss = closure()
             gradients = collect()
+        if not gradients.params:
+            return loss, gradients, False
         return loss, gradients, self.step(gradients, move)
 
     def _note_step(self) -> None:

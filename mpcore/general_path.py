@@ -8,9 +8,7 @@ one host sync.
 
 from __future__ import annotations
 
-import copy
 import inspect
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -21,66 +19,21 @@ from mpcore._bulk import writes_to
 from mpcore.backends import Backend
 from mpcore.errors import StageError
 from mpcore.gradients import StepGradients
+from mpcore.inner_guards import CheckpointGuard, DirectStepGuard
 from mpcore.masters import Masters
+from mpcore.snapshot import Snapshot
 from mpcore.writes import Writes
 
 Closure = Callable[[], Any]
 
 
+def is_torchs(inner: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer is one of torch's own."""
+    return type(inner).__module__.startswith("torch.optim.")
+
+
 class _Overflow(Exception):
     """Leaves an inner optimizer's step from within its closure; never seen by a user."""
-
-
-class DirectStepGuard:
-    """A step hook of the inner optimizer: raises unless the wrapper is the one who steps.
-
-    Args:
-        path: The path that may step. The guard does not keep it alive.
-    """
-
-    def __init__(self, path: GeneralPath) -> None:
-        self._path = weakref.ref(path)
-
-    @property
-    def active(self) -> bool:
-        """Whether the wrapper still exists."""
-        return self._path() is not None
-
-    def __call__(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
-        """Raises `StageError` if a user calls `step` on the wrapped optimizer."""
-        path = self._path()
-        if path is not None and not path.stepping:
-            raise StageError(
-                f"{type(optimizer).__name__}.step(): expected a step of the "
-                "MixedPrecisionOptimizer around it, got a direct call. Scaled gradients would "
-                "reach 16-bit weights; call step() of the wrapper."
-            )
-
-
-class CheckpointGuard:
-    """A hook of the inner optimizer's `state_dict` or `load_state_dict`: names the wrapper's.
-
-    The inner optimizer keeps its state under masters, which torch's methods cannot number, and a
-    load would give it param groups that the wrapper does not share.
-
-    Args:
-        path: Of the wrapper. The guard does not keep it alive.
-        method: The name of the method.
-    """
-
-    def __init__(self, path: GeneralPath, method: str) -> None:
-        self._path = weakref.ref(path)
-        self._method = method
-
-    def __call__(self, optimizer: torch.optim.Optimizer, state_dict: object = None) -> None:
-        """Raises `StageError` while the wrapper exists."""
-        if self._path() is not None:
-            raise StageError(
-                f"{type(optimizer).__name__}.{self._method}(): expected a call of the "
-                "MixedPrecisionOptimizer around it, got one of the wrapped optimizer. Call "
-                f"{self._method}() of the wrapper; mpcore.migration converts states of "
-                "torch.optim from and to its own."
-            )
 
 
 class GeneralPath:
@@ -130,14 +83,14 @@ class GeneralPath:
         else:
             self._step_inner()
         self.write_weights(found_inf, self._saturated)
-        self.masters.link_state(self._params())
+        self.link_state()
 
     def step_without_gradients(self) -> None:
         """Lets the inner optimizer do what it does without gradients: usually nothing."""
         self._step_inner()
         nothing = torch.zeros((), dtype=torch.int32, device=self._saturated.device)
         self.write_weights(nothing, self._saturated)
-        self.masters.link_state(self._params())
+        self.link_state()
         self._writes.end()
 
     def call_inner(self, adopt: Callable[[], None], method: Callable[[], Any]) -> Any:
@@ -150,12 +103,21 @@ class GeneralPath:
         self.masters.create_for(param for param in self._params() if param.requires_grad)
         adopt()
         self._writes.begin()
-        with self.masters.in_groups():
-            result = method()
+        result = self.call_over_masters(method)
+        self._writes.end()
+        return result
+
+    def call_over_masters(self, method: Callable[[], Any]) -> Any:
+        """Calls a method of the inner optimizer over masters, and rounds them into weights."""
+        self.stepping = True
+        try:
+            with self.masters.in_groups():
+                result = method()
+        finally:
+            self.stepping = False
         nothing = torch.zeros((), dtype=torch.int32, device=self._saturated.device)
         self.write_weights(nothing, self._saturated)
-        self.masters.link_state(self._params())
-        self._writes.end()
+        self.link_state()
         return result
 
     def initialise_state(self, gradients: StepGradients) -> None:
@@ -170,11 +132,14 @@ class GeneralPath:
                 for target, value in zip(targets, before, strict=True):
                     target.copy_(value)
             gradients.release()
-        self.masters.link_state(self._params())
+        self.link_state()
         self._writes.end()
 
     def step_with_closure(
-        self, closure: Closure, collect: Callable[[], StepGradients]
+        self,
+        closure: Closure,
+        collect: Callable[[], StepGradients],
+        first: StepGradients | None = None,
     ) -> tuple[Any, StepGradients]:
         """Lets the inner optimizer evaluate `closure` as often as it wants; syncs each time.
 
@@ -185,6 +150,7 @@ class GeneralPath:
         Args:
             closure: Clears gradients, computes the loss, calls `backward`, returns the loss.
             collect: Returns the gradients that the closure left.
+            first: Those of a pass before, which some optimizers begin with (sharpness-aware ones).
 
         Returns:
             What the inner step, or on an overflow the last closure, returned; and the gradients
@@ -192,14 +158,22 @@ class GeneralPath:
         """
         # such an optimizer may step parameters that the closure left without a gradient
         self.masters.create_for(param for param in self._params() if param.requires_grad)
-        before = _Snapshot(self.inner, self.masters)
-        last: list[Any] = [None, None]  # loss and gradients of the latest evaluation
+        before = Snapshot(self.inner, self.masters)
+        last: list[Any] = [None, first]  # loss and gradients of the latest evaluation
+        evaluated = False
+        if first is not None:
+            first.apply()
+            first.inspect()
         called = StageError(
             f"step(closure): expected {type(self.inner).__name__} to call the closure, got a step "
             "that ignored it. Run backward() first and call step() without a closure."
         )
 
         def evaluate() -> Any:
+            nonlocal evaluated
+            if not evaluated and first is not None and self._is_used(first):
+                raise _Overflow
+            evaluated = True
             last[0], last[1] = self._evaluate(closure, collect, last[1])
             if bool(last[1].found_inf()):
                 raise _Overflow
@@ -207,7 +181,7 @@ class GeneralPath:
 
         try:
             result = self._step_inner(evaluate)
-            if last[1] is None:
+            if not evaluated:
                 raise called
             self.write_weights(last[1].found_inf(), self._saturated)
         except _Overflow:
@@ -220,7 +194,7 @@ class GeneralPath:
                 last[1].release()
             raise
         finally:
-            self.masters.link_state(self._params())
+            self.link_state()
         return result, last[1]
 
     def _evaluate(
@@ -230,6 +204,7 @@ class GeneralPath:
         previous: StepGradients | None,
     ) -> tuple[Any, StepGradients]:
         if previous is not None:
+            self.drop_alike(previous)
             previous.release()
             nothing = torch.zeros_like(previous.found_inf())
             self.write_weights(nothing, torch.zeros_like(self._saturated))
@@ -239,6 +214,21 @@ class GeneralPath:
         gradients.apply()
         gradients.inspect()
         return loss, gradients
+
+    def _is_used(self, first: StepGradients) -> bool:
+        """Whether the inner optimizer has used gradients that overflow; syncs with the host."""
+        used = any(self.masters.of(param).grad is None for param in first.params)
+        return used and bool(first.found_inf())
+
+    def link_state(self) -> None:
+        """Shows the inner optimizer's state in the wrapper's; no host sync."""
+        self.masters.link_state(self._params())
+
+    def drop_alike(self, gradients: StepGradients) -> None:
+        """Drops those of the model whose master's the inner optimizer has dropped."""
+        for param in gradients.params:
+            if self.masters.of(param).grad is None:
+                param.grad = None
 
     def write_weights(self, found_inf: Tensor, saturated: Tensor) -> None:
         """Rounds every master into its weight unless `found_inf` is set; no host sync."""
@@ -292,8 +282,9 @@ class GeneralPath:
         torch's own optimizers write so that autograd knows, but for fused kernels; others may
         write through `.data`.
         """
-        ours = type(self.inner).__module__.startswith("torch.optim.")
-        if not ours or any(group.get("fused") for group in self.inner.param_groups):
+        if not is_torchs(self.inner) or any(
+            group.get("fused") for group in self.inner.param_groups
+        ):
             return None
         states = [state for state in self.inner.state.values() if isinstance(state, dict)]
         tensors = [v for state in states for v in state.values() if isinstance(v, Tensor)]
@@ -312,32 +303,3 @@ class GeneralPath:
 
     def _params(self) -> list[Tensor]:
         return [param for group in self.inner.param_groups for param in group["params"]]
-
-
-class _Snapshot:
-    """Parameters, masters, inner state and group options before a step with a closure."""
-
-    def __init__(self, inner: torch.optim.Optimizer, masters: Masters) -> None:
-        self._inner = inner
-        params = [p for group in inner.param_groups for p in group["params"]]
-        tensors = [*params, *(master for _, master in masters.items())]
-        self._values = [(tensor, tensor.detach().clone()) for tensor in tensors]
-        self._state = {key: copy.deepcopy(value) for key, value in inner.state.items()}
-        self._options = [
-            {k: copy.deepcopy(v) for k, v in group.items() if k != "params"}
-            for group in inner.param_groups
-        ]
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Puts everything back in place."""
-        for tensor, value in self._values:
-            tensor.copy_(value)
-        self._inner.state.clear()
-        self._inner.state.update(self._state)
-        for group, options in zip(self._inner.param_groups, self._options, strict=True):
-            for key, value in options.items():
-                if isinstance(value, Tensor) and isinstance(group[key], Tensor):
-                    group[key].copy_(value)
-                else:
-                    group[key] = value

@@ -15,10 +15,11 @@ from mpcore.errors import StageError
 from mpcore.masters import Masters
 from mpcore.paths import Paths
 from mpcore.stage import Stage
+from mpcore.two_steps import FIRST, SECOND, TwoSteps
 from mpcore.weight_edits import WeightEdits
 
 
-class InnerMethods:
+class InnerMethods(TwoSteps):
     """Offers public methods of the wrapped optimizer; they see masters, and weights follow."""
 
     inner: torch.optim.Optimizer
@@ -34,6 +35,9 @@ class InnerMethods:
         method = None if inner is None or name.startswith("_") else getattr(inner, name, None)
         if not inspect.ismethod(method):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        if name in (FIRST, SECOND) and hasattr(inner, FIRST) and hasattr(inner, SECOND):
+            part = self._first_step if name == FIRST else self._second_step
+            return functools.partial(part, method)
         return functools.partial(self._call_inner, method)
 
     @outside_graphs
@@ -50,6 +54,7 @@ class InnerMethods:
         """
         caller = f"{method.__name__}()"
         self._stage.check_whole(caller)
+        self._check_between_steps(caller)
         stage = self._stage
         if stage.scaled or stage.gradients is not None or stage.accumulated is not None:
             raise StageError(
@@ -57,7 +62,7 @@ class InnerMethods:
                 "one while gradients of a scaled loss wait for step(). Call step() first, or "
                 "zero_grad() of this optimizer."
             )
-        self._masters.take_over_edits(self.state)
+        self._masters.take_over_edits(self.state, self.param_groups)
         self._edits.check(caller)
         return self._paths.call_inner(
             lambda: self._edits.adopt(began=self._began),

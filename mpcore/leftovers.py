@@ -33,6 +33,7 @@ class Leftovers:
         self._scaled: list[_Left] = []
         self._unscaled: list[_Left] = []
         self._unscaled_by: Tensor | None = None
+        self._expected: tuple[StepGradients, Sequence[Tensor]] | None = None
         self.torn = False  # whether an exception came while they were multiplied
 
     def note(self, gradients: StepGradients, params: Sequence[Tensor]) -> None:
@@ -51,6 +52,16 @@ class Leftovers:
                 left = self._unscaled if id(param) in in_place else self._scaled
                 left.append(_Left(param, weakref.ref(grad), grad._version))
 
+    def expect(self, gradients: StepGradients, params: Sequence[Tensor]) -> None:
+        """Notes that a step which goes on may have left some, to be found by `rescale_`.
+
+        Args:
+            gradients: Those of one of its passes.
+            params: The optimizer's.
+        """
+        self.forget()
+        self._expected = gradients, params
+
     @torch.no_grad()
     def rescale_(self, scale: Tensor, backend: Backend, *, moves: bool) -> None:
         """Multiplies those that are still there, so that the next pass may add to them.
@@ -60,6 +71,8 @@ class Leftovers:
             backend: Multiplies.
             moves: Whether the scale can have moved since.
         """
+        if self._expected is not None:
+            self.note(*self._expected)
         if self._unscaled_by is None:
             return
         unscaled, scaled = _still_there(self._unscaled), _still_there(self._scaled)

@@ -19,6 +19,7 @@ from mpcore._layouts import held_here
 from mpcore._nested import map_tensors
 from mpcore.backends import Backend
 from mpcore.backends._cast import differing
+from mpcore.inner_guards import check_shared_groups
 from mpcore.shared_masters import NEVER, SUSPECT, Sharing
 from mpcore.shown_state import ShownState
 
@@ -43,6 +44,8 @@ class Masters:
 
     def __init__(self, inner: torch.optim.Optimizer, outer_state: dict[Tensor, Any]) -> None:
         self._inner = inner
+        self._shared_groups = inner.param_groups
+        self._inner_state = inner.state
         self._outer_state = outer_state
         self._master_of: dict[Tensor, Tensor] = {}
         #: by id of the key, which keeps it valid: its place in the order of creation
@@ -122,21 +125,37 @@ class Masters:
                 self._outer_state[key] = value
         self._shown.note(self._outer_state)
 
-    def take_over_edits(self, shown: dict[Tensor, Any]) -> None:
-        """Hands what somebody put into the wrapper's state, or took out, to the inner optimizer.
-
-        No host sync.
+    def take_over_edits(self, shown: dict[Tensor, Any], groups: Groups) -> None:
+        """Hands what somebody put into the wrapper's state, or took out, to the inner; no sync.
 
         Args:
             shown: The wrapper's state; another dictionary than before if somebody replaced it.
+            groups: The wrapper's param groups.
+
+        Raises:
+            StageError: The list of groups is no longer the one that both share.
         """
+        check_shared_groups(self._shared_groups, groups, self._groups)
         self._outer_state = shown
-        if self._shown.is_changed(shown):
+        if self._inner.state is not self._inner_state:
+            self._take_inner_state()
+        elif self._shown.is_changed(shown):
             self._shown.take_over(shown, self._inner.state, self._master_of)
             self._let_go(shown)
             self._keep_shared()
             self.version += 1
             self.link_state([*self._master_of])
+
+    def _take_inner_state(self) -> None:
+        """Goes on from a state that somebody put in the place of the inner optimizer's."""
+        state = self._inner_state = self._inner.state
+        for param, master in self._master_of.items():
+            if param in state:
+                entry = upcast(state.pop(param))
+                state[master] = {key: value for key, value in entry.items() if key != "master"}
+        self._outer_state.clear()
+        self.version += 1
+        self.link_state([*self._master_of, *(p for g in self._groups for p in g["params"])])
 
     def _moved_here(self, param: Tensor) -> Tensor | None:
         """Takes out the master in a state that was moved to a parameter, if it fits that one."""

@@ -35,6 +35,7 @@ from mpcore.unscaling import Unscaling
 from mpcore.weight_edits import WeightEdits, check_rule
 from mpcore.wrapper import SECTION, OptimizerWrapper
 from mpcore.writes import Writes
+from mpcore.zero_step import zero_gradients
 
 
 class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, InnerMethods, OptimizerWrapper):
@@ -116,6 +117,7 @@ class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, InnerMethods,
         self.register_state_dict_post_hook(_add_section)
         backend = (self.backend, self._module)
         self._writes = Writes()
+        self._climb = None
         self._paths = Paths(
             self._path, self.inner, self._masters, backend, self._saturated, self._writes
         )
@@ -149,7 +151,9 @@ class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, InnerMethods,
 
         Args:
             closure: Clears gradients, computes the loss, calls `backward(loss)` of this object,
-                returns the loss. An overflow in any evaluation undoes the whole step.
+                returns the loss. An overflow in any evaluation undoes the whole step. One that
+                clears no gradients adds to those that wait for a step; if it clears them, a
+                warning says so. Without any gradient it is a step without gradients.
 
         Returns:
             The closure's loss, or None.
@@ -165,8 +169,8 @@ class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, InnerMethods,
         An exception before the first write leaves the step before, and `step` may be called again.
         After one in the midst of writing `step` and `state_dict` raise until a state is loaded.
         """
-        self._writes.check("step()")
-        self._masters.take_over_edits(self.state)
+        self._check_between_steps("step()")
+        self._masters.take_over_edits(self.state, self.param_groups)
         try:
             return self._step_with_closure(closure) if closure is not None else self._step()
         except BaseException:
@@ -174,7 +178,9 @@ class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, InnerMethods,
             raise
 
     def _step(self) -> None:
-        zeros = None if self._began or External.of(self) else self._stage.collect_zeros()
+        zeros = None
+        if not self._began and self._stage.is_untouched and not External.of(self):
+            zeros = zero_gradients(self.param_groups, self._device_of, self._masters, self._module)
         if zeros is not None:
             self._paths.initialise_state(zeros)
             return
@@ -189,14 +195,24 @@ class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, InnerMethods,
             self._paths.step_without_gradients()
 
     def _step_with_closure(self, closure: Callable[[], Any]) -> Any:
-        self._stage.forget()
+        self._stage.check_whole("step(closure)")
         self._edits.check("step(closure)")
         self._edits.adopt(began=self._began)
+        self._stage.begin_closure()
+        external = External.of(self)
+        any_gradient = False
+
+        def collect() -> StepGradients:
+            nonlocal any_gradient
+            gradients = self._stage.collect_pass("step(closure)", external)
+            self._edits.adopt(began=self._began)
+            any_gradient = any_gradient or bool(gradients.params)
+            return gradients
+
         try:
+            first = self._stage.collect_waiting(external) if self._paths.uses_waiting() else None
             result, gradients, moved = self._paths.step_with_closure(
-                closure,
-                self._collect_evaluation,
-                self._stage.move(External.of(self)),
+                closure, collect, self._stage.move(external), first
             )
         except BaseException:
             self._stage.forget()
@@ -204,13 +220,11 @@ class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, InnerMethods,
         finally:
             self._stage.drop_gradients()
             self._stage.scaled = False
-        self._finish(gradients, moved)
+        if any_gradient or first is not None:
+            self._finish(gradients, moved)
+        else:
+            self._stage.forget_step()
         return result
-
-    def _collect_evaluation(self) -> StepGradients:
-        gradients = self._stage.collect_evaluation(External.of(self))
-        self._edits.adopt(began=self._began)
-        return gradients
 
     def _finish(self, gradients: StepGradients, moved: bool) -> None:
         self._began = True
@@ -275,6 +289,7 @@ class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, InnerMethods,
         resumed = resumed_state(self.loss_scaling, saved.loss_scale)
         self._scale.assign_(resumed)
         self._saturated.fill_(saved.saturated)
+        self._climb = None
         self._stage.start_anew(resumed.overflows_at_min)
         self._stage.resume(accumulated)
         self._losses.resume(saved.losses, saved.totals)
@@ -284,7 +299,7 @@ class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, InnerMethods,
             after(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        self._writes.check("copying it")
+        self._check_between_steps("copying it")
         return {**super().__getstate__(), "_accumulated": self._stage.accumulated}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -308,8 +323,8 @@ class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, InnerMethods,
 
 def _take_over_edits(optimizer: Any) -> None:
     """A hook before `state_dict`: a state that somebody replaced has its masters back."""
-    optimizer._writes.check("state_dict()")
-    optimizer._masters.take_over_edits(optimizer.state)
+    optimizer._check_between_steps("state_dict()")
+    optimizer._masters.take_over_edits(optimizer.state, optimizer.param_groups)
     known = set(map(id, optimizer._params()))
     for key in optimizer.state:
         if isinstance(key, Tensor) and id(key) not in known:

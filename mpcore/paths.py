@@ -13,8 +13,9 @@ from mpcore._memory import why_no_memory
 from mpcore.backends import Backend, ScaleMove
 from mpcore.errors import ArgumentError
 from mpcore.fused_path import FusedPath
-from mpcore.general_path import DirectStepGuard, GeneralPath
+from mpcore.general_path import GeneralPath, is_torchs
 from mpcore.gradients import StepGradients
+from mpcore.inner_guards import DirectStepGuard
 from mpcore.masters import Groups, Masters
 from mpcore.step_plan import StepPlan
 from mpcore.updates import rule_of
@@ -174,7 +175,7 @@ class Paths:
         self._backend, module = backend
         self._inner = inner
         rule = rule_of(inner)
-        self._general = GeneralPath(inner, masters, module, saturated, writes)
+        self.general = GeneralPath(inner, masters, module, saturated, writes)
         self._fused: FusedPath | None = None
         if rule is not None:
             self._fused = FusedPath(inner, rule, masters, module, saturated, writes)
@@ -208,8 +209,15 @@ class Paths:
         if gradients.plan is not None and self._fused is not None:
             return self._fused.step(gradients, move)
         self._hand_over()
-        self._general.step(gradients)
+        self.general.step(gradients)
         return False
+
+    def uses_waiting(self) -> bool:
+        """Whether the step may begin with gradients from before its closure.
+
+        All optimizers of torch evaluate it first.
+        """
+        return self._now() is None and not is_torchs(self._inner)
 
     def _hand_over(self) -> None:
         if self._fused is not None:
@@ -218,7 +226,7 @@ class Paths:
     def step_without_gradients(self) -> None:
         """Lets the wrapped optimizer do what it does without gradients: usually nothing."""
         if self._now() is None:
-            self._general.step_without_gradients()
+            self.general.step_without_gradients()
 
     def call_inner(self, adopt: Callable[[], None], method: Callable[[], Any]) -> Any:
         """Calls a method of the wrapped optimizer over masters, and rounds these into weights.
@@ -228,11 +236,11 @@ class Paths:
             method: A method of the wrapped optimizer.
         """
         self._hand_over()
-        return self._general.call_inner(adopt, method)
+        return self.general.call_inner(adopt, method)
 
     def initialise_state(self, gradients: StepGradients) -> None:
         """Makes the optimizer's state and changes no weight."""
-        self._general.initialise_state(gradients)
+        self.general.initialise_state(gradients)
         if (fused := self._now()) is not None:
             fused.plan(gradients.params)  # makes what only its steps need
 
@@ -241,10 +249,18 @@ class Paths:
         closure: Callable[[], Any],
         collect: Callable[[], StepGradients],
         move: ScaleMove | None,
+        first: StepGradients | None,
     ) -> tuple[Any, StepGradients, bool]:
-        """Returns the closure's loss, the last gradients, and whether the loss scale has moved."""
+        """Returns the closure's loss, the last gradients, and whether the loss scale has moved.
+
+        Args:
+            closure: A user's.
+            collect: Returns the gradients that it left.
+            move: How the loss scale moves, on the fused path.
+            first: Gradients that `uses_waiting` asked for, if some waited.
+        """
         fused = self._now()
         if fused is not None:
             return fused.step_with_closure(closure, collect, move)
         self._hand_over()
-        return *self._general.step_with_closure(closure, collect), False
+        return *self.general.step_with_closure(closure, collect, first), False

@@ -27,6 +27,7 @@ from mpcore.scale_moves import ScaleMoves
 from mpcore.scale_tensors import LossScaleTensors
 from mpcore.step_plan import StepPlan
 from mpcore.step_result import StepResult
+from mpcore.waiting import WaitingGradients
 from mpcore.watcher import Watcher
 from mpcore.weight_edits import WeightEdits
 from mpcore.writes import Writes
@@ -81,12 +82,18 @@ class Stage:
         self._sums: Accumulation | None = None
         self._clip_watch = ClipWatch(groups)
         self._leftovers = Leftovers()
+        self._waiting = WaitingGradients()
         self.watcher: Watcher | None = None
 
     @property
     def needs_scale(self) -> bool:
         """Whether gradients are only right if `scale` came first."""
         return not isinstance(self._loss_scaling, NoLossScale)
+
+    @property
+    def is_untouched(self) -> bool:
+        """Whether nothing of a step was scaled, collected or added up."""
+        return not self.scaled and self.gradients is None and self._sums is None
 
     @property
     def unscaled(self) -> bool:
@@ -147,6 +154,7 @@ class Stage:
 
     def begin_pass(self) -> None:
         """Readies what the last step left in `p.grad`, if nobody cleared it; no host sync."""
+        self._waiting.check()
         moves = not isinstance(self._loss_scaling, (NoLossScale, StaticLossScale))
         self._leftovers.rescale_(self._tensors.scale, self._backend, moves=moves)
 
@@ -206,39 +214,32 @@ class Stage:
         """Returns the sums as the gradients of this step."""
         checks.check_no_outside_scaler(caller, external)
         self.accumulate(caller)  # what has come since
-        params = [p for group in self._groups for p in group["params"] if p in sums.sums]
+        params = [param for param in self._params() if param in sums.sums]
         gradients = self._gradients_of(params, self._tensors.scale, None)
         gradients.take_sums(sums)
         sums.hand_over()
         self._sums, self._outside_scale = None, None
         return gradients
 
-    def collect_evaluation(self, external: External | None) -> StepGradients:
-        """Returns the gradients of one evaluation of a user's closure, and readies the next."""
-        gradients = self.collect("step(closure)", external)
+    def begin_closure(self) -> None:
+        """Notes which gradients wait for the step that a closure comes to; no host sync."""
+        params = self._params() if self.scaled and not self.zeroed else []
+        self._waiting.note(params, whole=not (self.gradients is None and self._sums is None))
+
+    def collect_waiting(self, external: External | None) -> StepGradients | None:
+        """Returns gradients of a pass before the closure, for optimizers that begin with them."""
+        return self.collect_pass("step(closure)", external) if self._waiting.take() else None
+
+    def collect_pass(self, caller: str, external: External | None) -> StepGradients:
+        """Returns the gradients of one of several passes of a step, and readies the next."""
+        gradients = self.collect(caller, external)
         gradients.conceal()
         self.gradients, self.scaled = None, False
-        if not gradients.params:
-            raise StageError(
-                "step(closure): expected the closure to call backward(), got no gradient at all."
-            )
+        self._leftovers.expect(gradients, self._params())
         return gradients
 
-    def collect_zeros(self) -> StepGradients | None:
-        """Returns the gradients if there are some, never scaled and all zero; syncs with the host.
-
-        `torch.distributed.checkpoint` steps over such gradients once, before training, to make
-        an optimizer create its state.
-        """
-        if self.scaled or self.gradients is not None or self._sums is not None:
-            return None
-        params = with_gradient(self._groups, self._device_of, self._masters)
-        if not params or any(bool(torch.any(p.grad != 0)) for p in params):  # type: ignore[arg-type]
-            return None
-        self._masters.create_for(params)
-        return StepGradients(
-            params, self._masters, self._backend, torch.ones_like(self._tensors.scale)
-        )
+    def _params(self) -> list[Tensor]:
+        return [param for group in self._groups for param in group["params"]]
 
     def _gradients_of(
         self, params: list[Tensor], scale: Tensor, external: External | None
@@ -246,8 +247,7 @@ class Stage:
         self._masters.create_for(params)
         # and all others: some optimizers move parameters that have no gradient in this step
         if len(params) != sum(len(group["params"]) for group in self._groups):
-            every = [param for group in self._groups for param in group["params"]]
-            self._masters.create_for(param for param in every if param.requires_grad)
+            self._masters.create_for(param for param in self._params() if param.requires_grad)
         found_inf = None if external is None else external.found_inf
         # the reciprocal of a power of two is exact; outside scalers use other numbers as well
         coefficient = scale if external is None else scale.double().reciprocal().float()
@@ -277,7 +277,7 @@ class Stage:
         self.scaled = False
         self._leftovers.forget()
         if external is None:
-            self._leftovers.note(gradients, [p for group in self._groups for p in group["params"]])
+            self._leftovers.note(gradients, self._params())
         self.result = result
         self._writes.end()
         # last: they may raise
@@ -325,6 +325,7 @@ class Stage:
         Raises:
             LossScaleError: As after a step.
         """
+        self._waiting.warn_if_any()
         gradients = self.gradients
         counts = gradients is not None and gradients.was_seen and self._outside_scale is None
         try:
@@ -346,3 +347,4 @@ class Stage:
         if self.gradients is not None:
             self.gradients.release()
         self.gradients = self._sums = None
+        self._waiting.forget()

@@ -23,6 +23,7 @@ class Unscaling:
     _stage: Stage
     _masters: Masters
     state: defaultdict[Tensor, Any]
+    param_groups: list[dict[str, Any]]
 
     @outside_graphs
     def unscale_(self) -> None:
@@ -37,12 +38,12 @@ class Unscaling:
             StageError: Called twice in a step, or the gradients were never scaled. A backward pass
                 before the step raises it too.
         """
-        self._masters.take_over_edits(self.state)
+        self._masters.take_over_edits(self.state, self.param_groups)
         self._stage.unscale("unscale_()", External.of(self))
 
     def _unscale_from_outside(self, scale: Tensor) -> None:
         """`unscale_`, for `mpcore.GradScaler` and its scale."""
-        self._masters.take_over_edits(self.state)
+        self._masters.take_over_edits(self.state, self.param_groups)
         nothing = torch.zeros((), device=scale.device)
         self._stage.unscale("GradScaler.unscale_()", External(scale.reshape(()), nothing))
 
@@ -98,5 +99,5 @@ class Unscaling:
         return self._collect("clip_grad_norm_()").clip(float(max_norm))
 
     def _collect(self, caller: str) -> StepGradients:
-        self._masters.take_over_edits(self.state)
+        self._masters.take_over_edits(self.state, self.param_groups)
         return self._stage.collect(caller, External.of(self))

@@ -79,7 +79,7 @@ class OptimizerWrapper(torch.optim.Optimizer):
         if not hasattr(self, "inner"):  # torch's constructor, before the groups are shared
             super().add_param_group(param_group)
             return
-        self._masters.take_over_edits(self.state)
+        self._masters.take_over_edits(self.state, self.param_groups)
         group, params = check_group(param_group, self._params())
         everything = [*self._params(), *params]
         devices, dtypes = {p.device for p in everything}, {p.dtype for p in everything}
@@ -121,7 +121,7 @@ class OptimizerWrapper(torch.optim.Optimizer):
         for param, original in pairs:
             check_original(param, original, self._device_of, self._masters)
         check_shared(self._masters, dict(pairs), self.param_groups, loaded=False)
-        self._masters.take_over_edits(self.state)
+        self._masters.take_over_edits(self.state, self.param_groups)
         for param, original in pairs:
             self._masters.create(param, original)
         self._masters.create_for([])  # what was made is noted

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import mpcore
 import pytest
 import torch
 from mpcore.errors import StageError
@@ -65,41 +64,6 @@ def test_a_closure_that_raises_after_clipping_leaves_the_next_step_free(engine: 
     optimizer.backward(loss_of(params))
     optimizer.step()
     assert optimizer.steps == 1
-
-
-@pytest.mark.parametrize(("name", "engine"), engine_cases(INNERS))
-@pytest.mark.parametrize("scale", [SCALE, mpcore.NoLossScale()])
-def test_a_closure_without_backward_is_an_error_and_changes_nothing(
-    engine: Engine, name: str, scale: Any
-) -> None:
-    params, optimizer = make(engine, name, scale)
-    before = contents(params, optimizer)
-    with pytest.raises(StageError, match=r"^step\(closure\): expected .*backward"):
-        optimizer.step(lambda: loss_of(params))
-    assert contents(params, optimizer) == before
-    assert optimizer.steps == 0
-
-
-@pytest.mark.parametrize("evaluation", [2, 4])
-def test_a_closure_that_forgets_backward_in_a_later_evaluation_is_an_error_too(
-    evaluation: int,
-) -> None:
-    params, optimizer = make(GENERAL, "LBFGS")
-    optimizer.step(closure_of(optimizer, params))
-    before, numbers = contents(params, optimizer), optimizer.state_dict()["mpcore"]
-    calls: list[float] = []
-    inner = closure_of(optimizer, params, calls=calls)
-
-    def closure() -> Tensor:
-        if len(calls) + 1 < evaluation:
-            return inner()
-        optimizer.zero_grad()
-        return loss_of(params)
-
-    with pytest.raises(StageError, match=r"^step\(closure\): expected .*backward"):
-        optimizer.step(closure)
-    assert contents(params, optimizer) == before
-    assert optimizer.state_dict()["mpcore"] == numbers
 
 
 def test_a_closure_that_does_not_scale_is_an_error_and_changes_nothing() -> None:

@@ -1,0 +1,298 @@
+"""Sharpness-aware optimizers: two calls make a step, and an overflow in either pass skips both."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import mpcore
+import pytest
+import torch
+from mpcore.errors import StageError
+from torch import Tensor, nn
+
+from mpcore_testing.bits import rounded, same_bits
+from mpcore_testing.engines import ENGINES, Engine
+
+GENERAL = [engine for engine in ENGINES if not engine.fused]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+SCALE = mpcore.DynamicLossScale(2.0**10, growth_interval=4)
+INF = float("inf")
+
+
+class Sharp(torch.optim.Optimizer):
+    """Sharpness-aware minimization around SGD with momentum, as it is commonly written."""
+
+    def __init__(self, params: Any, lr: float = 0.02, rho: float = 0.05) -> None:
+        super().__init__(params, {"lr": lr, "rho": rho})
+        self.base = torch.optim.SGD(self.param_groups, lr=lr, momentum=0.9)
+        self.param_groups = self.base.param_groups
+
+    @torch.no_grad()
+    def first_step(self, zero_grad: bool = False) -> None:
+        grads = [p.grad.norm() for p in self._all() if p.grad is not None]
+        norm = torch.stack(grads).norm()
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self.state[param]["old"] = param.detach().clone()
+                    param.add_(param.grad * (group["rho"] / (norm + 1e-12)))
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self, zero_grad: bool = False) -> str:
+        for param in self._all():
+            if param.grad is not None:
+                param.data = self.state[param]["old"]
+        self.base.step()
+        if zero_grad:
+            self.zero_grad()
+        return "stepped"
+
+    def step(self, closure: Any = None) -> None:
+        with torch.enable_grad():
+            self.first_step(zero_grad=True)
+            closure()
+            self.second_step()
+
+    def _all(self) -> list[Any]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+
+class Twins:
+    """A wrapped one over parameters of three dtypes, and a plain one over float32 copies.
+
+    The gradient is a function of the weights, that of `loss`, so that the climb matters.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        values = torch.linspace(-1, 1, 12).view(3, 4)
+        self.params = [nn.Parameter(value.to(d)) for value, d in zip(values, DTYPES, strict=True)]
+        self.copies = [nn.Parameter(p.detach().float().clone()) for p in self.params]
+        self.optimizer: Any = engine.wrap(Sharp(self.params), SCALE)
+        self.plain = Sharp(self.copies)
+
+    def backward(self, batch: int, *, overflow: bool = False) -> None:
+        self.optimizer.backward(loss(self.params, batch))
+        if overflow:
+            assert self.params[1].grad is not None
+            self.params[1].grad[0] = INF
+
+    def step(self, batch: int, *, clear: bool, overflow: int = 0) -> None:
+        """One step of both, the plain one only if no pass overflows."""
+        self.backward(batch, overflow=overflow == 1)
+        self.optimizer.first_step(zero_grad=clear)
+        if not clear:
+            self.optimizer.zero_grad()
+        self.backward(batch, overflow=overflow == 2)
+        result = self.optimizer.second_step(zero_grad=True)
+        assert result == (None if overflow else "stepped")
+        self.optimizer.zero_grad()
+        if not overflow:
+            loss(self.copies, batch).backward()
+            self.plain.first_step(zero_grad=True)
+            loss(self.copies, batch).backward()
+            self.plain.second_step(zero_grad=True)
+
+    def masters(self) -> list[Tensor]:
+        return [self.optimizer.state[p].get("master", p).detach().clone() for p in self.params]
+
+    def expect_close(self, bound: float = 5e-3) -> None:
+        for param, master, other in zip(self.params, self.masters(), self.copies, strict=True):
+            assert (master - other).abs().max() <= bound
+            assert same_bits(param.detach(), rounded(master, param.dtype))
+
+
+def loss(params: Any, batch: int) -> Any:
+    target = torch.linspace(1, -1, 4) * (1 + batch % 3)
+    apart = [(p.float() - target) for p in params]
+    return torch.stack([(x.square() + x**4 / 8).mean() for x in apart]).sum()
+
+
+@pytest.mark.parametrize("clear", [True, False])
+@pytest.mark.parametrize("engine", GENERAL, ids=str)
+def test_both_steps_are_near_those_in_float32(engine: Engine, clear: bool) -> None:
+    twins = Twins(engine)
+    start = twins.masters()
+    for batch in range(12):
+        twins.step(batch, clear=clear)
+        twins.expect_close()
+    moved = [(a - b).abs().max() for a, b in zip(start, twins.masters(), strict=True)]
+    assert min(moved) > 0.2
+    assert (twins.optimizer.steps, twins.optimizer.skipped_steps) == (12, 0)
+    assert twins.optimizer.loss_scale == 2.0**13  # grew every four steps, not every four passes
+
+
+def test_the_climb_is_what_makes_them_near() -> None:
+    twins, flat = Twins(GENERAL[0]), Twins(GENERAL[0])
+    for group in flat.optimizer.param_groups:
+        group["rho"] = 0.0
+    for batch in range(12):
+        twins.step(batch, clear=True)
+        flat.optimizer.param_groups[0]["rho"] = 0.0
+        flat.step(batch, clear=True)
+    apart = [(a - b).abs().max() for a, b in zip(twins.masters(), flat.masters(), strict=True)]
+    assert min(apart) > 5e-3
+
+
+@pytest.mark.parametrize("overflow", [1, 2])
+@pytest.mark.parametrize("engine", GENERAL, ids=str)
+def test_an_overflow_in_either_pass_skips_both(engine: Engine, overflow: int) -> None:
+    twins = Twins(engine)
+    twins.step(0, clear=True)
+    before, weights = twins.masters(), [p.detach().clone() for p in twins.params]
+    twins.step(1, clear=True, overflow=overflow)
+    assert all(map(same_bits, twins.masters(), before))
+    assert all(same_bits(p.detach(), w) for p, w in zip(twins.params, weights, strict=True))
+    assert (twins.optimizer.steps, twins.optimizer.skipped_steps) == (2, 1)
+    assert twins.optimizer.loss_scale == 2.0**9
+    assert twins.optimizer.last_step.skipped
+    for batch in range(2, 8):
+        twins.step(batch, clear=True)
+    twins.expect_close()
+
+
+def test_an_overflow_in_the_very_first_pass_skips_both() -> None:
+    twins = Twins(GENERAL[0])
+    twins.step(0, clear=True, overflow=1)
+    twins.step(1, clear=False)
+    twins.expect_close()
+    assert (twins.optimizer.steps, twins.optimizer.skipped_steps) == (2, 1)
+
+
+@pytest.mark.parametrize("engine", GENERAL, ids=str)
+def test_a_closure_after_a_pass_makes_both_steps(engine: Engine) -> None:
+    twins = Twins(engine)
+    for batch in range(6):
+        skip = batch == 2
+        twins.backward(batch, overflow=skip)
+        calls: list[int] = []
+
+        def closure(batch: int = batch, calls: list[int] = calls) -> None:
+            calls.append(batch)
+            twins.optimizer.backward(loss(twins.params, batch))
+
+        twins.optimizer.step(closure)
+        twins.optimizer.zero_grad()
+        assert len(calls) == (not skip)
+        if skip:
+            continue
+        loss(twins.copies, batch).backward()
+        twins.plain.step(lambda batch=batch: loss(twins.copies, batch).backward())
+        twins.plain.zero_grad()
+    twins.expect_close()
+    assert (twins.optimizer.steps, twins.optimizer.skipped_steps) == (6, 1)
+
+
+@pytest.mark.parametrize("how", ["clip", "unscale", "accumulate"])
+def test_gradients_are_clipped_edited_and_added_up_before_either_step(how: str) -> None:
+    twins = Twins(GENERAL[0])
+
+    def prepare() -> None:
+        if how == "clip":
+            twins.optimizer.clip_grad_norm_(0.25)
+        elif how == "unscale":
+            twins.optimizer.unscale_()
+            torch.nn.utils.clip_grad_norm_(twins.params, 0.25)
+        else:
+            twins.optimizer.accumulate()
+            twins.backward(5)
+            twins.optimizer.accumulate()
+
+    def prepare_plain() -> None:
+        if how == "accumulate":
+            loss(twins.copies, 5).backward()
+        else:
+            torch.nn.utils.clip_grad_norm_(twins.copies, 0.25)
+
+    for batch in range(6):
+        for ours in (twins.optimizer.first_step, twins.optimizer.second_step):
+            twins.backward(batch)
+            prepare()
+            ours(zero_grad=True)
+            assert all(p.grad is None for p in twins.params)
+        for plain in (twins.plain.first_step, twins.plain.second_step):
+            loss(twins.copies, batch).backward()
+            prepare_plain()
+            plain(zero_grad=True)
+        twins.expect_close()
+
+
+def test_between_the_two_steps_everything_else_waits() -> None:
+    twins = Twins(GENERAL[0])
+    optimizer = twins.optimizer
+    with pytest.raises(StageError, match=r"^second_step\(\): expected first_step\(\) before it"):
+        optimizer.second_step()
+    twins.backward(0)
+    optimizer.first_step(zero_grad=True)
+    for call in (optimizer.step, optimizer.state_dict, lambda: copy.deepcopy(optimizer)):
+        with pytest.raises(StageError, match=r"between first_step\(\) and second_step\(\)"):
+            call()
+    twins.backward(0)  # what the message says
+    optimizer.second_step(zero_grad=True)
+    assert copy.deepcopy(optimizer).state_dict()["mpcore"] == optimizer.state_dict()["mpcore"]
+    twins.backward(1)
+    with pytest.raises(StageError, match=r"^second_step\(\): expected first_step\(\) before it"):
+        optimizer.second_step()
+    optimizer.zero_grad()
+    twins.step(1, clear=True)
+
+
+def test_a_loop_that_breaks_off_between_them_begins_anew() -> None:
+    twins = Twins(GENERAL[0])
+    twins.step(0, clear=True)
+    saved, before = copy.deepcopy(twins.optimizer.state_dict()), twins.masters()
+    for batch in (7, 1):  # the second pass never comes
+        twins.backward(batch)
+        twins.optimizer.first_step(zero_grad=True)
+        assert not all(map(same_bits, twins.masters(), before))
+        old = [twins.optimizer.state[param]["old"] for param in twins.params]
+        assert all(map(same_bits, old, before))
+    twins.optimizer.load_state_dict(saved)
+    twins.optimizer.state_dict()  # the climb is forgotten
+
+
+def test_a_first_step_that_fails_is_undone_and_a_second_one_poisons() -> None:
+    twins, other = Twins(GENERAL[0]), Twins(GENERAL[0])
+    twins.step(0, clear=True)
+    other.step(0, clear=True)
+    inner = twins.optimizer.inner
+
+    def fail() -> None:
+        inner._all()[0].data.add_(1.0)
+        raise KeyboardInterrupt
+
+    twins.backward(1)
+    inner.zero_grad = fail
+    with pytest.raises(KeyboardInterrupt):
+        twins.optimizer.first_step(zero_grad=True)
+    del inner.zero_grad
+    twins.optimizer.zero_grad()
+    assert all(map(same_bits, twins.masters(), other.masters()))
+    twins.step(1, clear=True)
+    other.step(1, clear=True)
+    assert all(map(same_bits, twins.masters(), other.masters()))
+    saved = copy.deepcopy(twins.optimizer.state_dict())
+    twins.backward(2)
+    twins.optimizer.first_step(zero_grad=True)
+    twins.backward(2)
+    inner.base.step = fail
+    with pytest.raises(KeyboardInterrupt):
+        twins.optimizer.second_step()
+    del inner.base.step
+    with pytest.raises(StageError, match="load_state_dict"):
+        twins.optimizer.state_dict()
+    twins.optimizer.load_state_dict(saved)
+    twins.optimizer.sync_masters_from_model()
+
+
+def test_a_second_pass_without_gradients_goes_back() -> None:
+    twins = Twins(GENERAL[0])
+    twins.step(0, clear=True)
+    before = twins.masters()
+    twins.backward(1)
+    twins.optimizer.first_step(zero_grad=True)
+    assert twins.optimizer.second_step() is None
+    assert all(map(same_bits, twins.masters(), before))
+    assert twins.optimizer.steps == 1
