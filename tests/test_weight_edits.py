@@ -279,3 +279,19 @@ def test_a_step_in_the_middle_of_sums_adopts(engine: Engine) -> None:
         training.optimizer.step()
     twin.optimizer.step()
     assert same_bits(snapshot(training.optimizer), snapshot(twin.optimizer))
+
+
+def test_weights_loaded_after_the_optimizer_was_made_are_what_is_stepped_from(
+    engine: Engine,
+) -> None:
+    """Was an error once, whose remedy everybody needed: now the step does what the remedy did."""
+    weight = nn.Parameter(torch.linspace(-1, 1, 4).half())
+    optimizer = engine.wrap(torch.optim.SGD([weight], lr=1e-3), mpcore.NoLossScale())
+    optimizer.adopt_masters([(weight, torch.linspace(-1, 1, 4))])
+    with torch.no_grad():
+        weight.copy_(torch.full((4,), 5.0))
+    optimizer.backward(weight.float().sum())
+    with pytest.warns(UserWarning, match="were written to by others"):
+        optimizer.step()
+    master = optimizer.state[weight]["master"]
+    assert torch.equal(master, torch.full((4,), 5.0) - 1e-3)

@@ -78,6 +78,7 @@ class Mpcore(Contender):
         path: "fused" or "general".
         backend: As for `MixedPrecisionOptimizer`.
         every: Steps from one reading of a `Monitor` to the next; None: no monitor.
+        on_weight_edit: As for `MixedPrecisionOptimizer`.
     """
 
     def __init__(
@@ -87,12 +88,15 @@ class Mpcore(Contender):
         path: str,
         backend: str,
         every: int | None = None,
+        on_weight_edit: str = "adopt",
     ) -> None:
         super().__init__(problem, dtype)
         # the general path calls this optimizer's own step: give it the fastest one there is
         inner = torch.optim.AdamW(self.params, **ADAMW, fused=path == "general")
         scale = DynamicLossScale(init=problem.scale)
-        self._optimizer = MixedPrecisionOptimizer(inner, scale, path=path, backend=backend)
+        self._optimizer = MixedPrecisionOptimizer(
+            inner, scale, path=path, backend=backend, on_weight_edit=on_weight_edit
+        )
         self._monitor = None if every is None else Monitor(self._optimizer, every=every)
         self._loss = torch.zeros((), device=problem.device)
 

@@ -13,6 +13,7 @@ from mpcore.bench.traffic import (
     AMP_FOREACH,
     AMP_FUSED,
     MASTERS_LOOP,
+    MPCORE_ALWAYS,
     MPCORE_FUSED,
     MPCORE_GENERAL,
     MPCORE_READ,
@@ -94,8 +95,8 @@ def own_rows(dtype: torch.dtype, backend: str, device: torch.device) -> tuple[Ro
         device: Where they run.
 
     Example:
-        >>> [row.key for row in own_rows(torch.float16, "auto", torch.device("cpu"))]
-        ['fused', 'watched', 'read', 'cpu', 'general', 'amp-fused', 'amp-foreach', 'masters-loop']
+        >>> [row.key for row in own_rows(torch.float16, "auto", torch.device("cpu"))][:5]
+        ['fused', 'watched', 'read', 'edits', 'cpu']
     """
     half = "FP16" if dtype == torch.float16 else "BF16"
     masters = f"{half} weights and gradients, FP32 masters and moments"
@@ -119,8 +120,15 @@ def own_rows(dtype: torch.dtype, backend: str, device: torch.device) -> tuple[Ro
         missing=None if device.type == "cpu" else "runs on a CPU only",
     )
     fused, general = _mpcore_rows(dtype, backend, masters)
+    edits = replace(
+        fused,
+        key="edits",
+        label="mpcore, always looking for edits",
+        make=lambda problem: Mpcore(problem, dtype, "fused", backend, on_weight_edit="always"),
+        traffic=MPCORE_ALWAYS,
+    )
     watched = _watched_rows(dtype, backend, fused)
-    return (fused, *watched, blocks, general, *_amp_rows(), by_hand)
+    return (fused, *watched, edits, blocks, general, *_amp_rows(), by_hand)
 
 
 def _mpcore_rows(dtype: torch.dtype, backend: str, regime: str) -> tuple[Row, Row]:
