@@ -210,7 +210,9 @@ class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, InnerMethods,
             return gradients
 
         try:
-            first = self._stage.collect_waiting(external) if self._paths.uses_waiting() else None
+            first = None
+            if self._paths.uses_waiting() and self._stage.waiting.take():
+                first = self._stage.collect_pass("step(closure)", external)
             result, gradients, moved = self._paths.step_with_closure(
                 closure, collect, self._stage.move(external), first
             )

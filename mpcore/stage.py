@@ -82,7 +82,7 @@ class Stage:
         self._sums: Accumulation | None = None
         self._clip_watch = ClipWatch(groups)
         self._leftovers = Leftovers()
-        self._waiting = WaitingGradients()
+        self.waiting = WaitingGradients()
         self.watcher: Watcher | None = None
 
     @property
@@ -154,7 +154,7 @@ class Stage:
 
     def begin_pass(self) -> None:
         """Readies what the last step left in `p.grad`, if nobody cleared it; no host sync."""
-        self._waiting.check()
+        self.waiting.check()
         moves = not isinstance(self._loss_scaling, (NoLossScale, StaticLossScale))
         self._leftovers.rescale_(self._tensors.scale, self._backend, moves=moves)
 
@@ -224,11 +224,7 @@ class Stage:
     def begin_closure(self) -> None:
         """Notes which gradients wait for the step that a closure comes to; no host sync."""
         params = self._params() if self.scaled and not self.zeroed else []
-        self._waiting.note(params, whole=not (self.gradients is None and self._sums is None))
-
-    def collect_waiting(self, external: External | None) -> StepGradients | None:
-        """Returns gradients of a pass before the closure, for optimizers that begin with them."""
-        return self.collect_pass("step(closure)", external) if self._waiting.take() else None
+        self.waiting.note(params, whole=not (self.gradients is None and self._sums is None))
 
     def collect_pass(self, caller: str, external: External | None) -> StepGradients:
         """Returns the gradients of one of several passes of a step, and readies the next."""
@@ -236,6 +232,7 @@ class Stage:
         gradients.conceal()
         self.gradients, self.scaled = None, False
         self._leftovers.expect(gradients, self._params())
+        self.waiting.forget()
         return gradients
 
     def _params(self) -> list[Tensor]:
@@ -325,7 +322,7 @@ class Stage:
         Raises:
             LossScaleError: As after a step.
         """
-        self._waiting.warn_if_any()
+        self.waiting.warn_if_any()
         gradients = self.gradients
         counts = gradients is not None and gradients.was_seen and self._outside_scale is None
         try:
@@ -347,4 +344,4 @@ class Stage:
         if self.gradients is not None:
             self.gradients.release()
         self.gradients = self._sums = None
-        self._waiting.forget()
+        self.waiting.forget()

@@ -1,5 +1,6 @@
 """What must be settled before any test module is imported."""
 
+import gc
 import os
 
 import pytest
@@ -29,6 +30,12 @@ settings.load_profile("fixed")
 def engine(request):
     """Each way in which a step can be computed on a CPU."""
     return request.param
+
+
+def pytest_collection_finish(session):
+    """Spares the garbage collector what lives as long as the run: libraries, and all tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
