@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from operator import is_
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from mpcore._bulk import devices_of, dtypes_of, grads_of
+from mpcore._bulk import devices_of, dtypes_of, grads_of, writes_to
 from mpcore._checks import SIXTEEN_BIT
 from mpcore._layouts import laid_out_like, own_memory
 from mpcore.backends import Backend, Inspection
@@ -67,6 +68,9 @@ class StepGradients:
         self._statistics = statistics
         #: what was added up to make these, if several backward passes were
         self.accumulated: Accumulation | None = None
+        self._handed_over = False  # whether masters have got gradients, maybe not all of them
+        #: what a clip has looked at without showing it: parameters, gradients, writes to each
+        self._looked_at: list[tuple[Tensor, Tensor, int]] | None = None
         self._inspected = False  # whether flags tell everything about what is stored
         self._coefficient = Coefficient(coefficient, inverted)
         self._masters = masters
@@ -88,7 +92,7 @@ class StepGradients:
         """Makes these the sums that masters hold now: unscaled, and seen to be finite or not."""
         self.accumulated = accumulated
         self._finds_largest = False  # each of them was looked at by itself
-        self.applied = True
+        self.applied = self._handed_over = True
         self._coefficient.spend()
         flag_of = accumulated.flags()
         for bucket in self._buckets:
@@ -114,7 +118,7 @@ class StepGradients:
                     if grad.stride() != param.stride():
                         param.grad = laid_out_like(param, grad)
                 self._backend.unscale_into(grads, buffers, coefficient, first)
-                self.torn = in_place
+                self.torn, self._handed_over = in_place, True
                 for param, buffer in zip(bucket.with_master, buffers, strict=True):
                     self._masters.of(param).grad = buffer
             else:
@@ -137,8 +141,19 @@ class StepGradients:
 
     def take_edits(self) -> None:
         """Takes what users did to `p.grad` since; values that were written are looked at again."""
-        if self.exposure is not None and self.exposure.take_edits(self.params):
+        if self.exposure is not None:
+            edited = self.exposure.take_edits(self.params)
+        else:
+            edited = self._looked_at is not None and self._differ_from(self._looked_at)
+        if edited:
             self._inspected = False
+
+    def _differ_from(self, seen: list[tuple[Tensor, Tensor, int]]) -> bool:
+        """Whether anybody wrote to gradients that are not shown, or put others in their place."""
+        now = self._now()
+        return not all(map(is_, now, (grad for _, grad, _ in seen))) or writes_to(now) != [
+            writes for _, _, writes in seen
+        ]
 
     def conceal(self) -> None:
         """Puts the model's own gradients back into `p.grad`."""
@@ -156,6 +171,9 @@ class StepGradients:
         if self.exposure is not None:  # who looks at them now sees them clipped
             self.apply()
             self.exposure.note(self.params)
+        else:
+            now = self._now()
+            self._looked_at = list(zip(self.params, now, writes_to(now), strict=True))
         return self.norm
 
     def inspect(self) -> None:
@@ -169,10 +187,11 @@ class StepGradients:
         """Reads every gradient once: overflow, norm, coefficient; returns the norm."""
         self._found = None
         if len(self._buckets) == 1 and torch.float64 not in dtypes_of(self._buckets[0].params):
+            first = self._buckets[0].nonfinite is None
             found = self._inspection(self._buckets[0], max_norm)
             self._note_largest()
             self._coefficient.clip(found.coefficient)
-            if self._found_before is None and not self.applied:
+            if first and self._found_before is None and not self.applied:
                 self._found = found.found_inf
             self._inspected = True
             return found.grad_norm
@@ -228,6 +247,10 @@ class StepGradients:
             square_sum = norms.square().sum()
         return square_sum.to(self._coefficient.device, non_blocking=True)
 
+    def _now(self) -> list[Tensor]:
+        """Returns the gradients as they are, in the order of `params`."""
+        return self._grads(self.params) if self.applied else grads_of(self.params)
+
     def _stored(self, bucket: Bucket) -> list[Tensor]:
         """Returns the gradients as they are: scaled ones of the model, or those `apply` made."""
         return self._grads(bucket.params) if self.applied else grads_of(bucket.params)
@@ -235,7 +258,7 @@ class StepGradients:
     @property
     def was_seen(self) -> bool:
         """Whether they were looked at, so that an overflow is known on the device."""
-        return self._inspected or self.applied
+        return self._inspected or self.applied or self._looked_at is not None
 
     @property
     def coefficient(self) -> Tensor:
@@ -323,6 +346,8 @@ class StepGradients:
                 self._masters.of(param).grad = None
         flag_of = dict(self.flags())
         self.params = [param for param in self.params if param in kept]
+        if self._looked_at is not None:
+            self._looked_at = [seen for seen in self._looked_at if seen[0] in kept]
         for bucket in self._buckets:
             bucket.with_master = [param for param in bucket.with_master if param in kept]
             bucket.without = [param for param in bucket.without if param in kept]
@@ -337,7 +362,7 @@ class StepGradients:
         Sums are dropped for all parameters: nobody may take them for gradients of the next pass.
         """
         self.conceal()
-        if not self.applied:
+        if not self._handed_over:
             return
         for bucket in self._buckets:
             for param in bucket.with_master:

@@ -201,6 +201,8 @@ class Masters:
     def after_copy(self) -> None:
         """Sets right what a copy or a pickle has taken from its original: identities."""
         self._place = {id(param): place for place, param in enumerate(self._master_of)}
+        # a copy counts its writes anew, and may be of a weight that somebody has written to
+        self._seen = [then if then == NEVER else SUSPECT for then in self._seen]
         self._shown.note(self._outer_state)
         self.sharing = Sharing()
         for param, master in self._master_of.items():

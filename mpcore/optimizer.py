@@ -191,8 +191,8 @@ class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, InnerMethods,
                 collected, self._paths.step(collected, self._stage.move(External.of(self)))
             )
         else:
-            self._stage.forget_step()
             self._paths.step_without_gradients()
+            self._stage.forget_step()
 
     def _step_with_closure(self, closure: Callable[[], Any]) -> Any:
         self._stage.check_whole("step(closure)")

@@ -291,14 +291,12 @@ class Stage:
         return self._tensors.move(self._loss_scaling)
 
     def forget_step(self) -> None:
-        """Ends a step that had no gradients: it counts as nothing."""
-        self.forget(last_step=True)
-        self.result, self.scaled = None, False
+        """Ends a step that has no gradients (any more): it counts as one that nobody took."""
+        self.throw_away(last_step=True)
 
     def start_anew(self, overflows_at_min: int) -> None:
         """Drops what belongs to a state that was replaced, by one with that counter."""
         self.forget(last_step=True)
-        self.scaled = False
         self._alarm = new_alarm(self._loss_scaling, overflows_at_min)
 
     def forget(self, *, last_step: bool = False) -> None:
@@ -307,6 +305,8 @@ class Stage:
         Args:
             last_step: Whether the last step is none any more, either.
         """
+        if last_step:
+            self.result, self.scaled = None, False
         self.drop_gradients()
         self._clip_watch.forget()
         if self._leftovers.torn:
@@ -314,10 +314,13 @@ class Stage:
         if self.watcher is not None:
             self.watcher.forget(last_step=last_step)
 
-    def throw_away(self) -> None:
+    def throw_away(self, *, last_step: bool = False) -> None:
         """Ends a step that nobody took: as a skipped one if a look found an overflow; no host sync.
 
         A loop that steps only if the norm is finite would otherwise wait for its scale for ever.
+
+        Args:
+            last_step: As for `forget`.
 
         Raises:
             LossScaleError: As after a step.
@@ -325,11 +328,10 @@ class Stage:
         self.waiting.warn_if_any()
         gradients = self.gradients
         counts = gradients is not None and gradients.was_seen and self._outside_scale is None
-        try:
-            if gradients is not None and counts and not gradients.torn:
-                self._moves.count_if_skipped(gradients)
-        finally:
-            self.forget()
+        # first: if it fails, what was found is not forgotten
+        if gradients is not None and counts and not gradients.torn:
+            self._moves.count_if_skipped(gradients)
+        self.forget(last_step=last_step)
         if counts:
             self._sound_alarms()
 

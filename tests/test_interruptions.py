@@ -161,3 +161,34 @@ def test_an_exception_at_any_call_of_the_backend_corrupts_nothing(
         run.backend.fails_at = (number, when, error)
         assert same_bits(run.train(), expected), number
         assert run.backend.calls > number
+
+
+@pytest.mark.parametrize("name", ["unscale_into", "unscale_"])
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("halves_only", [True, False])
+def test_gradients_of_an_interrupted_unscale_reach_no_later_step(
+    engine: Engine, name: str, when: str, halves_only: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Masters may have them already; a parameter without a gradient must not step with them."""
+    run = Run(engine, "unscale", monkeypatch)
+    chosen = run.params[:2] if halves_only else run.params
+    run.optimizer.backward(torch.stack([param.float().sum() for param in chosen]).sum())
+    real = getattr(run.backend.backend, name)
+
+    def fail(*args: Any) -> None:
+        if when == "after":
+            real(*args)
+        raise MemoryError("injected")
+
+    monkeypatch.setattr(run.backend, name, fail, raising=False)
+    with pytest.raises(MemoryError):
+        run.optimizer.unscale_()
+    monkeypatch.setattr(run.backend, name, real)
+    run.optimizer.zero_grad()
+    before = snapshot(run.optimizer)["weights"]
+    run.optimizer.step()  # over nothing
+    run.optimizer.backward(run.params[0].float().sum())
+    run.optimizer.step()
+    after = snapshot(run.optimizer)["weights"]
+    assert not torch.equal(after[0], before[0])
+    assert same_bits(after[1:], before[1:])

@@ -277,3 +277,44 @@ def test_grads_without_any_gradient_is_an_empty_list(engine: Engine) -> None:
         param.grad = None
     optimizer.unscale_()
     assert optimizer.grads() == []
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+@pytest.mark.parametrize(
+    ("way", "number"),
+    # sums of 16-bit parameters are nowhere to be written to
+    [*itertools.product(["write", "replace", "pass"], [0, 1, 2]), ("sums", 2)],
+)
+def test_what_is_not_finite_after_a_clip_reaches_no_master(
+    engine: Engine, value: float, way: str, number: int
+) -> None:
+    """Nothing is shown after a clip, but whoever writes to a gradient can."""
+    params, optimizer = make(engine)
+    before = [param.detach().clone() for param in params]
+    if way == "sums":
+        optimizer.accumulate()
+    optimizer.clip_grad_norm_(1.0)
+    grad: Any = params[number].grad
+    if way == "replace":
+        params[number].grad = torch.full_like(grad, value)
+    elif way == "pass":  # of a loss that did not go through the optimizer
+        (params[number].float() * value).sum().backward()
+    else:
+        grad[3] = value
+    optimizer.step()
+    assert optimizer.last_step is not None
+    assert optimizer.last_step.skipped
+    assert optimizer.last_step.overflowed() == [f"group 0, parameter {number}, [40]"]
+    assert all(torch.equal(p, old) for p, old in zip(params, before, strict=True))
+
+
+def test_an_overflow_that_a_clip_has_seen_stays_one_when_its_gradient_is_replaced(
+    engine: Engine,
+) -> None:
+    params, optimizer = make(engine)
+    params[0].grad[3] = torch.inf  # type: ignore[index]
+    optimizer.clip_grad_norm_(1.0)
+    params[0].grad = torch.ones_like(params[0])
+    optimizer.step()
+    assert optimizer.last_step is not None
+    assert optimizer.last_step.skipped

@@ -168,3 +168,34 @@ def test_an_exponential_moving_average_beside_it_changes_nothing(engine: Engine)
     assert contents(model, optimizer) == contents(other_model, other)
     assert not torch.equal(average.module.single.weight, model.single.weight)
     assert average.module.low.weight.dtype == torch.float16
+
+
+@pytest.mark.parametrize("duplicate", [by_deepcopy, by_pickle, by_torch_save])
+@pytest.mark.parametrize("writes", [0, 1, 2, 3])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_what_is_written_to_the_weights_of_a_copy_is_adopted(
+    engine: Engine, duplicate: Any, writes: int, when: str
+) -> None:
+    """A copy counts its writes anew, and so may arrive at the number that its original had."""
+    pair: Any = make(engine, "SGD")
+    train(*pair, 0, 1)
+
+    @torch.no_grad()
+    def write() -> None:
+        for _ in range(writes):
+            pair[0].low.weight[0].add_(1.0)
+
+    if when == "before":
+        write()
+    pair = duplicate(pair)
+    if when == "after":
+        write()
+    model, optimizer = pair
+    written = model.low.weight[0].detach().clone()
+    if writes:
+        with pytest.warns(UserWarning, match="^4 elements of group 0, parameter 0"):
+            optimizer.step()
+    else:
+        optimizer.step()
+    assert torch.equal(model.low.weight[0], written)
+    assert optimizer.check_masters() == []

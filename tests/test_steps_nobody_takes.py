@@ -113,3 +113,45 @@ def test_an_outside_scaler_counts_for_itself(engine: Engine) -> None:
     optimizer.zero_grad()
     scaler.update()
     assert (optimizer.loss_scale, optimizer.steps, scaler.get_scale()) == (2.0**8, 0, 2.0)
+
+
+@pytest.mark.parametrize("scale", KINDS, ids=str)
+@pytest.mark.parametrize("look", LOOKS)
+def test_a_step_whose_gradients_were_all_dropped_after_an_overflow_is_a_skipped_one(
+    engine: Engine, scale: Any, look: str
+) -> None:
+    numbers = []
+    for drops in (False, True):
+        params, optimizer = make(engine, scale)
+        for size in (1.0, torch.inf, 1.0, torch.nan):
+            run(optimizer, params, size, look)
+            if drops and size != 1.0:
+                for param in params:
+                    param.grad = None
+            optimizer.step()
+            assert not drops or size == 1.0 or optimizer.last_step is None
+            optimizer.zero_grad()
+        numbers.append(optimizer.state_dict()["mpcore"])
+    assert same_bits(*numbers)
+    assert numbers[1]["loss_scale"]["skipped_steps"] == 2
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_an_overflow_is_not_forgotten_when_clearing_gradients_fails(
+    engine: Engine, look: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params, optimizer = make(engine, RULE)
+    run(optimizer, params, torch.inf, look)
+
+    def fail(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mpcore.scale_moves.ScaleMoves.count_if_skipped", fail)
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.zero_grad()
+    optimizer.zero_grad()
+    assert (optimizer.loss_scale, optimizer.skipped_steps) == (2.0**7, 1)
+    run(optimizer, params, 1.0, look)
+    optimizer.step()
+    assert (optimizer.steps, optimizer.last_step.skipped) == (2, False)
