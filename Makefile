@@ -62,7 +62,7 @@ build: $(VENV)/.dev ## Build wheel and sdist into dist/; try both outside the re
 audit: $(VENV)/.test ## Compile every kernel for four GPUs and judge the machine code.
 	$(BIN)/python -m mpcore_kernels.audit
 
-mutants: $(VENV)/.test ## Put errors into the kernels and see the tests find them; write docs/mutants.md.
+mutants: $(VENV)/.test ## Put errors into kernels and engine and see the tests find them; write docs/mutants.md.
 	$(BIN)/python tests/mutation/run.py --write
 
 golden: $(VENV)/.test ## Show which bits moved since tests/golden was recorded; ARGS=--write records.

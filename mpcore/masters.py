@@ -206,7 +206,8 @@ class Masters:
         self._shown.note(self._outer_state)
         self.sharing = Sharing()
         for param, master in self._master_of.items():
-            if self.sharing.others(param) is None:
+            held = self.sharing.others(param)
+            if held is None or held is master:
                 self.sharing.hold(param, master)
 
     @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import mpcore
 import pytest
 import torch
 from mpcore.errors import StageError
@@ -124,3 +125,22 @@ def test_gradients_of_a_step_that_broke_are_not_used_by_the_next_one() -> None:
     assert params[0].tolist() == [0.75] * 6
     assert all(param.tolist() == [1.0] * 6 for param in params[1:])
     assert all(state["master"].grad is None for state in optimizer.state.values())
+
+
+def test_a_refused_evaluation_gives_gradients_that_were_shown_back(engine: Engine) -> None:
+    params = [nn.Parameter(torch.ones(2).half()) for _ in range(2)]
+    optimizer = engine.wrap(torch.optim.SGD(params, lr=0.5), mpcore.StaticLossScale(4.0))
+    own: list[Any] = []
+
+    def closure() -> None:
+        optimizer.zero_grad()
+        optimizer.backward(torch.stack([p.float().sum() for p in params]).sum())
+        own[:] = [p.grad for p in params]
+        optimizer.unscale_()
+        with torch.no_grad():
+            params[1][0] = torch.nan
+
+    with pytest.raises(StageError, match="expected finite numbers"):
+        optimizer.step(closure)
+    assert all(p.grad is grad for p, grad in zip(params, own, strict=True))
+    assert [p.grad_dtype for p in params] == [torch.float16] * 2

@@ -216,6 +216,7 @@ def test_the_own_gradients_come_back(engine: Engine, end: str) -> None:
     else:
         optimizer.zero_grad(set_to_none=end == "zero_grad")
     assert [p.grad_dtype for p in params] == [HALF, BRAIN, FULL]
+    assert not any(p._backward_hooks for p in params)  # nobody watches any more
     if end == "zero_grad":
         assert [p.grad for p in params] == [None] * 3
     else:

@@ -81,3 +81,48 @@ def test_passes_of_one_step_are_added_as_ever(engine: Engine) -> None:
         optimizer.backward(sum(p.float().sum() for p in params))
     optimizer.step()
     assert all((p == -1 - 4).all() for p in params)
+
+
+def test_a_gradient_that_was_written_to_after_the_step_is_added_as_it_is(engine: Engine) -> None:
+    params, optimizer = make(engine, GROWS)
+    optimizer.backward(sum(p.float().sum() for p in params))
+    optimizer.step()
+    for param in params:
+        param.grad.fill_(optimizer.loss_scale)  # by somebody who knows the scale of the next pass
+    optimizer.backward(sum(p.float().sum() for p in params))
+    optimizer.step()
+    assert all((p == -1 - 2).all() for p in params)
+
+
+def test_an_expanded_gradient_that_is_left_is_multiplied_once(engine: Engine) -> None:
+    params, optimizer = make(engine, GROWS)
+    optimizer.scale(torch.ones(()))
+    for param in params:
+        param.grad = torch.full((), optimizer.loss_scale, dtype=param.dtype).expand(3)
+    optimizer.step()
+    optimizer.backward(sum(p.float().sum() for p in params))
+    optimizer.step()
+    assert all((p == -1 - 2).all() for p in params)
+
+
+def test_an_exception_while_they_are_multiplied_leaves_no_gradients_to_step_with(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params, optimizer = make(engine, GROWS)
+    optimizer.backward(sum(p.float().sum() for p in params))
+    optimizer.step()
+
+    def fails(grads: Any, factor: Any, backend: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mpcore.leftovers._multiply_", fails)
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.scale(torch.ones(()))
+    for call in (optimizer.step, lambda: optimizer.scale(torch.ones(()))):
+        with pytest.raises(mpcore.StageError, match=r"left half unscaled\. Call zero_grad\(\)"):
+            call()
+    optimizer.zero_grad()
+    optimizer.backward(sum(p.float().sum() for p in params))
+    optimizer.step()
+    assert all((p == -1 - 1).all() for p in params)

@@ -64,6 +64,26 @@ def test_a_clip_of_scaled_gradients_is_warned_of_once(engine: Engine, way: str) 
     optimizer.step()  # warnings are errors
 
 
+def test_a_clip_of_the_largest_element_alone_is_warned_of(engine: Engine) -> None:
+    model, optimizer = make(engine)
+    optimizer.backward(loss_of(model))
+    small, large = model[1].bias.grad.abs().sort().values.tolist()
+    torch.nn.utils.clip_grad_value_(model.parameters(), (small + large) / 2)
+    assert small == model[1].bias.grad.abs().min() < model[1].bias.grad.abs().max() < large
+    with pytest.warns(UserWarning, match="while the loss scale was still in them"):
+        optimizer.step()
+
+
+def test_an_empty_parameter_is_not_what_is_looked_at(engine: Engine) -> None:
+    model, optimizer = make(engine)
+    model[0].register_parameter("empty", nn.Parameter(torch.zeros(0).half()))
+    optimizer.add_param_group({"params": [model[0].empty]})
+    optimizer.backward(loss_of(model) + model[0].empty.float().sum())
+    clip(model)
+    with pytest.warns(UserWarning, match="while the loss scale was still in them"):
+        optimizer.step()
+
+
 def norm_logger(model: nn.Module, optimizer: Any) -> None:
     clip(model, float("inf"))
 
@@ -90,7 +110,13 @@ def enlarge(model: nn.Module, optimizer: Any) -> None:
         param.grad.mul_(2.0)
 
 
-LEGAL = [norm_logger, loose_clip, after_unscale, our_clip, second_pass, enlarge]
+def average(model: nn.Module, optimizer: Any) -> None:
+    for param in model.parameters():  # with another rank, whose gradients are larger here and there
+        param.grad.view(-1)[::2].mul_(0.5)
+        param.grad.view(-1)[1::2].mul_(1.5)
+
+
+LEGAL = [norm_logger, loose_clip, after_unscale, our_clip, second_pass, enlarge, average]
 
 
 @pytest.mark.parametrize("what", LEGAL)

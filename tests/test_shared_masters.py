@@ -264,6 +264,14 @@ def test_copies_share_among_themselves(pair: Pair, duplicate: Any) -> None:
     assert pair.masters()[0] is not other.masters()[0]
     for ours, theirs in zip(other.optimizers, pair.optimizers, strict=True):
         assert same_bits(snapshot(ours), snapshot(theirs))
+    del other.optimizers[0], pair.optimizers[0]
+    gc.collect()
+    for one in (pair, other):  # the second one holds the master, too: a third one shares it
+        (rest,), param = one.optimizers, one.shared
+        third = mpcore.MixedPrecisionOptimizer(torch.optim.SGD([param], lr=0.5), SCALE)
+        third.backward(param.float().sum())
+        third.step()
+        assert third.state[param]["master"] is rest.state[param]["master"]
 
 
 def test_a_parameter_with_a_master_is_saved_as_any_other(pair: Pair) -> None:

@@ -173,3 +173,12 @@ def test_zeros_of_a_backward_pass_of_ours_are_an_ordinary_step(engine: Engine) -
     optimizer.step()
     assert optimizer.steps == 1
     assert torch.equal(model.single.weight, weight.add(weight * 0.1, alpha=-0.1))
+
+
+def test_one_gradient_of_zeros_among_others_is_an_ordinary_step(engine: Engine) -> None:
+    params = [nn.Parameter(torch.ones(3).half()) for _ in range(2)]
+    optimizer = engine.wrap(torch.optim.SGD(params, lr=0.5), mpcore.NoLossScale())
+    (params[0].float().sum() + params[1].float().sum() * 0).backward()
+    optimizer.step()
+    assert [p.tolist() for p in params] == [[0.5] * 3, [1.0] * 3]
+    assert optimizer.steps == 1

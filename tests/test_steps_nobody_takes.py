@@ -155,3 +155,45 @@ def test_an_overflow_is_not_forgotten_when_clearing_gradients_fails(
     run(optimizer, params, 1.0, look)
     optimizer.step()
     assert (optimizer.steps, optimizer.last_step.skipped) == (2, False)
+
+
+def with_two_losses(engine: Engine) -> tuple[list[nn.Parameter], Any, Any]:
+    """After a step of both; the next clean one lets both scales grow."""
+    params, optimizer = make(engine, RULE)
+    loss = optimizer.add_loss("other", RULE)
+    optimizer.backward(params[1].sum())
+    loss.backward(params[0].float().sum())
+    optimizer.step()
+    optimizer.zero_grad()
+    return params, optimizer, loss
+
+
+def test_a_clean_pass_of_several_losses_that_is_thrown_away_counts_as_nothing(
+    engine: Engine,
+) -> None:
+    params, optimizer, loss = with_two_losses(engine)
+    before = optimizer.state_dict()["mpcore"]
+    optimizer.backward(params[1].sum())
+    loss.backward(params[0].float().sum())
+    optimizer.clip_grad_norm_(1.0)
+    optimizer.zero_grad()
+    assert same_bits(optimizer.state_dict()["mpcore"], before)
+
+
+def test_an_exception_while_a_pass_is_thrown_away_moves_no_scale(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params, optimizer, loss = with_two_losses(engine)
+    before = optimizer.state_dict()["mpcore"]
+    loss.backward(params[0].float().sum() * torch.inf)
+    optimizer.clip_grad_norm_(1.0)
+
+    def fails(counters: Any, found_inf: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mpcore.scale_moves.count_step_", fails)  # after the scales have moved
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.zero_grad()
+    assert [p.grad for p in params] == [None, None]
+    assert same_bits(optimizer.state_dict()["mpcore"], before)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mpcore
 import mpcore.migration
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.testing._internal.distributed import fake_pg
 
 from mpcore_testing.bits import same_bits
 from mpcore_testing.engines import Engine
@@ -165,6 +166,31 @@ def test_the_rule_goes_with_copies(engine: Engine, rule: str) -> None:
         with pytest.warns(UserWarning, match=ADOPTED):
             other.step(2)
     assert same_bits([m.detach() for m in training.masters()], before)
+
+
+@pytest.fixture
+def two_ranks() -> Iterator[None]:
+    """As the first of two, of which the other one never answers: nothing is sent."""
+    store = fake_pg.FakeStore()
+    distributed.init_process_group("fake", rank=0, world_size=2, store=store)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("two_ranks")
+def test_ranks_do_not_start_from_masters_that_differ(engine: Engine) -> None:
+    """Whose weights were broadcast would keep digits that the other ranks never had."""
+    training = Training(engine)
+    one_row(training)
+    training.backward(0)
+    with pytest.raises(mpcore.StageError, match=r"sync_masters_from_model\(exact=True\) on every"):
+        training.optimizer.step()
+    training.optimizer.sync_masters_from_model(exact=True)
+    training.optimizer.step()
+    training.optimizer.zero_grad()
+    one_row(training)
+    with pytest.warns(UserWarning, match=ADOPTED):
+        training.step(1)
 
 
 def test_an_unknown_rule_is_refused(engine: Engine) -> None:

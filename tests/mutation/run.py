@@ -1,9 +1,9 @@
-"""Applies each seeded error to a copy of the kernels and runs the tests that should notice it.
+"""Applies each seeded error to a copy of the sources and runs the tests that should notice it.
 
     python tests/mutation/run.py [--write] [WORD ...]
 
-Words choose mutants by file or name. `--write` puts the result of a complete run into
-docs/mutants.md. The exit status is 0 if every mutant was killed.
+Words choose mutants by path or name: `mpcore/` those of the engine. `--write` puts the result of a
+complete run into docs/mutants.md. The exit status is 0 if every mutant was killed.
 """
 
 import argparse
@@ -26,21 +26,29 @@ import numpy as np  # noqa: F401
 import pytest
 import torch  # noqa: F401
 import triton.language  # noqa: F401
+from adopting import ADOPT
 from elementwise import ELEMENTWISE
+from engine_gradients import GRADIENTS
+from engine_state import STATE
+from engine_weights import WEIGHTS
 from fused_updates import UPDATES
 from launches import LAUNCHES, MACHINE_CODE
 from reductions import REDUCTIONS
 
-MUTANTS = [*ELEMENTWISE, *REDUCTIONS, *LAUNCHES, *UPDATES, *MACHINE_CODE]
+OF_KERNELS = [*ELEMENTWISE, *REDUCTIONS, *ADOPT, *LAUNCHES, *UPDATES, *MACHINE_CODE]
+OF_THE_ENGINE = [*GRADIENTS, *WEIGHTS, *STATE]
+MUTANTS = [*OF_KERNELS, *OF_THE_ENGINE]
 ROOT = Path(__file__).resolve().parents[2]
 PROCESSES = 2
 # an error may turn into an endless loop
 SECONDS = 600
 HEAD = """# Mutants
 
-Each row is an error that was put into a copy of the kernels on purpose, and the first test that
+Each row is an error that was put into a copy of the sources on purpose, and the first test that
 failed because of it. A test suite that lets one of them live proves less than it seems to. `make
-mutants` repeats the run and writes this page; the lists are in `tests/mutation`.
+mutants` repeats the run and writes this page; the lists are in `tests/mutation`. Those of the
+engine are in what keeps training right around a step: what users, exceptions, checkpoints and other
+optimizers do to gradients, weights and state.
 
 """
 
@@ -55,17 +63,19 @@ def copy_to(folder):
 
 def apply(mutant, folder):
     """Changes the text of one file; raises if it is not there exactly once."""
-    path = folder / "kernels" / "mpcore_kernels" / mutant.file
+    path = folder / mutant.path
     text = path.read_text()
     if text.count(mutant.text) != 1:
-        raise ValueError(f"{mutant.file}: {mutant.text!r} is there {text.count(mutant.text)} times")
+        raise ValueError(f"{mutant.path}: {mutant.text!r} is there {text.count(mutant.text)} times")
     path.write_text(text.replace(mutant.text, mutant.replacement))
 
 
 def run_tests(folder, tests, log):
     """Runs pytest in this process, which is a fork; exits with its status."""
     os.chdir(folder)
-    sys.path[:0] = [str(folder), str(folder / "kernels"), str(folder / "tests" / "support")]
+    roots = [str(folder), str(folder / "kernels"), str(folder / "tests" / "support")]
+    sys.path[:0] = roots
+    os.environ["PYTHONPATH"] = os.pathsep.join(roots)  # of processes that a test starts
     with log.open("w") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         options = [
             "-x",
@@ -77,7 +87,7 @@ def run_tests(folder, tests, log):
             "-m",
             "not exhaustive",
         ]
-        status = pytest.main([*options, *(f"tests/kernels/{name}" for name in tests)])
+        status = pytest.main([*options, *tests])
     os._exit(int(status))
 
 
@@ -127,7 +137,7 @@ def judge(tests, mutant=None):
 def judge_mutant(mutant):
     """Returns the mutant, whether it was killed, why, and the seconds that took."""
     start = time.monotonic()
-    killed, reason = judge(mutant.tests, mutant)
+    killed, reason = judge(mutant.checks, mutant)
     return mutant, killed, reason, time.monotonic() - start
 
 
@@ -140,11 +150,14 @@ def judge_original(tests):
 def page(results):
     """Returns the Markdown page that shows all results."""
     killed = sum(result[1] for result in results)
-    lines = [f"**{killed} of {len(results)} mutants were killed.**", ""]
-    lines += ["| file | error | killed by |", "|---|---|---|"]
-    for mutant, is_killed, reason, _ in results:
-        by = f"`{reason}`" if is_killed else "**survived**"
-        lines.append(f"| `{mutant.file}` | {mutant.name} | {by} |")
+    lines = [f"**{killed} of {len(results)} mutants were killed.**"]
+    for part in dict.fromkeys(mutant.part for mutant in MUTANTS):
+        lines += ["", f"## {part.title}", "", f"In `{part.source}`.", ""]
+        lines += ["| file | error | killed by |", "|---|---|---|"]
+        for mutant, is_killed, reason, _ in results:
+            if mutant.part == part:
+                by = f"`{reason}`" if is_killed else "**survived**"
+                lines.append(f"| `{mutant.file}` | {mutant.name} | {by} |")
     return HEAD + "\n".join(lines) + "\n"
 
 
@@ -152,18 +165,18 @@ def main():
     """Runs all chosen mutants, two at a time."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="write docs/mutants.md")
-    parser.add_argument("words", nargs="*", help="choose mutants by file or name")
+    parser.add_argument("words", nargs="*", help="choose mutants by path or name")
     options = parser.parse_args()
     if options.write and options.words:
         parser.error("--write: a page about some of the mutants would mislead; give no words")
     chosen = [
         mutant
         for mutant in MUTANTS
-        if not options.words or any(w in f"{mutant.file} {mutant.name}" for w in options.words)
+        if not options.words or any(w in f"{mutant.path} {mutant.name}" for w in options.words)
     ]
     start = time.monotonic()
     with multiprocessing.pool.ThreadPool(PROCESSES) as pool:
-        originals = sorted({(name,) for mutant in chosen for name in mutant.tests})
+        originals = sorted({(name,) for mutant in chosen for name in mutant.checks})
         broken = [reason for reason in pool.imap(judge_original, originals) if reason]
         if broken:
             sys.exit("tests fail without any mutant: " + "; ".join(broken))
@@ -172,7 +185,7 @@ def main():
             mutant, killed, reason, seconds = result
             results.append(result)
             word = "killed  " if killed else "SURVIVED"
-            print(f"{word} {seconds:4.0f} s  {mutant.file}: {mutant.name}  [{reason}]", flush=True)
+            print(f"{word} {seconds:4.0f} s  {mutant.path}: {mutant.name}  [{reason}]", flush=True)
     survivors = sum(not killed for _, killed, _, _ in results)
     print(f"{len(results)} mutants, {survivors} survived, {time.monotonic() - start:.0f} s")
     if options.write:

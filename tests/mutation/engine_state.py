@@ -1,0 +1,251 @@
+"""Errors in what keeps an optimizer whole: exceptions, foreign memory, state, scalers, graphs."""
+
+from mutant import engine_mutants
+
+INTERRUPTIONS = [
+    *engine_mutants(
+        "writes.py",
+        ("test_interruptions_of_others.py",),
+        ("the first write is not noted", "        self.begun = True", "        self.begun = False"),
+    ),
+    *engine_mutants(
+        "optimizer.py",
+        ("test_interruptions_of_others.py",),
+        ("half a step is stepped on", 'self._writes.check("step()")', "pass"),
+        ("half a step is saved", 'optimizer._writes.check("state_dict()")', "pass"),
+        ("half a step is copied", 'self._writes.check("copying it")', "pass"),
+        ("half a load goes on", "        self._writes.begin()\n", ""),
+    ),
+    *engine_mutants(
+        "optimizer.py",
+        ("test_external_scaler.py",),
+        ("a failed step keeps what a scaler handed over", "External.leave(self)", "pass"),
+    ),
+    *engine_mutants(
+        "general_path.py",
+        ("test_interruptions_of_others.py",),
+        ("a wrapped step is no write", "if closure is None:  # with one", "if False:  # with one"),
+        (
+            "a wrapped step that fails has written nothing",
+            "if before is not None and before == self._written():",
+            "if before is not None:",
+        ),
+        (
+            "a closure that fails leaves its masters",
+            "            tensor.copy_(value)",
+            "            pass",
+        ),
+        ("a closure that fails leaves its state", "self._inner.state.update(self._state)", "pass"),
+    ),
+    *engine_mutants(
+        "general_path.py",
+        ("test_state_initialisation.py",),
+        (
+            "a step over zeros moves masters",
+            "                    target.copy_(value)",
+            "                    pass",
+        ),
+    ),
+    *engine_mutants(
+        "gradients.py",
+        ("test_interruptions.py",),
+        (
+            "half unscaled gradients are whole",
+            "in_place = self.applied or any(",
+            "in_place = self.applied and any(",
+        ),
+    ),
+    *engine_mutants(
+        "stage.py",
+        ("test_interruptions.py",),
+        (
+            "half a move of the scale is whole",
+            "        self._writes.begin()\n        if not moved:",
+            "        if not moved:",
+        ),
+    ),
+]
+INNER = [
+    *engine_mutants(
+        "general_path.py",
+        ("test_inner_methods.py",),
+        (
+            "the inner state_dict is open",
+            'register_state_dict_pre_hook(CheckpointGuard(self, "state_dict"))',
+            "state_dict",
+        ),
+        (
+            "the inner load is open",
+            'register_load_state_dict_pre_hook(CheckpointGuard(self, "load_state_dict"))',
+            "state_dict",
+        ),
+        (
+            "a guard outlives its wrapper",
+            "self._method = method",
+            "self._method, self._kept = method, path",
+        ),
+        (
+            "a method of the inner one finds no masters",
+            "        adopt()\n",
+            "        self.masters.create_for([])\n",
+        ),
+    ),
+    *engine_mutants(
+        "inner_methods.py",
+        ("test_inner_methods.py",),
+        ("private methods are offered", 'or name.startswith("_")', ""),
+        (
+            "gradients that wait are passed by",
+            "stage.scaled or stage.gradients is not None",
+            "stage.gradients is not None",
+        ),
+        ("sums that wait are passed by", "or stage.accumulated is not None", ""),
+        ("edits are overwritten", "lambda: self._edits.adopt(began=self._began)", "lambda: None"),
+        (
+            "entries put into the state are overlooked",
+            "        self._masters.take_over_edits(self.state)",
+            "        pass",
+        ),
+    ),
+]
+MEMORY = [
+    *engine_mutants(
+        "_memory.py",
+        ("test_wrapped_memory.py",),
+        ("a view that negates is its memory", "if tensor.is_neg():", "if tensor.is_conj():"),
+        (
+            "tensors on meta have memory",
+            'return "it is on the meta device" if tensor.is_meta else None',
+            "return None",
+        ),
+        ("one plain tensor makes all plain", "return usual or all(", "return usual or any("),
+    ),
+    *engine_mutants(
+        "_parameters.py",
+        ("test_wrapped_memory.py",),
+        (
+            "a gradient of another kind is taken",
+            "or wrapped != (why_no_memory(grad) is not None)",
+            "",
+        ),
+    ),
+    *engine_mutants(
+        "wrapper.py",
+        ("test_wrapped_memory.py",),
+        ("wrappers are handed to kernels", "if not all_in_memory(params):", "if not params:"),
+    ),
+    *engine_mutants(
+        "_wrapped_passes.py",
+        ("test_wrapped_memory.py",),
+        (
+            "ranks clip by parts of a norm",
+            "if max_norm is not None and any(",
+            "if max_norm is None and any(",
+        ),
+    ),
+    *engine_mutants(
+        "paths.py",
+        ("test_wrapped_memory.py",),
+        (
+            "DTensors take the fused path",
+            "if (reason := why_no_memory(param)) and (",
+            "if (reason := why_no_memory(param)) and not (",
+        ),
+    ),
+]
+ANY_STATE = [
+    *engine_mutants(
+        "_nested.py",
+        ("test_state_of_any_kind.py",),
+        ("named tuples become tuples", 'if hasattr(value, "_fields") else', "if not value else"),
+        ("dictionaries lose their type", "changed = copy.copy(value)", "changed = {}"),
+        ("plain values are shared", "return copy.deepcopy(value)", "return value"),
+    ),
+    *engine_mutants(
+        "checkpoint_states.py",
+        ("test_state_of_any_kind.py",),
+        (
+            "an option that nobody fills in is left out",
+            "if name in group and name not in own",
+            "if name in own and name not in group",
+        ),
+        (
+            "older step counts stay numbers",
+            "            states[param].update(values)",
+            "            pass",
+        ),
+        (
+            "tensors within are shared with the state",
+            "tensor.detach().to(device, copy=True)",
+            "tensor.detach().to(device)",
+        ),
+    ),
+    *engine_mutants(
+        "skip_alarm.py",
+        ("test_state_of_any_kind.py",),
+        ("an event of the device is copied", '"_sent": None}', "}"),
+    ),
+]
+SCALERS = [
+    *engine_mutants(
+        "scaler_momentum.py",
+        ("test_grad_scaler_momentum.py",),
+        (
+            "the velocity begins from +0.0",
+            "torch.full_like(param.grad, -0.0)",
+            "torch.zeros_like(param.grad)",
+        ),
+        (
+            "a dampened one begins too",
+            "                dampened.append(param)",
+            '                optimizer.state[param]["momentum_buffer"] = torch.zeros_like(param)',
+        ),
+        (
+            "the first velocity is whatever was there",
+            'if not group["fused"] or not',
+            'if group["fused"] or not',
+        ),
+    ),
+    *engine_mutants(
+        "grad_scaler.py",
+        ("test_grad_scaler_momentum.py",),
+        (
+            "a dampened velocity starts anew after a step",
+            "if unwritten and self._last_step.skipped:",
+            "if unwritten:",
+        ),
+    ),
+    *engine_mutants(
+        "_scaling.py",
+        ("test_grad_scaler_momentum.py",),
+        (
+            "a scaler without gradients stops the step",
+            "if not isinstance(found_inf, Tensor):",
+            "if found_inf is None:",
+        ),
+    ),
+    *engine_mutants(
+        "_scaler_arguments.py",
+        ("test_grad_scaler_settings.py",),
+        (
+            "a scale beyond the bounds is taken",
+            "used = min(max(number, low), high)",
+            "used = max(number, low)",
+        ),
+        ("an interval of 0 grows each time", "        if number >= 1:", "        if number >= 0:"),
+        ("a tracker overflows", "LARGEST_INT32 - 1)", "LARGEST_INT32)"),
+    ),
+    *engine_mutants(
+        "scaler_ranks.py",
+        ("test_grad_scaler_ranks.py",),
+        ("one clean rank makes all step", "distributed.ReduceOp.MAX", "distributed.ReduceOp.MIN"),
+    ),
+]
+GRAPHS = engine_mutants(
+    "_graphs.py",
+    ("test_compiled_training.py",),
+    ("methods are traced", "return _disable_dynamo(method)", "return method"),
+    ("hooks run twice", "    hooked.hooked = True  # type: ignore[attr-defined]\n", ""),
+)
+
+STATE = [*INTERRUPTIONS, *INNER, *MEMORY, *ANY_STATE, *SCALERS, *GRAPHS]

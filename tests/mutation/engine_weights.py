@@ -1,0 +1,278 @@
+"""Errors in what keeps masters, weights and state one: edits, sharing, replaced parameters."""
+
+from mutant import engine_mutants
+
+_LOADED = "(loaded and not set(link.loaded) - {sharing})"
+_LATE_STEP = """collected = self._stage.collect("step()", External.of(self))
+        self._edits.adopt(began=self._began)"""
+_CLOSURE = """self._edits.check("step(closure)")
+        self._edits.adopt(began=self._began)"""
+_EVALUATION = """gradients = self._stage.collect_evaluation(External.of(self))
+        self._edits.adopt(began=self._began)"""
+
+ADOPT = [
+    *engine_mutants(
+        "backends/_cast.py",
+        ("test_weight_edits_refused.py",),
+        (
+            "numbers that are not finite are adopted",
+            "adopted = differs & finite",
+            "adopted = differs",
+        ),
+        ("a NaN over a number is no edit", "rounded.isnan() & weight.isnan()", "weight.isnan()"),
+        (
+            "refused elements are counted as adopted",
+            "torch.stack([adopted.sum(), (",
+            "torch.stack([differs.sum(), (",
+        ),
+    ),
+    *engine_mutants(
+        "backends/_cast.py",
+        ("test_weight_edits.py",),
+        (
+            "all masters become their weights",
+            "torch.where(adopted, weight.to(master.dtype)",
+            "torch.where(finite, weight.to(master.dtype)",
+        ),
+        (
+            "clamped masters are edits",
+            "cast_into([master], [rounded], zero, zero.clone())",
+            "rounded.copy_(master)",
+        ),
+    ),
+    *engine_mutants(
+        "backends/_cast.py",
+        ("test_external_edits.py",),
+        (
+            "a NaN of other bits is an edit",
+            "& (rounded.isnan() & weight.isnan()).logical_not()",
+            "",
+        ),
+    ),
+]
+EDITS = [
+    *engine_mutants(
+        "weight_edits.py",
+        ("test_weight_edits_refused.py",),
+        (
+            '"always" looks as seldom as "adopt"',
+            'if self._rule == "always" else masters.written()',
+            "if not self._rule else masters.written()",
+        ),
+        ("what was refused counts as fitting", "self._masters.suspect(refused)", "pass"),
+        ("counts are told again", "        self._known = now\n", ""),
+        (
+            "ranks may start from different masters",
+            "if not began and _several_ranks():",
+            "if began and _several_ranks():",
+        ),
+        (
+            "refused elements are not told of",
+            "                if left:",
+            "                if took and left:",
+        ),
+    ),
+    *engine_mutants(
+        "weight_edits.py",
+        ("test_external_edits.py",),
+        ('"raise" lets edits pass', 'if self._rule == "raise" else', "if not self._rule else"),
+        ("counts outlive the masters", "self._counts.clear()", "pass"),
+    ),
+    *engine_mutants(
+        "weight_edits.py",
+        ("test_weight_edits.py",),
+        ("it is said in every step", "self._warned.update(adopted)", "pass"),
+        (
+            "counts are of no parameter in particular",
+            "found = counts.found if whole",
+            "found = counts.found if places",
+        ),
+    ),
+    *engine_mutants(
+        "optimizer.py",
+        ("test_weight_edits.py",),
+        ("a step adopts nothing", _LATE_STEP, _LATE_STEP.splitlines()[0]),
+    ),
+    *engine_mutants(
+        "optimizer.py",
+        ("test_weight_edits_refused.py",),
+        ("a step with a closure adopts nothing before it", _CLOSURE, _CLOSURE.splitlines()[0]),
+        ("what a closure writes is not adopted", _EVALUATION, _EVALUATION.splitlines()[0]),
+    ),
+    *engine_mutants(
+        "optimizer.py",
+        ("test_external_edits.py",),
+        ("a step with a closure goes on from a foreign state", _CLOSURE.splitlines()[0], "pass"),
+    ),
+]
+SHARED = [
+    *engine_mutants(
+        "shared_masters.py",
+        ("test_shared_masters.py",),
+        (
+            "two holders share nothing",
+            "if len(link.holders) > 1:\n            for",
+            "if len(link.holders) > 2:\n            for",
+        ),
+        (
+            "a later optimizer makes its own master",
+            "master = None if link is None else link.master",
+            "master = None",
+        ),
+        ("a master of another shape is shared", "master.shape == param.shape and", ""),
+        (
+            "whoever wrote, it fits",
+            "link is not None and [link.fits_since] == writes_to([param])",
+            "link is not None",
+        ),
+        ("a load is never complete", "link.loaded.clear()  # all have", "pass  # all have"),
+        (
+            "the first state of two is refused",
+            "(loaded and not set(link.loaded) - {sharing}):",
+            "False:",
+        ),
+        ("the second state of two replaces the first", _LOADED, "loaded"),
+        ("a pickle needs mpcore", "return OrderedDict, ()", "return MasterLink, (torch.zeros(0),)"),
+        ("a load is not told to the other one", "link.fits_since = NEVER", "pass"),
+    ),
+    *engine_mutants(
+        "masters.py",
+        ("test_shared_masters.py",),
+        (
+            "a master that others hold counts as fitting",
+            "[SUSPECT] if master is shared or master is moved else writes_to([param])",
+            "writes_to([param])",
+        ),
+        (
+            "a shared master that was replaced is two",
+            "            self._master_of[param] = shared",
+            "            pass",
+        ),
+        ("its new value stays here", "            shared.copy_(new)", "            pass"),
+        ("a load is the load of one", "self.sharing.note_loaded(param)", "pass"),
+        (
+            "a load gives each its own master",
+            'state["master"] if shared is None else',
+            'state["master"] if True else',
+        ),
+        (
+            "steps of the other one are compared",
+            "if self.sharing.links:\n            self.sharing.note()",
+            "if False:\n            self.sharing.note()",
+        ),
+        (
+            "masters from elsewhere fit for the other one",
+            "return self.sharing.suspects(NEVER)\n",
+            "return []\n",
+        ),
+        (
+            "what was compared is told to nobody",
+            "        self.sharing.note(params)",
+            "        pass",
+        ),
+        ("a doubt is told to nobody", "            self.sharing.doubt(param)", "            pass"),
+    ),
+]
+REPLACED = [
+    *engine_mutants(
+        "masters.py",
+        ("test_replaced_parameters.py",),
+        ("a moved master stays a moment", "self._inner.state[param] = rest", "pass"),
+        (
+            "a master of another shape is moved",
+            "if fits and master.shape == param.shape",
+            "if fits",
+        ),
+        (
+            "a moved master is left behind",
+            "elif value is None and moved is not None:",
+            "elif value is not None and moved is not None:",
+        ),
+        ("masters are never let go", "        if not gone:\n", "        if gone or not gone:\n"),
+        (
+            "places move without what was seen",
+            "self._seen = [seen[param] for param in self._master_of]",
+            "del self._seen[len(self._master_of) :]",
+        ),
+    ),
+    *engine_mutants(
+        "masters.py",
+        ("test_state_edits.py",),
+        (
+            "masters go with their state",
+            "{*shown, *(p for group",
+            "{*shown, *(p for group in () for group",
+        ),
+    ),
+    *engine_mutants(
+        "masters.py",
+        ("test_external_edits.py",),
+        (
+            "a loaded master needs no weight of its own",
+            "self._seen = [NEVER] *",
+            "self._seen = [SUSPECT] *",
+        ),
+    ),
+    *engine_mutants(
+        "masters.py",
+        ("test_weight_edits_refused.py",),
+        (
+            "masters lose their digits to weights",
+            "value if exact else torch.where(",
+            "value if not exact else torch.where(",
+        ),
+    ),
+    *engine_mutants(
+        "optimizer.py",
+        ("test_replaced_parameters.py",),
+        (
+            "a state left behind is saved as if it were known",
+            "isinstance(key, Tensor) and id(key) not in known",
+            "isinstance(key, Tensor) and not known",
+        ),
+    ),
+    *engine_mutants(
+        "shown_state.py",
+        ("test_replaced_parameters.py",),
+        (
+            "a state that changed its parameter is not seen",
+            "return [*map(id, shown), *values, *names]",
+            "return [*values, *names]",
+        ),
+    ),
+    *engine_mutants(
+        "shown_state.py",
+        ("test_state_of_any_kind.py",),
+        (
+            "a value that changed its name is not seen",
+            "return [*map(id, shown), *values, *names]",
+            "return [*map(id, shown), *values]",
+        ),
+    ),
+    *engine_mutants(
+        "step_plan.py",
+        ("test_replaced_parameters.py",),
+        (
+            "kernels read behind a moment",
+            "elif moment.shape != master.shape:",
+            "elif moment.ndim != master.ndim:",
+        ),
+    ),
+]
+TABLES = engine_mutants(
+    "_islands.py",
+    ("test_cast_model_keep.py",),
+    (
+        "bags of embeddings are cast",
+        "tables = (nn.Embedding, nn.EmbeddingBag)",
+        "tables = nn.Embedding",
+    ),
+    (
+        "tables without a bound are kept",
+        "isinstance(module, tables) and module.max_norm is not None",
+        "isinstance(module, tables)",
+    ),
+    ("tables with a bound are cast", "module.max_norm is not None", "module.max_norm is None"),
+)
+
+WEIGHTS = [*ADOPT, *EDITS, *SHARED, *REPLACED, *TABLES]
