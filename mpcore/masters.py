@@ -6,8 +6,8 @@ A 16-bit weight loses an update smaller than half its last place; a float32 mast
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from mpcore.backends._cast import differing
 from mpcore.inner_guards import check_shared_groups
 from mpcore.shared_masters import NEVER, SUSPECT, Sharing
 from mpcore.shown_state import ShownState
+from mpcore.swapped_groups import swapped
 
 Groups = list[dict[str, Any]]
 
@@ -323,31 +324,16 @@ class Masters:
             self._seen[self._place[id(param)]] = SUSPECT
             self.sharing.doubt(param)
 
-    @contextmanager
-    def in_groups(self) -> Iterator[None]:
-        """Puts masters in the place of their parameters in the inner optimizer's groups.
+    def in_groups(self) -> AbstractContextManager[None]:
+        """Puts masters in the place of their parameters in the inner optimizer's groups."""
+        return swapped(self._groups, ([self.of(p) for p in g["params"]] for g in self._groups))
 
-        The lists are changed in place, since some optimizers (LBFGS) keep the list itself.
-        """
-        yield from self._swapped([self.of(p) for p in g["params"]] for g in self._groups)
-
-    @contextmanager
-    def out_of_groups(self) -> Iterator[None]:
+    def out_of_groups(self) -> AbstractContextManager[None]:
         """Within `in_groups`, puts the model's parameters back: for a user's closure."""
         param_of = {master: param for param, master in self._master_of.items()}
-        yield from self._swapped([param_of.get(m, m) for m in g["params"]] for g in self._groups)
+        contents = ([param_of.get(m, m) for m in g["params"]] for g in self._groups)
+        return swapped(self._groups, contents)
 
     @property
     def _groups(self) -> Groups:
         return self._inner.param_groups
-
-    def _swapped(self, contents: Iterable[list[Tensor]]) -> Iterator[None]:
-        lists = [group["params"] for group in self._groups]
-        before = [list(params) for params in lists]
-        try:
-            for params, content in zip(lists, list(contents), strict=True):
-                params[:] = content
-            yield
-        finally:
-            for params, content in zip(lists, before, strict=True):
-                params[:] = content
