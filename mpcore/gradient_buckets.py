@@ -79,6 +79,23 @@ class Bucket:
         self.nonfinite = flags if self.nonfinite is None else self.nonfinite | flags
 
 
+def any_flag(buckets: Sequence[Bucket], found_before: Tensor | None, home: torch.device) -> Tensor:
+    """Returns 0-d int32, not 0 if anything was found to overflow; no host sync.
+
+    Args:
+        buckets: With flags of their own.
+        found_before: What was found besides these: 0-d, non-zero means overflow.
+        home: The device of the result.
+    """
+    flags = [bucket.own_flags() for bucket in buckets]
+    found = [(f != 0).any().int().to(home, non_blocking=True) for f in flags]
+    if found_before is not None:
+        found.append((found_before != 0).int().reshape(()).to(home, non_blocking=True))
+    if not found:
+        return torch.zeros((), dtype=torch.int32, device=home)
+    return torch.stack(found).amax() if len(found) > 1 else found[0]
+
+
 def largest_of(buckets: Sequence[Bucket], unscaled_by: Tensor) -> Tensor:
     """Returns the largest magnitude of float16 gradients, unscaled, 0-d float64; no host sync.
 

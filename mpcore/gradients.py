@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from operator import is_
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from mpcore._bulk import devices_of, dtypes_of, grads_of, writes_to
+from mpcore._bulk import devices_of, dtypes_of, grads_of
 from mpcore._checks import SIXTEEN_BIT
 from mpcore._layouts import laid_out_like, own_memory
 from mpcore.backends import Backend, Inspection
 from mpcore.coefficient import Coefficient
 from mpcore.exposure import Exposure
-from mpcore.gradient_buckets import Bucket, Look, largest_of, tensor_norms
+from mpcore.gradient_buckets import Bucket, Look, any_flag, largest_of, tensor_norms
 from mpcore.masters import Masters
+from mpcore.seen_gradients import SeenGradients
 from mpcore.step_plan import StepPlan
 
 if TYPE_CHECKING:
@@ -66,11 +66,9 @@ class StepGradients:
         self.largest: Tensor | None = None
         self._finds_largest = finds_largest
         self._statistics = statistics
-        #: what was added up to make these, if several backward passes were
-        self.accumulated: Accumulation | None = None
+        self.accumulated: Accumulation | None = None  # what several backward passes added up to
         self._handed_over = False  # whether masters have got gradients, maybe not all of them
-        #: what a clip has looked at without showing it: parameters, gradients, writes to each
-        self._looked_at: list[tuple[Tensor, Tensor, int]] | None = None
+        self._looked_at: SeenGradients | None = None  # by a clip that does not show them
         self._inspected = False  # whether flags tell everything about what is stored
         self._coefficient = Coefficient(coefficient, inverted)
         self._masters = masters
@@ -144,16 +142,11 @@ class StepGradients:
         if self.exposure is not None:
             edited = self.exposure.take_edits(self.params)
         else:
-            edited = self._looked_at is not None and self._differ_from(self._looked_at)
+            edited = self._looked_at is not None and self._looked_at.differ_from(
+                self._stored(self.params)
+            )
         if edited:
             self._inspected = False
-
-    def _differ_from(self, seen: list[tuple[Tensor, Tensor, int]]) -> bool:
-        """Whether anybody wrote to gradients that are not shown, or put others in their place."""
-        now = self._now()
-        return not all(map(is_, now, (grad for _, grad, _ in seen))) or writes_to(now) != [
-            writes for _, _, writes in seen
-        ]
 
     def conceal(self) -> None:
         """Puts the model's own gradients back into `p.grad`."""
@@ -172,8 +165,7 @@ class StepGradients:
             self.apply()
             self.exposure.note(self.params)
         else:
-            now = self._now()
-            self._looked_at = list(zip(self.params, now, writes_to(now), strict=True))
+            self._looked_at = SeenGradients(self.params, self._stored(self.params))
         return self.norm
 
     def inspect(self) -> None:
@@ -210,7 +202,7 @@ class StepGradients:
     def _inspection(self, bucket: Bucket, max_norm: float | None) -> Inspection:
         first = self._coefficient.is_first
         coefficient, inverted = self._coefficient.to_look_with(bucket.device)
-        grads = self._stored(bucket)
+        grads = self._stored(bucket.params)
         here = None
         if self.plan is not None and not self.plan_is_stale:
             here = self.plan.on(bucket.device)
@@ -241,19 +233,15 @@ class StepGradients:
             square_sum = self._inspection(bucket, None).square_sum.sum()
         else:
             coefficient = self.coefficient.to(bucket.device, non_blocking=True)
-            norms = tensor_norms(self._stored(bucket), coefficient)
+            norms = tensor_norms(self._stored(bucket.params), coefficient)
             # float64 gradients too large to be clipped: better no step than one without the clip
             bucket.add_flags(torch.isfinite(norms).logical_not().int())
             square_sum = norms.square().sum()
         return square_sum.to(self._coefficient.device, non_blocking=True)
 
-    def _now(self) -> list[Tensor]:
-        """Returns the gradients as they are, in the order of `params`."""
-        return self._grads(self.params) if self.applied else grads_of(self.params)
-
-    def _stored(self, bucket: Bucket) -> list[Tensor]:
+    def _stored(self, params: Sequence[Tensor]) -> list[Tensor]:
         """Returns the gradients as they are: scaled ones of the model, or those `apply` made."""
-        return self._grads(bucket.params) if self.applied else grads_of(bucket.params)
+        return self._grads(params) if self.applied else grads_of(params)
 
     @property
     def was_seen(self) -> bool:
@@ -273,7 +261,7 @@ class StepGradients:
     def found_inf(self) -> Tensor:
         """Returns 0-d int32: not 0 if any gradient, loaded or unscaled, was not finite."""
         if self._found is None:
-            self._found = self._any_flag()
+            self._found = any_flag(self._buckets, self._found_before, self._coefficient.device)
         return self._found
 
     def add_found(self, found_inf: Tensor) -> None:
@@ -283,21 +271,8 @@ class StepGradients:
         self._found_before = found if before is None else found | (before != 0).int().to(home)
         self._found = None
 
-    def _any_flag(self) -> Tensor:
-        home = self._coefficient.device
-        flags = [bucket.own_flags() for bucket in self._buckets]
-        found = [(f != 0).any().int().to(home, non_blocking=True) for f in flags]
-        if self._found_before is not None:
-            found.append((self._found_before != 0).int().reshape(()).to(home, non_blocking=True))
-        if not found:
-            return torch.zeros((), dtype=torch.int32, device=home)
-        return torch.stack(found).amax() if len(found) > 1 else found[0]
-
     def _note_largest(self) -> None:
-        """Finds `largest`, once and before anybody may change or drop a gradient; no host sync.
-
-        0 if there are no float16 gradients, anything if one is not finite.
-        """
+        """Finds `largest`, once and before anybody may change or drop a gradient; no host sync."""
         if not self._finds_largest or self.largest is not None:
             return
         self.largest = largest_of(self._buckets, self.unscaled_by)
@@ -347,7 +322,7 @@ class StepGradients:
         flag_of = dict(self.flags())
         self.params = [param for param in self.params if param in kept]
         if self._looked_at is not None:
-            self._looked_at = [seen for seen in self._looked_at if seen[0] in kept]
+            self._looked_at.keep(kept)
         for bucket in self._buckets:
             bucket.with_master = [param for param in bucket.with_master if param in kept]
             bucket.without = [param for param in bucket.without if param in kept]
