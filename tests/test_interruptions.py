@@ -19,34 +19,11 @@ from torch import nn
 
 from mpcore_testing.bits import same_bits
 from mpcore_testing.engines import ENGINES, Engine
+from mpcore_testing.failing import Failing
 from mpcore_testing.snapshots import snapshot
 
 RULE = mpcore.DynamicLossScale(init=2.0**6, growth_interval=2)
 OVERFLOWS = 1  # the iteration that has one
-
-
-class Failing:
-    """A backend that fails at one of its calls."""
-
-    def __init__(self, backend: Any) -> None:
-        self.backend = backend
-        self.calls = 0
-        self.fails_at: tuple[int, str, type[BaseException]] | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        real = getattr(self.backend, name)
-
-        def call(*args: Any, **options: Any) -> Any:
-            number, self.calls = self.calls, self.calls + 1
-            at, when, error = self.fails_at or (-1, "", Exception)
-            if number == at and when == "before":
-                raise error("injected")
-            result = real(*args, **options)
-            if number == at:
-                raise error("injected")
-            return result
-
-        return call
 
 
 class Run:
@@ -158,32 +135,24 @@ def test_an_exception_at_any_call_of_the_backend_corrupts_nothing(
     assert clean.backend.calls > 5
     for number in range(clean.backend.calls):
         run = Run(engine, way, monkeypatch)
-        run.backend.fails_at = (number, when, error)
+        run.backend.arm(number, when, error)
         assert same_bits(run.train(), expected), number
         assert run.backend.calls > number
 
 
-@pytest.mark.parametrize("name", ["unscale_into", "unscale_"])
+@pytest.mark.parametrize("call", [0, 1])  # of 16-bit gradients, and of others
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("halves_only", [True, False])
 def test_gradients_of_an_interrupted_unscale_reach_no_later_step(
-    engine: Engine, name: str, when: str, halves_only: bool, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, call: int, when: str, halves_only: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Masters may have them already; a parameter without a gradient must not step with them."""
     run = Run(engine, "unscale", monkeypatch)
     chosen = run.params[:2] if halves_only else run.params
     run.optimizer.backward(torch.stack([param.float().sum() for param in chosen]).sum())
-    real = getattr(run.backend.backend, name)
-
-    def fail(*args: Any) -> None:
-        if when == "after":
-            real(*args)
-        raise MemoryError("injected")
-
-    monkeypatch.setattr(run.backend, name, fail, raising=False)
+    run.backend.arm(call, when, MemoryError)
     with pytest.raises(MemoryError):
         run.optimizer.unscale_()
-    monkeypatch.setattr(run.backend, name, real)
     run.optimizer.zero_grad()
     before = snapshot(run.optimizer)["weights"]
     run.optimizer.step()  # over nothing

@@ -135,7 +135,7 @@ def norm_of(grads: list[Near]) -> Near:
     with np.errstate(all="ignore"):
         squares = [grad * grad for grad in grads]
         total = sum(float(square.value.sum()) for square in squares)
-        error = sum(float(square.error.sum()) for square in squares)
+        error = sum(float(np.sum(square.error)) for square in squares)
     # a sum of a dozen numbers in float32, in any order
     return Near(total, error + 4e-6 * abs(total)).sqrt()
 

@@ -67,7 +67,7 @@ class Look:
         return grad if self.clipped is None else grad * self.clipped
 
     def clip(self, by: Near) -> None:
-        if by.value != 1 or by.error.any():
+        if by.value != 1 or not by.exact:
             self.clipped = by if self.clipped is None else self.clipped * by
 
     def spend(self) -> None:

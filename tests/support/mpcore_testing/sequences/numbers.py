@@ -47,7 +47,11 @@ class Near:
 
     def __init__(self, value: Any, error: Any = 0.0) -> None:
         self.value = np.asarray(value, dtype=np.float64)
-        self.error = np.broadcast_to(np.asarray(error, dtype=np.float64), self.value.shape)
+        self.error = error  # an array, or one number for all elements
+
+    @property
+    def exact(self) -> bool:
+        return not np.any(self.error)
 
     @property
     def finite(self) -> bool:
@@ -55,6 +59,8 @@ class Near:
 
     def holds(self, other: Any) -> bool:
         """Whether `other` can be this; without an error only the same number can."""
+        if self.value.tobytes() == other.tobytes():  # usually
+            return True
         with np.errstate(all="ignore"):
             close = np.isfinite(self.value) & (np.abs(other - self.value) <= self.error)
         return bool((close | same(self.value, other) | (self.value == other)).all())

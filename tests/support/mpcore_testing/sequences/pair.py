@@ -13,7 +13,7 @@ from mpcore.backends import resolve
 from torch import Tensor, nn
 
 from mpcore_testing.engines import Engine
-from mpcore_testing.sequences.failing import Failing
+from mpcore_testing.failing import Failing
 from mpcore_testing.sequences.model import Model
 from mpcore_testing.sequences.numbers import Near
 from mpcore_testing.sequences.scales import Scale

@@ -115,8 +115,8 @@ class Passes(State):
                         self.own[i] = None
                         self.left.pop(i, None)
             if self.look.summed:
-                for i in self.look.members:
-                    self.own[i] = None
+                for i in self.look.members:  # of a 16-bit one it can be a late one
+                    self.own[i] = self.own[i] if i in HALVES else None
         self.look = None
         self._forget_sums()
 
