@@ -164,11 +164,6 @@ SHARED = [
             "return self.sharing.suspects(NEVER)\n",
             "return []\n",
         ),
-        (
-            "what was compared is told to nobody",
-            "        self.sharing.note(params)",
-            "        pass",
-        ),
         ("a doubt is told to nobody", "            self.sharing.doubt(param)", "            pass"),
     ),
 ]
