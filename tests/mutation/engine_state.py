@@ -250,11 +250,6 @@ SCALERS = [
         ("an interval of 0 grows each time", "        if number >= 1:", "        if number >= 0:"),
         ("a tracker overflows", "LARGEST_INT32 - 1)", "LARGEST_INT32)"),
     ),
-    *engine_mutants(
-        "scaler_ranks.py",
-        ("test_grad_scaler_ranks.py",),
-        ("one clean rank makes all step", "distributed.ReduceOp.MAX", "distributed.ReduceOp.MIN"),
-    ),
 ]
 GRAPHS = engine_mutants(
     "_graphs.py",
