@@ -94,7 +94,9 @@ def test_a_state_without_the_weights_that_go_with_it_is_noticed(engine: Engine, 
     with pytest.raises(mpcore.StageError, match="was loaded without the model's"):
         target.step(3)
     before = snapshot(target.optimizer)
-    for call in (target.optimizer.unscale_, target.optimizer.step):
+    calls = [target.optimizer.unscale_, target.optimizer.step]
+    calls.append(lambda: target.optimizer.step(lambda: pytest.fail("it was evaluated")))
+    for call in calls:
         with pytest.raises(mpcore.StageError, match="was loaded without the model's"):
             call()
     assert same_bits(snapshot(target.optimizer), before)

@@ -99,6 +99,14 @@ def test_what_torchs_checkpoints_hold_is_taken(
     THEIRS("cpu").load_state_dict(scaler.state_dict())
 
 
+def test_the_largest_tracker_of_a_checkpoint_can_be_counted_up() -> None:
+    """torch's tracker is an int32, too: one more would be negative, and the scale never grow."""
+    scaler, param = OURS("cpu", init_scale=4.0), weight(2)
+    scaler.load_state_dict(scaler.state_dict() | {"_growth_tracker": 2**31 - 1})
+    train(scaler, torch.optim.SGD([param], lr=0.1), param, [1.0])
+    assert scaler.get_scale() == 8.0
+
+
 def test_one_warning_tells_of_everything() -> None:
     state = {
         "scale": 0.0,

@@ -128,22 +128,37 @@ def test_it_may_come_before_the_first_step_and_after_an_edit(engine: Engine) -> 
 
 
 @pytest.mark.parametrize("engine", GENERAL, ids=str)
-@pytest.mark.parametrize("stage", ["scaled", "unscaled", "accumulated"])
+def test_masters_put_into_the_state_are_what_it_acts_on(engine: Engine) -> None:
+    twins = Twins(engine)
+    twins.step(1)
+    for param, other in zip(twins.params[:2], twins.copies[:2], strict=True):
+        finer = twins.optimizer.state[param]["master"].detach() * (1 + 2.0**-20)
+        twins.optimizer.state[param]["master"] = finer
+        other.data.copy_(finer)
+    twins.optimizer.eval()
+    twins.plain.eval()
+    twins.expect_alike()
+
+
+@pytest.mark.parametrize("engine", GENERAL, ids=str)
+@pytest.mark.parametrize("stage", ["scaled", "unscaled", "accumulated", "resumed"])
 def test_gradients_that_wait_for_a_step_are_not_passed_by(engine: Engine, stage: str) -> None:
     twins = Twins(engine)
     twins.step(0)
     twins.optimizer.backward(torch.stack([p.float().sum() for p in twins.params]).sum())
     if stage == "unscaled":
         twins.optimizer.unscale_()
-    if stage == "accumulated":
+    if stage in ("accumulated", "resumed"):
         twins.optimizer.accumulate()
+    if stage == "resumed":
+        twins.optimizer.load_state_dict(copy.deepcopy(twins.optimizer.state_dict()))
     before = copy.deepcopy([twins.params, twins.masters()])
     with pytest.raises(
         mpcore.StageError, match=r"^eval\(\) of Averaging: .* zero_grad\(\) of this"
     ):
         twins.optimizer.eval()
     assert same_bits([twins.params, twins.masters()], before)
-    if stage == "accumulated":
+    if stage in ("accumulated", "resumed"):
         twins.optimizer.step()
     else:
         twins.optimizer.zero_grad()

@@ -9,7 +9,7 @@ from typing import Any
 import mpcore
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mpcore_testing.bits import same_bits
 from mpcore_testing.engines import ENGINES, Engine
@@ -241,3 +241,33 @@ def test_hooks_of_a_load_come_before_and_after_it(engine: Engine, when: str) -> 
         optimizer.load_state_dict(saved)
     assert optimizer.steps == (when == "pre")
     optimizer.state_dict()
+
+
+def test_a_pass_that_is_added_up_in_part_is_not_gone_on_from(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpcore.accumulation._AT_ONCE", 1)  # each parameter is a slice
+    params = [nn.Parameter(torch.zeros(3).half()) for _ in range(2)]
+    optimizer = engine.wrap(torch.optim.SGD(params, lr=1.0), mpcore.StaticLossScale(2.0))
+
+    def fails(some: list[Tensor]) -> None:
+        if some[0] is params[1]:
+            raise MemoryError
+
+    def accumulate() -> None:
+        optimizer.backward(torch.stack([p.float().sum() for p in params]).sum())
+        optimizer.accumulate()
+
+    accumulate()
+    sums: Any = optimizer._stage._sums
+    unscaled = sums._unscaled
+    monkeypatch.setattr(sums, "_unscaled", lambda some, *rest: fails(some) or unscaled(some, *rest))
+    with pytest.raises(MemoryError):
+        accumulate()
+    for call in (optimizer.step, optimizer.accumulate, optimizer.state_dict):
+        with pytest.raises(mpcore.StageError, match="left half unscaled"):
+            call()
+    optimizer.zero_grad()
+    accumulate()
+    optimizer.step()
+    assert all((p == -1).all() for p in params)

@@ -113,11 +113,11 @@ def test_an_exception_while_they_are_multiplied_leaves_no_gradients_to_step_with
     optimizer.step()
 
     def fails(grads: Any, factor: Any, backend: Any) -> None:
-        raise KeyboardInterrupt
+        raise MemoryError
 
     with monkeypatch.context() as patch:
         patch.setattr("mpcore.leftovers._multiply_", fails)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(MemoryError):
             optimizer.scale(torch.ones(()))
     for call in (optimizer.step, lambda: optimizer.scale(torch.ones(()))):
         with pytest.raises(mpcore.StageError, match=r"left half unscaled\. Call zero_grad\(\)"):

@@ -163,6 +163,52 @@ def test_an_edit_is_told_of_the_right_parameter_after_another_left(engine: Engin
         points.step(2)
 
 
+def test_a_write_is_seen_after_another_parameter_left(engine: Engine) -> None:
+    points = wrapped(engine)
+    points.step(0)
+    with torch.no_grad():
+        points.points.mul_(1.0)  # one write more than the frame has had
+    points.step(1)
+    del points.optimizer.state[points.points], points.optimizer.param_groups[0]
+    with torch.no_grad():
+        points.frame.fill_(0.5)  # now it has had as many
+    points.frame.grad = torch.zeros_like(points.frame)
+    with pytest.warns(UserWarning, match=r"^6 elements of group 0, parameter 0, \[2, 3\] were"):
+        points.optimizer.step()
+
+
+def test_a_weight_that_differs_from_the_master_that_was_moved_is_an_edit(engine: Engine) -> None:
+    points = wrapped(engine)
+    points.step(0)
+    points.change(pruned)
+    with torch.no_grad():
+        points.points[1] += 1
+    expected = points.optimizer.state[points.points]["master"].clone()
+    expected[1] = points.points[1].detach().float()
+    points.points.grad = torch.zeros_like(points.points)
+    points.optimizer.param_groups[0]["lr"] = 0.0
+    with pytest.warns(UserWarning, match=r"^3 elements of group 0, parameter 0, \[3, 3\] were"):
+        points.optimizer.step()
+    assert same_bits(points.optimizer.state[points.points]["master"].detach(), expected)
+
+
+def test_a_master_of_another_shape_is_not_taken(engine: Engine) -> None:
+    points = Points(
+        lambda groups: torch.optim.SGD(groups, lr=0.5),
+        lambda inner: engine.wrap(inner, mpcore.NoLossScale()),
+        torch.float16,
+    )
+    points.step(0)
+    state = points.optimizer.state.pop(points.points)
+    new = nn.Parameter(grown(points.points.detach()))
+    points.optimizer.param_groups[0]["params"][0] = new
+    points.optimizer.state[new] = state
+    new.grad = torch.ones_like(new)
+    expected = new.detach().float() - 0.5
+    points.optimizer.step()
+    assert same_bits(points.optimizer.state[new]["master"].detach(), expected)
+
+
 @pytest.mark.parametrize("way", ["step", "unscale_", "clip"])
 def test_data_of_another_size_is_refused_and_nothing_changes(engine: Engine, way: str) -> None:
     points = wrapped(engine)

@@ -130,18 +130,52 @@ def test_an_optimizer_that_comes_later_goes_on_from_the_master(engine: Engine) -
     assert second.state[param]["master"].tolist() == [1.0 - 4 * 2.0**-14] * 3
 
 
-def test_a_later_one_sees_what_was_written_through_data_meanwhile(engine: Engine) -> None:
+@pytest.mark.parametrize("earlier", [1, 2])
+def test_a_later_one_sees_what_was_written_through_data_meanwhile(
+    engine: Engine, earlier: int
+) -> None:
+    param = nn.Parameter(torch.ones(3).half())
+    before = [engine.wrap(torch.optim.SGD([param], lr=0.5), SCALE) for _ in range(earlier)]
+    for optimizer in before:
+        optimizer.backward(param.float().sum())
+        optimizer.step()
+        optimizer.zero_grad()
+    param.data[1] = 7.0
+    later = engine.wrap(torch.optim.SGD([param], lr=0.5), SCALE)
+    later.backward(param.float().sum())
+    with pytest.warns(UserWarning, match="^1 elements of"):
+        later.step()
+    end = 0.5 - 0.5 * earlier
+    assert later.state[param]["master"].tolist() == [end, 6.5, end]
+
+
+def test_a_weight_of_another_shape_has_another_master(engine: Engine) -> None:
     param = nn.Parameter(torch.ones(3).half())
     first = engine.wrap(torch.optim.SGD([param], lr=0.5), SCALE)
     first.backward(param.float().sum())
     first.step()
     first.zero_grad()
-    param.data[1] = 7.0
+    param.data = torch.full((5,), 2.0).half()
     second = engine.wrap(torch.optim.SGD([param], lr=0.5), SCALE)
     second.backward(param.float().sum())
+    second.step()
+    assert second.state[param]["master"].tolist() == [1.5] * 5
+
+
+def test_numbers_that_are_not_finite_are_refused_by_both(pair: Pair) -> None:
+    pair.turns(0, 1)
+    with torch.no_grad():
+        pair.shared[0, 0] = torch.nan
+    for which in (0, 1, 0):
+        with pytest.raises(mpcore.StageError, match="expected finite numbers"):
+            pair.step(which, 2)
+        pair.optimizers[which].zero_grad()
+    with torch.no_grad():
+        pair.shared[0, 0] = 1.0
     with pytest.warns(UserWarning, match="^1 elements of"):
-        second.step()
-    assert second.state[param]["master"].tolist() == [0.0, 6.5, 0.0]
+        pair.turns(2)
+    pair.turns(3)
+    pair.expect_one()
 
 
 def test_a_master_lives_as_long_as_an_optimizer_that_holds_it(engine: Engine) -> None:

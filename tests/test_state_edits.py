@@ -181,6 +181,9 @@ def test_clearing_the_state_starts_moments_again_and_keeps_masters(
     else:
         for param in model.layers.parameters():
             optimizer.state[param] = {"master": optimizer.state[param]["master"]}
+    optimizer.state_dict()  # where masters that were taken out are shown again
+    kept = [optimizer.state[p]["master"].detach() for p in model.layers.parameters()]
+    assert same_bits(kept, masters)
     train(model, optimizer, [3])
     assert float(optimizer.state[model.layers[0].weight]["step"]) == 1.0
     for param, before in zip(model.layers.parameters(), masters, strict=True):

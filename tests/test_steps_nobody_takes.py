@@ -189,11 +189,21 @@ def test_an_exception_while_a_pass_is_thrown_away_moves_no_scale(
     optimizer.clip_grad_norm_(1.0)
 
     def fails(counters: Any, found_inf: Any) -> None:
-        raise KeyboardInterrupt
+        raise MemoryError
 
     with monkeypatch.context() as patch:
         patch.setattr("mpcore.scale_moves.count_step_", fails)  # after the scales have moved
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(MemoryError):
             optimizer.zero_grad()
     assert [p.grad for p in params] == [None, None]
     assert same_bits(optimizer.state_dict()["mpcore"], before)
+
+
+def test_a_pass_of_which_a_gradient_is_left_is_not_thrown_away(engine: Engine) -> None:
+    params, optimizer = make(engine, RULE)
+    run(optimizer, params, 1.0, "unscale_")
+    params[0].grad = None
+    with pytest.raises(mpcore.StageError, match=r"^scale\(\): expected to be called before"):
+        optimizer.scale(torch.ones(()))
+    optimizer.step()
+    assert [p.tolist() for p in params] == [[0.0] * 3, [-1.0] * 3]

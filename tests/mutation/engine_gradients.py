@@ -25,17 +25,16 @@ EXPOSURE = [
             "        master.grad = grad\n",
             "        pass\n",
         ),
-        (
-            "an expanded gradient is taken as it lies",
-            "own_memory(param, grad.detach() if grad.requires_grad else grad)",
-            "grad.detach()",
-        ),
+        ("what older torch shows is not undone", "shown.own.data = shown.own_values", "pass"),
+    ),
+    *engine_mutants(
+        "exposure.py",
+        ("test_steps_nobody_takes.py",),
         (
             "one dropped gradient throws the pass away",
             "all(param.grad is None for param in self._seen)",
             "any(param.grad is None for param in self._seen)",
         ),
-        ("what older torch shows is not undone", "shown.own.data = shown.own_values", "pass"),
     ),
     *engine_mutants(
         "gradients.py",
@@ -259,8 +258,12 @@ CHECKS = [
 ACCUMULATION = [
     *engine_mutants(
         "accumulation.py",
-        ("test_interruptions.py",),
+        ("test_interruptions_of_others.py",),
         ("half a pass in the sums is not noted", "self.torn = True", "self.torn = False"),
+    ),
+    *engine_mutants(
+        "accumulation.py",
+        ("test_interruptions.py",),
         ("a gradient is not put back after an exception", "param.grad = grad\n", "pass\n"),
     ),
     *engine_mutants(

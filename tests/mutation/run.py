@@ -22,9 +22,10 @@ from pathlib import Path
 # one import serves all runs, which are forks of this process; none of them imports the kernels here
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TRITON_INTERPRET"] = "1"
+import hypothesis  # noqa: F401
 import numpy as np  # noqa: F401
 import pytest
-import torch  # noqa: F401
+import torch._dynamo  # noqa: F401 - which an optimizer of torch imports
 import triton.language  # noqa: F401
 from adopting import ADOPT
 from elementwise import ELEMENTWISE
