@@ -4,22 +4,39 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import NamedTuple
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
+from mpcore._bulk import grads_of, with_gradient, writes_to
 from mpcore._layouts import own_memory
 from mpcore.backends import Backend
 from mpcore.gradients import StepGradients
 
+_REQUIRES_GRAD = attrgetter("requires_grad")
 
-class _Left(NamedTuple):
-    """A gradient that a step has left in `p.grad`, and how often it was written to."""
 
-    param: Tensor
-    grad: weakref.ref[Tensor]
-    writes: int
+class _Left:
+    """Gradients that a step has left in `p.grad`, and how often each was written to.
+
+    Args:
+        params: Parameters that have a gradient.
+    """
+
+    def __init__(self, params: Sequence[Tensor] = ()) -> None:
+        grads = grads_of(params)
+        self._params = params
+        self._grads = list(map(weakref.ref, grads))  # nobody is to keep them alive
+        self._writes = writes_to(grads)
+
+    def still_there(self) -> list[Tensor]:
+        """Returns the parameters whose gradient is the one that was left, and not written to."""
+        return [
+            param
+            for param, grad, writes in zip(self._params, self._grads, self._writes, strict=True)
+            if (now := param.grad) is not None and grad() is now and now._version == writes
+        ]
 
 
 class Leftovers:
@@ -30,8 +47,8 @@ class Leftovers:
 
     def forget(self) -> None:
         """Forgets them: gradients were cleared, or belong to another scaler."""
-        self._scaled: list[_Left] = []
-        self._unscaled: list[_Left] = []
+        self._scaled = _Left()
+        self._unscaled = _Left()
         self._unscaled_by: Tensor | None = None
         self._expected: tuple[StepGradients, Sequence[Tensor]] | None = None
         self.torn = False  # whether an exception came while they were multiplied
@@ -45,12 +62,14 @@ class Leftovers:
         """
         self.forget()
         self._unscaled_by = gradients.unscaled_by
-        in_place = {id(p) for p in gradients.unscaled_in_place()}
-        for param in params:
-            grad = param.grad
-            if grad is not None and not grad.requires_grad:
-                left = self._unscaled if id(param) in in_place else self._scaled
-                left.append(_Left(param, weakref.ref(grad), grad._version))
+        in_place = set(map(id, gradients.unscaled_in_place()))
+        params, grads = with_gradient(params)
+        if any(map(_REQUIRES_GRAD, grads)):  # of a pass with create_graph: not ours to multiply
+            params = [p for p, g in zip(params, grads, strict=True) if not g.requires_grad]
+        if in_place:
+            self._unscaled = _Left([p for p in params if id(p) in in_place])
+            params = [p for p in params if id(p) not in in_place]
+        self._scaled = _Left(params)
 
     def expect(self, gradients: StepGradients, params: Sequence[Tensor]) -> None:
         """Notes that a step which goes on may have left some, to be found by `rescale_`.
@@ -75,23 +94,13 @@ class Leftovers:
             self.note(*self._expected)
         if self._unscaled_by is None:
             return
-        unscaled, scaled = _still_there(self._unscaled), _still_there(self._scaled)
+        unscaled, scaled = self._unscaled.still_there(), self._scaled.still_there()
         self.torn = bool(unscaled or (scaled and moves))
         if unscaled:
             _multiply_(unscaled, scale, backend)
         if scaled and moves:
             _multiply_(scaled, scale * self._unscaled_by, backend)
         self.forget()
-
-
-def _still_there(left: list[_Left]) -> list[Tensor]:
-    """Returns the parameters whose gradient is the one that was left, and not written to."""
-    there = []
-    for param, grad, writes in left:
-        now = param.grad
-        if now is not None and grad() is now and now._version == writes:
-            there.append(param)
-    return there
 
 
 def _multiply_(params: list[Tensor], factor: Tensor, backend: Backend) -> None:

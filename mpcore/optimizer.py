@@ -254,7 +254,7 @@ class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, InnerMethods,
             self._stage.throw_away()  # first: the model's own gradients are to be cleared
         finally:
             super().zero_grad(set_to_none)
-            self._stage.zeroed = not set_to_none
+            self._stage.note_cleared(set_to_none)
 
     @outside_graphs
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -290,6 +290,12 @@ class Stage:
             return None  # several scales do not move alike
         return self._tensors.move(self._loss_scaling)
 
+    def note_cleared(self, set_to_none: bool) -> None:
+        """Notes that `p.grad` is None everywhere, or zeros."""
+        self.zeroed = not set_to_none
+        if set_to_none:
+            self._leftovers.forget()
+
     def forget_step(self) -> None:
         """Ends a step that has no gradients (any more): it counts as one that nobody took."""
         self.throw_away(last_step=True)
