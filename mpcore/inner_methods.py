@@ -50,8 +50,7 @@ class InnerMethods:
         """
         caller = f"{method.__name__}()"
         self._stage.check_whole(caller)
-        stage = self._stage
-        if stage.scaled or stage.gradients is not None or stage.accumulated is not None:
+        if self._stage.waits:
             raise StageError(
                 f"{caller} of {type(self.inner).__name__}: expected a call between two steps, got "
                 "one while gradients of a scaled loss wait for step(). Call step() first, or "

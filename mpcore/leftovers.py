@@ -33,6 +33,7 @@ class Leftovers:
         self._scaled: list[_Left] = []
         self._unscaled: list[_Left] = []
         self._unscaled_by: Tensor | None = None
+        self._failed: list[_Left] = []
         self.torn = False  # whether an exception came while they were multiplied
 
     def note(self, gradients: StepGradients, params: Sequence[Tensor]) -> None:
@@ -50,6 +51,23 @@ class Leftovers:
             if grad is not None and not grad.requires_grad:
                 left = self._unscaled if id(param) in in_place else self._scaled
                 left.append(_Left(param, weakref.ref(grad), grad._version))
+
+    def note_failed(self, params: Sequence[Tensor]) -> None:
+        """Notes the gradients of a step that failed, of these parameters."""
+        grads = [(param, param.grad) for param in params]
+        self._failed = [_Left(p, weakref.ref(g), g._version) for p, g in grads if g is not None]
+
+    def were_replaced(self) -> bool:
+        """Whether a step has failed, and another pass has left all its gradients since."""
+        if not self._failed or _still_there(self._failed):
+            return False
+        return any(param.grad is not None for param, _, _ in self._failed)
+
+    def forget_failed(self) -> None:
+        """Forgets a step that failed: it was thrown away."""
+        self._failed = []
+        if self.torn:
+            self.forget()
 
     @torch.no_grad()
     def rescale_(self, scale: Tensor, backend: Backend, *, moves: bool) -> None:

@@ -171,6 +171,7 @@ class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, InnerMethods,
             return self._step_with_closure(closure) if closure is not None else self._step()
         except BaseException:
             External.leave(self)
+            self._stage.note_failed()
             raise
 
     def _step(self) -> None:
