@@ -16,6 +16,7 @@ from mpcore.accumulation import Accumulated, Accumulation
 from mpcore.backends import Backend, ScaleMove
 from mpcore.clip_watch import ClipWatch
 from mpcore.errors import StageError
+from mpcore.flush_watch import FlushWatch
 from mpcore.gradients import StepGradients
 from mpcore.headroom import HeadroomLossScale
 from mpcore.leftovers import Leftovers
@@ -80,6 +81,7 @@ class Stage:
         losses.own_alarm = new_alarm(loss_scaling, 0)
         self._sums: Accumulation | None = None
         self._clip_watch = ClipWatch(groups)
+        self.flush_watch = FlushWatch()
         self._leftovers = Leftovers()
         self.watcher: Watcher | None = None
 
@@ -128,6 +130,8 @@ class Stage:
         if self.needs_scale:
             twice = self.scaled and not self._thrown
             checks.check_scaled(caller, external, bool(params), self.scaled, twice)
+        elif external is None:
+            self.flush_watch.see(params, self._backend, self._tensors.scale.device)
         self._clip_watch.check()
         scale = self._tensors.scale if external is None else external.scale
         # an outside scale is any number and moves in place; our own follows from the coefficient
@@ -195,6 +199,8 @@ class Stage:
         self._clip_watch.check()
         scaling = self._loss_scaling if loss is None else loss.scaling
         scale = self._tensors.scale if loss is None else loss.tensors.scale
+        if isinstance(scaling, NoLossScale):
+            self.flush_watch.see(params, self._backend, scale.device)
         self._masters.create_for(params)
         if self._sums is None:
             self._sums = Accumulation(self._masters, self._backend)
