@@ -124,6 +124,17 @@ def test_where_all_are_zero_the_loss_tells_whether_they_may_be(engine: Engine, s
         net.optimizer.step()
 
 
+def test_zeros_beside_an_overflow_are_not_all_there_is(engine: Engine) -> None:
+    net = Net(engine)
+    for number in range(FIRST):
+        net.optimizer.backward(net.loss(1e-8))
+        for param in net.model.parameters():
+            param.grad = torch.zeros_like(param)
+        if number == FIRST - 1:
+            net.last.weight.grad[0, 0] = torch.inf  # type: ignore[index]
+        net.optimizer.step()
+
+
 def test_where_all_are_zero_and_nobody_has_seen_the_loss_nothing_is_said(engine: Engine) -> None:
     net = Net(engine)
     for _ in range(2 * FIRST):

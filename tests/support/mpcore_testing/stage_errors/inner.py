@@ -106,6 +106,10 @@ WRAPPED = [
                 "or zero_grad() of this optimizer",
                 then(zero_grad, call("train"), second_step),
             ),
+            (
+                *("zero_grad, zeros", "or zero_grad() of this optimizer"),
+                then(call("zero_grad", False), call("train"), second_step),
+            ),
             ("the loop's", "zero_grad()", then(World.zero, call("train"), second_step)),
         ]
     ),
