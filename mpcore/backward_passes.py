@@ -49,6 +49,7 @@ class BackwardPasses:
             self._stage.watcher.see_loss(outputs)
         if not self._stage.needs_scale:
             self._stage.scaled = True
+            self._stage.flush_watch.see_loss(outputs)
             return outputs
         scaled: Outputs = scale_outputs(outputs, self._scale.scale)
         self._stage.note_scaled(scaled)

@@ -37,11 +37,11 @@ class ClipWatch:
         self._param: Any = None
         self._before: tuple[Tensor, int, Tensor] | None = None  # gradient, writes, a copy of it
         self._sent: HostCopy | None = None
+        self.has_begun = False  # whether the backward pass of what was scaled last has
 
     def watch(self, scaled: Any) -> None:
         """Has a look at the end of the backward pass of scaled outputs."""
-        if self._warned:
-            return
+        self.has_begun = False
         if isinstance(scaled, Tensor):
             if scaled.requires_grad:
                 scaled.register_hook(_at_the_end(self))  # type: ignore[no-untyped-call]
@@ -103,6 +103,9 @@ def _at_the_end(watch: ClipWatch) -> Any:
             watch.note()
 
     def begin(_: Tensor) -> None:
+        watch = alive()
+        if watch is not None:
+            watch.has_begun = True
         engine: Any = torch.autograd.Variable._execution_engine
         engine.queue_callback(lambda: engine.queue_callback(last))
 

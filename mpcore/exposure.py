@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,11 +44,11 @@ class Exposure:
     Args:
         params: Parameters that have a gradient; masters of 16-bit ones have theirs in float32.
         masters: Where the masters are.
-        sees_pass: Called when a backward pass comes to one of them; raises to stop it.
+        sees_pass: Called with one of them when a backward pass comes to it; raises to stop it.
     """
 
     def __init__(
-        self, params: Sequence[Tensor], masters: Masters, sees_pass: Callable[[], None]
+        self, params: Sequence[Tensor], masters: Masters, sees_pass: Callable[[Tensor], None]
     ) -> None:
         self._masters = masters
         self._shown: list[_Shown] = []
@@ -82,16 +83,17 @@ class Exposure:
             own.data = unscaled
         master.grad = param.grad
 
-    def _watch(self, params: Sequence[Tensor], sees_pass: Callable[[], None]) -> None:
+    def _watch(self, params: Sequence[Tensor], sees_pass: Callable[[Tensor], None]) -> None:
         see = weakref.WeakMethod(sees_pass)  # a parameter must not keep its optimizer alive
 
-        def look(_: Tensor) -> None:
-            alive = see()
-            if alive is not None:
-                alive()
+        def look(param: weakref.ref[Tensor], _: Tensor) -> None:
+            alive, there = see(), param()
+            if alive is not None and there is not None:
+                alive(there)
 
         each: Sequence[Any] = params
-        self._hooks += [p.register_hook(look) for p in each if p.requires_grad]
+        some = [param for param in each if param.requires_grad]
+        self._hooks += [p.register_hook(partial(look, weakref.ref(p))) for p in some]
 
     def note(self, params: Sequence[Tensor]) -> None:
         """Notes that what `params` show now is known: what is written later is an edit."""

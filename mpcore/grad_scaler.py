@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import OptState
 
 from mpcore._checks import SIXTEEN_BIT
 from mpcore._graphs import outside_graphs
@@ -93,7 +94,16 @@ class GradScaler(ScaleCourse):
             AssertionError, RuntimeError: At the wrong moment, as in torch.
             StageError: It is a `MixedPrecisionOptimizer` that has scaled the loss itself.
         """
+        self._forget_thrown(optimizer)
         super().unscale_(optimizer)
+
+    def _forget_thrown(self, optimizer: torch.optim.Optimizer) -> None:
+        """Forgets an `unscale_` whose gradients were thrown away: those of now are scaled."""
+        if not self._enabled or not isinstance(optimizer, MixedPrecisionOptimizer):
+            return
+        states = self._per_optimizer_states
+        if states[id(optimizer)]["stage"] is OptState.UNSCALED and not optimizer._stage.unscaled:
+            del states[id(optimizer)]
 
     def _unscale_grads_(
         self,
@@ -158,6 +168,7 @@ class GradScaler(ScaleCourse):
         """
         if self._enabled and any(callable(arg) for arg in args):
             raise RuntimeError("Closure use is not currently supported if GradScaler is enabled.")
+        self._forget_thrown(optimizer)
         unwritten = begin_momentum(optimizer) if self._enabled else []
         result = super().step(optimizer, *args, **kwargs)
         if self._enabled:

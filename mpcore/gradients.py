@@ -129,11 +129,11 @@ class StepGradients:
         self._coefficient.spend()
         self._found, self.torn = None, False
 
-    def expose(self, sees_pass: Callable[[], None]) -> None:
+    def expose(self, sees_pass: Callable[[Tensor], None]) -> None:
         """Shows them in `p.grad`, unscaled, in float32, to be edited there until `release`.
 
         Args:
-            sees_pass: Called when a backward pass comes to one of them.
+            sees_pass: Called with a parameter when a backward pass comes to it.
         """
         self.exposure = Exposure(self.params, self._masters, sees_pass)
 

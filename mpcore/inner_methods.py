@@ -55,8 +55,7 @@ class InnerMethods(TwoSteps):
         caller = f"{method.__name__}()"
         self._stage.check_whole(caller)
         self._check_between_steps(caller)
-        stage = self._stage
-        if stage.scaled or stage.gradients is not None or stage.accumulated is not None:
+        if self._stage.waits:
             raise StageError(
                 f"{caller} of {type(self.inner).__name__}: expected a call between two steps, got "
                 "one while gradients of a scaled loss wait for step(). Call step() first, or "

@@ -26,7 +26,7 @@ class _Left:
 
     def __init__(self, params: Sequence[Tensor] = ()) -> None:
         grads = grads_of(params)
-        self._params = params
+        self.params = params
         self._grads = list(map(weakref.ref, grads))  # nobody is to keep them alive
         self._writes = writes_to(grads)
 
@@ -34,7 +34,7 @@ class _Left:
         """Returns the parameters whose gradient is the one that was left, and not written to."""
         return [
             param
-            for param, grad, writes in zip(self._params, self._grads, self._writes, strict=True)
+            for param, grad, writes in zip(self.params, self._grads, self._writes, strict=True)
             if (now := param.grad) is not None and grad() is now and now._version == writes
         ]
 
@@ -51,6 +51,7 @@ class Leftovers:
         self._unscaled = _Left()
         self._unscaled_by: Tensor | None = None
         self._expected: tuple[StepGradients, Sequence[Tensor]] | None = None
+        self._failed = _Left()  # gradients of a step that an exception ended
         self.torn = False  # whether an exception came while they were multiplied
 
     def note(self, gradients: StepGradients, params: Sequence[Tensor]) -> None:
@@ -80,6 +81,21 @@ class Leftovers:
         """
         self.forget()
         self._expected = gradients, params
+
+    def note_failed(self, params: Sequence[Tensor]) -> None:
+        """Notes the gradients of a step that failed, of these parameters."""
+        self._failed = _Left(with_gradient(params)[0])
+
+    def were_replaced(self) -> bool:
+        """Whether a step has failed, and another pass has left all its gradients since."""
+        there = any(param.grad is not None for param in self._failed.params)
+        return there and not self._failed.still_there()
+
+    def forget_failed(self) -> None:
+        """Forgets a step that failed: it was thrown away."""
+        self._failed = _Left()
+        if self.torn:
+            self.forget()
 
     @torch.no_grad()
     def rescale_(self, scale: Tensor, backend: Backend, *, moves: bool) -> None:

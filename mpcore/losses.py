@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,10 +42,12 @@ class Losses:
         each: By name.
         totals: Counters of the optimizer's steps, whatever losses they had, like those of a loss
             scale; None as long as there is only the optimizer's own loss, which then counts them.
+        own_alarm: Of the optimizer's own loss.
     """
 
     each: dict[str, ScaledLoss] = field(default_factory=dict)
     totals: Tensor | None = None
+    own_alarm: SkipAlarm = field(default_factory=SkipAlarm)
     _alarm: SkipAlarm = field(default_factory=SkipAlarm)
 
     def add(
@@ -79,8 +82,11 @@ class Losses:
             for tensor, value in zip(self.totals.unbind(), totals, strict=True):
                 tensor.fill_(value)
 
-    def note(self) -> None:
+    def note(self, own: Tensor) -> None:
         """Lets every alarm look at its counters after a step; no host sync.
+
+        Args:
+            own: Those of the optimizer's own loss.
 
         Raises:
             LossScaleError: That of the first alarm that raises; all have looked then.
@@ -88,9 +94,11 @@ class Losses:
         errors = []
         if self.totals is not None:
             self._alarm.note(self.totals)
-        for loss in self.each.values():
+        looks: list[Callable[[], None]] = [partial(self.own_alarm.note, own)]
+        looks += [loss.note for loss in self.each.values()]
+        for look in looks:
             try:
-                loss.note()
+                look()
             except LossScaleError as error:
                 errors.append(error)
         if errors:

@@ -6,7 +6,7 @@ A 16-bit weight loses an update smaller than half its last place; a float32 mast
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -109,6 +109,16 @@ class Masters:
             if id(param) not in known and param.dtype in SIXTEEN_BIT:
                 self.create(param)
         self._shown.settle(self._outer_state)
+
+    def create_for_step(self, params: Sequence[Tensor]) -> None:
+        """Makes the masters of `params`, in order, and of all others in groups; no host sync.
+
+        Some optimizers move parameters that have no gradient in a step.
+        """
+        self.create_for(params)
+        if len(params) != sum(len(group["params"]) for group in self._groups):
+            every = [param for group in self._groups for param in group["params"]]
+            self.create_for(param for param in every if param.requires_grad)
 
     def link_state(self, params: Iterable[Tensor]) -> None:
         """Shows the inner optimizer's state of `params` in the outer state; no host sync."""

@@ -175,6 +175,7 @@ class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, InnerMethods,
             return self._step_with_closure(closure) if closure is not None else self._step()
         except BaseException:
             External.leave(self)
+            self._stage.note_failed()
             raise
 
     def _step(self) -> None:
@@ -187,9 +188,8 @@ class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, InnerMethods,
         collected = self._stage.collect("step()", External.of(self))
         self._edits.adopt(began=self._began)
         if collected.params:
-            self._finish(
-                collected, self._paths.step(collected, self._stage.move(External.of(self)))
-            )
+            move = self._stage.moves.of_step(External.of(self))
+            self._finish(collected, self._paths.step(collected, move))
         else:
             self._paths.step_without_gradients()
             self._stage.forget_step()
@@ -214,7 +214,7 @@ class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, InnerMethods,
             if self._paths.uses_waiting() and self._stage.waiting.take():
                 first = self._stage.collect_pass("step(closure)", external)
             result, gradients, moved = self._paths.step_with_closure(
-                closure, collect, self._stage.move(external), first
+                closure, collect, self._stage.moves.of_step(external), first
             )
         except BaseException:
             self._stage.forget()

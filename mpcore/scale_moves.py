@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from mpcore._scaling import External
-from mpcore.backends import Backend
+from mpcore.backends import Backend, ScaleMove
 from mpcore.backends._scale import count_step_
 from mpcore.gradients import StepGradients
 from mpcore.loss_scale import LossScale, NoLossScale
@@ -51,6 +52,17 @@ class ScaleMoves:
                 loss = self._losses.each[name]
                 loss.tensors.advance_(loss.scaling, found_inf, update, largest)
 
+    def count(self, found_inf: Tensor) -> None:
+        """Counts a step of several losses; no host sync."""
+        if self._losses.totals is not None:
+            count_step_(self._losses.totals, found_inf)
+
+    def of_step(self, external: External | None) -> ScaleMove | None:
+        """Returns how the scale moves at the end of a step, None if it only counts."""
+        if external is not None or self._losses.totals is not None:
+            return None  # several scales do not move alike
+        return self._tensors.move(self._loss_scaling)
+
     def count_if_skipped(self, gradients: StepGradients) -> None:
         """Moves scales and counters as a skipped step does, if one was due."""
         found_inf, totals = gradients.found_inf(), self._losses.totals
@@ -60,8 +72,7 @@ class ScaleMoves:
         counts = torch.zeros_like(found_inf, dtype=torch.bool)
         try:
             self.advance(gradients, None)
-            if totals is not None:
-                count_step_(totals, found_inf)
+            self.count(found_inf)
             counts = found_inf != 0
         finally:
             for tensor, old in zip(kept, before, strict=True):

@@ -13,10 +13,10 @@ from mpcore import stage_checks as checks
 from mpcore._parameters import name_of, with_gradient
 from mpcore._scaling import External
 from mpcore.accumulation import Accumulated, Accumulation
-from mpcore.backends import Backend, ScaleMove
-from mpcore.backends._scale import count_step_
+from mpcore.backends import Backend
 from mpcore.clip_watch import ClipWatch
 from mpcore.errors import StageError
+from mpcore.flush_watch import FlushWatch
 from mpcore.gradients import StepGradients
 from mpcore.headroom import HeadroomLossScale
 from mpcore.leftovers import Leftovers
@@ -64,6 +64,7 @@ class Stage:
     ) -> None:
         self.gradients: StepGradients | None = None
         self.scaled = False  # whether scale() was called since the last step
+        self._thrown = False  # whether what it scaled was thrown away since
         self.zeroed = False  # whether gradients are zeros that zero_grad() left
         self.result: StepResult | None = None
         self._groups = groups
@@ -76,11 +77,12 @@ class Stage:
         self._plan = plan
         self._writes = writes
         self._edits = edits
-        self._moves = ScaleMoves(loss_scaling, tensors, losses, backend)
+        self.moves = ScaleMoves(loss_scaling, tensors, losses, backend)
         self._outside_scale: Tensor | None = None
-        self._alarm = new_alarm(loss_scaling, 0)
+        losses.own_alarm = new_alarm(loss_scaling, 0)
         self._sums: Accumulation | None = None
         self._clip_watch = ClipWatch(groups)
+        self.flush_watch = FlushWatch()
         self._leftovers = Leftovers()
         self.waiting = WaitingGradients()
         self.watcher: Watcher | None = None
@@ -100,6 +102,12 @@ class Stage:
         """Whether `unscale_` was called in this step."""
         return self.gradients is not None and self.gradients.exposure is not None
 
+    @property
+    def waits(self) -> bool:
+        """Whether gradients of a scaled loss wait for a step."""
+        waits = self.scaled and not self.zeroed and checks.any_gradient(self._groups)
+        return waits or self.gradients is not None or self._sums is not None
+
     def collect(self, caller: str, external: External | None) -> StepGradients:
         """Returns this step's gradients, checked, with masters made; there may be none at all.
 
@@ -110,13 +118,13 @@ class Stage:
         self.check_whole(caller)
         params = with_gradient(self._groups, self._device_of, self._masters)
         checks.check_shapes(caller, params, self._masters, self._groups)
+        if self._leftovers.were_replaced():
+            self.throw_away()
         if self.gradients is not None:
             checks.check_no_newcomer(caller, params, self.gradients, self._groups)
             self._edits.check(caller)
             self.gradients.plan_is_old = True
-            if self.gradients.accumulated is not None and not self.unscaled:
-                # p.grad of 16-bit parameters is None by now
-                params = [p for p in self.gradients.params if self._masters.of(p).grad is not None]
+            params = checks.still_there(params, self.gradients, self._masters)
             self.gradients.keep(params)
             self.gradients.take_edits()
             if external is not None:
@@ -127,7 +135,10 @@ class Stage:
             self.gradients = self._summed(self._sums, caller, external)
             return self.gradients
         if self.needs_scale:
-            checks.check_scaled(caller, external, any_gradient=bool(params), scaled=self.scaled)
+            twice = self.scaled and not self._thrown
+            checks.check_scaled(caller, external, bool(params), self.scaled, twice)
+        elif external is None:
+            self.flush_watch.see(params, self._backend, self._tensors.scale.device)
         self._clip_watch.check()
         scale = self._tensors.scale if external is None else external.scale
         # an outside scale is any number and moves in place; our own follows from the coefficient
@@ -148,9 +159,14 @@ class Stage:
         gradients.expose(self._see_pass)
         return gradients
 
-    def _see_pass(self) -> None:
+    def _see_pass(self, param: Tensor) -> None:
         """Raises in a backward pass that would add scaled gradients to unscaled ones."""
-        self.check_open("a backward pass")
+        self.check_open(f"a backward pass to {name_of(param, self._groups)}")
+
+    def note_failed(self) -> None:
+        """Notes that a step has failed: what it has collected may be cleared by anybody."""
+        if self.gradients is not None and not self.unscaled:
+            self._leftovers.note_failed(self.gradients.params)
 
     def begin_pass(self) -> None:
         """Readies what the last step left in `p.grad`, if nobody cleared it; no host sync."""
@@ -160,7 +176,7 @@ class Stage:
 
     def note_scaled(self, outputs: Any) -> None:
         """Notes that a scaled backward pass is to come."""
-        self.scaled, self.zeroed = True, False
+        self.scaled, self.zeroed, self._thrown = True, False, False
         self._clip_watch.watch(outputs)
 
     def check_whole(self, caller: str) -> None:
@@ -171,8 +187,7 @@ class Stage:
     def check_open(self, caller: str) -> None:
         """Raises if gradients of this step were collected: those of another pass would get lost."""
         self.check_whole(caller)
-        exposure = None if self.gradients is None else self.gradients.exposure
-        if exposure is not None and exposure.is_dropped:
+        if checks.are_dropped(self.gradients) or self._leftovers.were_replaced():
             self.throw_away()  # by model.zero_grad(), for instance
         checks.check_none_collected(caller, self.gradients)
 
@@ -188,16 +203,17 @@ class Stage:
         if not params:
             return
         if loss is None and not self.zeroed and self.needs_scale:
-            checks.check_scaled(caller, None, any_gradient=True, scaled=self.scaled)
+            checks.check_scaled(caller, None, True, self.scaled, False)
         self._clip_watch.check()
         scaling = self._loss_scaling if loss is None else loss.scaling
         scale = self._tensors.scale if loss is None else loss.tensors.scale
+        if isinstance(scaling, NoLossScale):
+            self.flush_watch.see(params, self._backend, scale.device)
         self._masters.create_for(params)
         if self._sums is None:
             self._sums = Accumulation(self._masters, self._backend)
         name = "" if loss is None else loss.name
-        finds_largest = isinstance(scaling, HeadroomLossScale)
-        self._sums.add(params, scale.reciprocal(), name, finds_largest)
+        self._sums.add(params, scale.reciprocal(), name, isinstance(scaling, HeadroomLossScale))
 
     @property
     def accumulated(self) -> Accumulated | None:
@@ -241,10 +257,7 @@ class Stage:
     def _gradients_of(
         self, params: list[Tensor], scale: Tensor, external: External | None
     ) -> StepGradients:
-        self._masters.create_for(params)
-        # and all others: some optimizers move parameters that have no gradient in this step
-        if len(params) != sum(len(group["params"]) for group in self._groups):
-            self._masters.create_for(param for param in self._params() if param.requires_grad)
+        self._masters.create_for_step(params)
         found_inf = None if external is None else external.found_inf
         # the reciprocal of a power of two is exact; outside scalers use other numbers as well
         coefficient = scale if external is None else scale.double().reciprocal().float()
@@ -266,9 +279,8 @@ class Stage:
         )
         self._writes.begin()
         if not moved:
-            self._moves.advance(gradients, external)
-        if self._losses.totals is not None:
-            count_step_(self._losses.totals, found_inf)
+            self.moves.advance(gradients, external)
+        self.moves.count(found_inf)
         self.drop_gradients()
         gradients.release()
         self.scaled = False
@@ -282,13 +294,7 @@ class Stage:
             if self.watcher is not None:
                 self.watcher.end_step(gradients, result, own_scale=external is None)
         finally:
-            self._sound_alarms()
-
-    def move(self, external: External | None) -> ScaleMove | None:
-        """Returns how the scale moves at the end of a step, None if it only counts."""
-        if external is not None or self._losses.totals is not None:
-            return None  # several scales do not move alike
-        return self._tensors.move(self._loss_scaling)
+            self._losses.note(self._tensors.counters)
 
     def note_cleared(self, set_to_none: bool) -> None:
         """Notes that `p.grad` is None everywhere, or zeros."""
@@ -303,7 +309,7 @@ class Stage:
     def start_anew(self, overflows_at_min: int) -> None:
         """Drops what belongs to a state that was replaced, by one with that counter."""
         self.forget(last_step=True)
-        self._alarm = new_alarm(self._loss_scaling, overflows_at_min)
+        self._losses.own_alarm = new_alarm(self._loss_scaling, overflows_at_min)
 
     def forget(self, *, last_step: bool = False) -> None:
         """Drops gradients that were collected and not stepped, and what was heard of their pass.
@@ -315,8 +321,7 @@ class Stage:
             self.result, self.scaled = None, False
         self.drop_gradients()
         self._clip_watch.forget()
-        if self._leftovers.torn:
-            self._leftovers.forget()
+        self._leftovers.forget_failed()
         if self.watcher is not None:
             self.watcher.forget(last_step=last_step)
 
@@ -324,28 +329,17 @@ class Stage:
         """Ends a step that nobody took: as a skipped one if a look found an overflow; no host sync.
 
         A loop that steps only if the norm is finite would otherwise wait for its scale for ever.
-
-        Args:
-            last_step: As for `forget`.
-
-        Raises:
-            LossScaleError: As after a step.
+        Raises as a step does once it is over.
         """
         self.waiting.warn_if_any()
-        gradients = self.gradients
+        gradients, self._thrown = self.gradients, self._clip_watch.has_begun
         counts = gradients is not None and gradients.was_seen and self._outside_scale is None
         # first: if it fails, what was found is not forgotten
         if gradients is not None and counts and not gradients.torn:
-            self._moves.count_if_skipped(gradients)
+            self.moves.count_if_skipped(gradients)
         self.forget(last_step=last_step)
         if counts:
-            self._sound_alarms()
-
-    def _sound_alarms(self) -> None:
-        try:
-            self._alarm.note(self._tensors.counters)
-        finally:
-            self._losses.note()
+            self._losses.note(self._tensors.counters)
 
     def drop_gradients(self) -> None:
         """Drops gradients that were collected and not stepped."""

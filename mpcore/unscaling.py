@@ -60,7 +60,10 @@ class Unscaling:
             StageError: `unscale_()` was not called in this step.
         """
         if not self._stage.unscaled:
-            raise StageError("grads(): expected unscale_() to be called first in this step.")
+            raise StageError(
+                "grads(): expected a call after unscale_() of the same step, got one before. Call "
+                "unscale_() first; where an mpcore.GradScaler scales, scaler.unscale_(optimizer)."
+            )
         return self._collect("grads()").final()
 
     @outside_graphs

@@ -188,6 +188,9 @@ def test_places_are_counted_in_the_order_of_memory(backend, dtype):
         assert (found.kinds.item(), found.first_bad.item()) == expected_kinds(memory, 0.5)
     expanded = torch.tensor([1.0, 2.0]).to(dtype).expand(3, 2)
     assert backend.inspect([expanded], torch.tensor(1.0), None).square_sum.item() == 15.0
+    # one element in memory, whose neighbours are not to be read
+    single = torch.tensor([1.0, 2.0, 2.0, 2.0]).to(dtype)[0].expand(2, 2)
+    assert backend.inspect([single], torch.tensor(1.0), None).square_sum.item() == 4.0
 
 
 STATISTICS = ("largest", "counts", "histogram")

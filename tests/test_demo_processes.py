@@ -33,7 +33,11 @@ def prepare(function):
 @pytest.mark.parametrize(
     ("job", "count", "message"),
     [
-        ("odd", 1, r"a result of odd, got an error\.\n(.*\n)+ValueError: an odd job"),
+        (
+            "odd",
+            1,
+            r"a result of odd, got an error\. Mend .*:\n(.*\n)+ValueError: an odd job",
+        ),
         ("killed", 2, r"a result of killed, got the end of its process with exit code -9\."),
     ],
 )

@@ -70,6 +70,8 @@ def innermost_first(shape: Sequence[int], strides: Sequence[int]) -> list[int]:
 def memory_order(tensor: Tensor) -> Tensor:
     """Returns the elements as they lie in memory: a view if the tensor is dense, else a copy.
 
+    An expanded one has fewer elements in memory than it says.
+
     To be called without gradients, like all here.
 
     Example:
@@ -79,7 +81,7 @@ def memory_order(tensor: Tensor) -> Tensor:
     if tensor.is_contiguous():
         return tensor if tensor.dim() == 1 else tensor.view(-1)
     order = innermost_first(tensor.shape, tensor.stride())
-    return tensor.permute(order[::-1]).reshape(-1)
+    return tensor.permute(order[::-1]).reshape(-1).contiguous()
 
 
 def all_in_memory_order(tensors: Sequence[Tensor]) -> list[Tensor]:

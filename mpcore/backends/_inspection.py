@@ -239,7 +239,8 @@ def count_kinds(flat: Sequence[Tensor], device: torch.device) -> Tensor:
             ((magnitude > 0) & (magnitude < smallest)).sum(),
             ((magnitude >= smallest) & (magnitude < torch.inf)).sum(),
         ]
-    return torch.stack([_float64(0.0, device).long(), *rows])[1:].view(-1, 6)
+    all_rows = torch.stack([_float64(0.0, device).long(), *rows])
+    return all_rows.narrow(0, 1, len(rows)).view(-1, 6)
 
 
 def _histogram(flat: Sequence[Tensor], device: torch.device) -> Tensor:

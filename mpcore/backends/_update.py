@@ -158,7 +158,10 @@ def take_scalars(plan: Plan) -> list[Tensor]:
     """Returns the scalars of a prepared plan, which then needs to be prepared again."""
     scalars, plan.scalars = plan.scalars, None
     if scalars is None:
-        raise StageError("update_: expected a plan that was prepared since its last update.")
+        raise StageError(
+            "update_: expected a plan that was prepared since its last update, got one that was "
+            "not. Call prepare_(plan, hyper) first."
+        )
     return scalars
 
 

@@ -112,7 +112,7 @@ def _run(train: Train, run: TrainingRun) -> Outcome:
     if not log.courses:
         raise StageError(
             "train: expected steps of the optimizer that run.prepare(model, optimizer) returns, "
-            "got none."
+            "got none. Call backward(loss), step() and zero_grad() of that one."
         )
     return Outcome.of(run, float("nan") if failure else _metric(returned, run), failure)
 
@@ -130,7 +130,7 @@ def _metric(returned: float | Tensor | None, run: TrainingRun) -> float:
     if not losses:
         raise StageError(
             "train: expected it to return a metric, or losses that go through "
-            "optimizer.backward(loss), got neither."
+            "optimizer.backward(loss), got neither. Return a number."
         )
     last = losses[-max(1, len(losses) // 20) :]
     return sum(last) / len(last)

@@ -115,7 +115,10 @@ class TrainingRun:
             StageError: Called twice.
         """
         if self._optimizer is not None:
-            raise StageError("prepare(): expected one call in each run, got a second one.")
+            raise StageError(
+                "prepare(): expected one call in each run, got a second one. Use what the first "
+                "returned; several models train as param groups of one optimizer."
+            )
         path = "general" if self._contender == BASELINE else "auto"
         wrapped = MixedPrecisionOptimizer(optimizer, self._contender.loss_scale, path=path)
         model = self.policy.apply(model, wrapped, overrides=overrides)

@@ -113,7 +113,10 @@ def _receive(connection: Connection, worker: BaseProcess, job: object) -> tuple[
             f"use fewer processes."
         ) from None
     if kind == "failed":
-        raise StageError(f"processes: expected a result of {job}, got an error.\n{content}")
+        raise StageError(
+            f"processes: expected a result of {job}, got an error. Mend what its traceback shows:\n"
+            f"{content}"
+        )
     return kind, content
 
 

@@ -27,7 +27,7 @@ SETTINGS = DigitsSettings(seeds=(0, 1, 2, 3, 4), epochs=15, batch=64)
 #: Names, formats and scales, in the order of the columns.
 WAYS: tuple[tuple[str, torch.dtype, LossScale], ...] = (
     ("FP32", torch.float32, NoLossScale()),
-    ("FP16, 1", torch.float16, NoLossScale()),
+    ("FP16, 1", torch.float16, StaticLossScale(1.0)),
     ("FP16, 8", torch.float16, StaticLossScale(8.0)),
     ("FP16, 128", torch.float16, StaticLossScale(128.0)),
     ("FP16, 2^15", torch.float16, StaticLossScale(2.0**15)),
@@ -67,7 +67,7 @@ def train(
 
     Example:
         >>> settings = DigitsSettings(epochs=1, seeds=(0,))
-        >>> run = train(torch.float16, NoLossScale(), 1e-6, settings, lambda done: None)
+        >>> run = train(torch.float16, StaticLossScale(1.0), 1e-6, settings, lambda done: None)
         >>> run.accuracies[0] < 0.2  # every gradient became 0
         True
     """
