@@ -11,7 +11,6 @@ INTERRUPTIONS = [
     *engine_mutants(
         "optimizer.py",
         ("test_interruptions_of_others.py",),
-        ("half a step is stepped on", 'self._check_between_steps("step()")', "pass"),
         ("half a load goes on", "        self._writes.begin()\n", ""),
     ),
     *engine_mutants(
@@ -106,12 +105,12 @@ INNER = [
             "stage.gradients is not None",
         ),
         ("sums that wait are passed by", "or stage.accumulated is not None", ""),
-        ("edits are overwritten", "lambda: self._edits.adopt(began=self._began)", "lambda: None"),
         (
             "entries put into the state are overlooked",
             "        self._masters.take_over_edits(self.state, self.param_groups)",
             "        pass",
         ),
+        ("edits are overwritten", "lambda: self._edits.adopt(began=self._began)", "lambda: None"),
     ),
     *engine_mutants(
         "inner_guards.py",
@@ -134,8 +133,16 @@ INNER = [
     *engine_mutants(
         "two_steps.py",
         ("test_two_steps.py",),
-        ("an overflow is climbed", "if not climb.found_inf:", "if climb is not None:"),
         ("an overflow of the first pass steps", "if climb.found_inf:", "if climb is None:"),
+    ),
+    *engine_mutants(
+        "optimizer.py",
+        ("test_two_steps.py",),
+        (
+            "a step between the two calls of one",
+            'self._check_between_steps("step()")',
+            "pass",
+        ),
     ),
     *engine_mutants(
         "waiting.py",
