@@ -135,8 +135,9 @@ def test_masters_put_into_the_state_are_what_it_acts_on(engine: Engine) -> None:
         finer = twins.optimizer.state[param]["master"].detach() * (1 + 2.0**-20)
         twins.optimizer.state[param]["master"] = finer
         other.data.copy_(finer)
-    twins.optimizer.eval()
-    twins.plain.eval()
+    for one in (twins.optimizer, twins.plain):
+        one.eval()
+        one.train()  # which brings back what eval() has put aside
     twins.expect_alike()
 
 

@@ -136,13 +136,14 @@ def test_the_climb_is_what_makes_them_near() -> None:
     assert min(apart) > 5e-3
 
 
+@pytest.mark.parametrize("clear", [True, False])
 @pytest.mark.parametrize("overflow", [1, 2])
 @pytest.mark.parametrize("engine", GENERAL, ids=str)
-def test_an_overflow_in_either_pass_skips_both(engine: Engine, overflow: int) -> None:
+def test_an_overflow_in_either_pass_skips_both(engine: Engine, overflow: int, clear: bool) -> None:
     twins = Twins(engine)
     twins.step(0, clear=True)
     before, weights = twins.masters(), [p.detach().clone() for p in twins.params]
-    twins.step(1, clear=True, overflow=overflow)
+    twins.step(1, clear=clear, overflow=overflow)
     assert all(map(same_bits, twins.masters(), before))
     assert all(same_bits(p.detach(), w) for p, w in zip(twins.params, weights, strict=True))
     assert (twins.optimizer.steps, twins.optimizer.skipped_steps) == (2, 1)

@@ -39,11 +39,7 @@ EXPOSURE = [
     *engine_mutants(
         "gradients.py",
         ("test_exposed_gradients.py",),
-        (
-            "edits are not looked at again",
-            "self.exposure.take_edits(self.params):",
-            "self.exposure.take_edits(self.params) is None:",
-        ),
+        ("edits are not looked at again", "        if edited:", "        if edited is None:"),
         (
             "a clip waits for the step although gradients are shown",
             "if self.exposure is not None:  # who looks",
@@ -172,13 +168,17 @@ STAGE = [
         ),
     ),
     *engine_mutants(
-        "stage.py",
+        "optimizer.py",
         ("test_state_initialisation.py",),
         (
             "zeros of a scaled loss only make the state",
-            "if self.scaled or self.gradients is not None or self._sums is not None:",
-            "if self.gradients is not None or self._sums is not None:",
+            "if not self._began and self._stage.is_untouched and",
+            "if not self._began and",
         ),
+    ),
+    *engine_mutants(
+        "zero_step.py",
+        ("test_state_initialisation.py",),
         (
             "one zero gradient makes the step one over zeros",
             "not params or any(bool(torch.any(p.grad != 0))",

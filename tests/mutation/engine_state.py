@@ -11,7 +11,6 @@ INTERRUPTIONS = [
     *engine_mutants(
         "optimizer.py",
         ("test_interruptions_of_others.py",),
-        ("half a step is stepped on", 'self._writes.check("step()")', "pass"),
         ("half a load goes on", "        self._writes.begin()\n", ""),
     ),
     *engine_mutants(
@@ -36,20 +35,6 @@ INTERRUPTIONS = [
             "a wrapped step that fails has written nothing",
             "if before is not None and before == self._written():",
             "if before is not None:",
-        ),
-        (
-            "a closure that fails leaves its masters",
-            "            tensor.copy_(value)",
-            "            pass",
-        ),
-    ),
-    *engine_mutants(
-        "general_path.py",
-        ("test_closure_errors.py",),
-        (
-            "a closure that fails leaves its state",
-            "self._inner.state.update(self._state)",
-            "pass",
         ),
     ),
     *engine_mutants(
@@ -79,6 +64,16 @@ INTERRUPTIONS = [
             "        if not moved:",
         ),
     ),
+    *engine_mutants(
+        "snapshot.py",
+        ("test_closure_errors.py",),
+        (
+            "a closure that fails leaves its masters",
+            "            tensor.copy_(value)",
+            "            pass",
+        ),
+        ("a closure that fails leaves its state", "self._inner.state.update(self._state)", "pass"),
+    ),
 ]
 INNER = [
     *engine_mutants(
@@ -93,11 +88,6 @@ INNER = [
             "the inner load is open",
             'register_load_state_dict_pre_hook(CheckpointGuard(self, "load_state_dict"))',
             "state_dict",
-        ),
-        (
-            "a guard outlives its wrapper",
-            "self._method = method",
-            "self._method, self._kept = method, path",
         ),
         (
             "a method of the inner one finds no masters",
@@ -115,12 +105,50 @@ INNER = [
             "stage.gradients is not None",
         ),
         ("sums that wait are passed by", "or stage.accumulated is not None", ""),
-        ("edits are overwritten", "lambda: self._edits.adopt(began=self._began)", "lambda: None"),
         (
             "entries put into the state are overlooked",
-            "        self._masters.take_over_edits(self.state)",
+            "        self._masters.take_over_edits(self.state, self.param_groups)",
             "        pass",
         ),
+        ("edits are overwritten", "lambda: self._edits.adopt(began=self._began)", "lambda: None"),
+    ),
+    *engine_mutants(
+        "inner_guards.py",
+        ("test_inner_methods.py",),
+        (
+            "a guard outlives its wrapper",
+            "self._method = method",
+            "self._method, self._kept = method, path",
+        ),
+    ),
+    *engine_mutants(
+        "inner_guards.py",
+        ("test_replaced_groups_and_state.py",),
+        (
+            "other groups of the wrapped one are stepped",
+            "if wrappers is shared and inners is shared:",
+            "if wrappers is shared:",
+        ),
+    ),
+    *engine_mutants(
+        "two_steps.py",
+        ("test_two_steps.py",),
+        ("an overflow of the first pass steps", "if climb.found_inf:", "if climb is None:"),
+    ),
+    *engine_mutants(
+        "optimizer.py",
+        ("test_two_steps.py",),
+        (
+            "a step between the two calls of one",
+            'self._check_between_steps("step()")',
+            "pass",
+        ),
+    ),
+    *engine_mutants(
+        "waiting.py",
+        ("test_closures_and_waiting_gradients.py",),
+        ("nobody hears of sums that a closure drops", "self._whole or bool(", "bool("),
+        ("dropping what waits is not told of", "        if waited:", "        if not waited:"),
     ),
 ]
 MEMORY = [

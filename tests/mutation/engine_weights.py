@@ -7,8 +7,8 @@ _LATE_STEP = """collected = self._stage.collect("step()", External.of(self))
         self._edits.adopt(began=self._began)"""
 _CLOSURE = """self._edits.check("step(closure)")
         self._edits.adopt(began=self._began)"""
-_EVALUATION = """gradients = self._stage.collect_evaluation(External.of(self))
-        self._edits.adopt(began=self._began)"""
+_EVALUATION = """gradients = self._stage.collect_pass("step(closure)", external)
+            self._edits.adopt(began=self._began)"""
 
 ADOPT = [
     *engine_mutants(
