@@ -25,8 +25,8 @@ from mpcore_testing.stage_errors.world import (
     second_step,
 )
 
-DIRECT = "general_path.py DirectStepGuard.__call__ 1"
-DOOR = "general_path.py CheckpointGuard.__call__ 1"
+DIRECT = "inner_guards.py DirectStepGuard.__call__ 1"
+DOOR = "inner_guards.py CheckpointGuard.__call__ 1"
 IGNORED = "general_path.py GeneralPath.step_with_closure 1"
 METHOD = "inner_methods.py InnerMethods._call_inner 1"
 

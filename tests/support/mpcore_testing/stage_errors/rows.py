@@ -6,6 +6,7 @@ from mpcore_testing.stage_errors.inner import WRAPPED
 from mpcore_testing.stage_errors.kept import KEPT
 from mpcore_testing.stage_errors.scaling import SCALING
 from mpcore_testing.stage_errors.turns import OUT_OF_TURN
+from mpcore_testing.stage_errors.two_calls import TWO_CALLS
 from mpcore_testing.stage_errors.weights import WEIGHTS
 
-ROWS = [*SCALING, *OUT_OF_TURN, *KEPT, *WEIGHTS, *WRAPPED]
+ROWS = [*SCALING, *OUT_OF_TURN, *KEPT, *WEIGHTS, *WRAPPED, *TWO_CALLS]
