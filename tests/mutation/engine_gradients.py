@@ -17,7 +17,11 @@ EXPOSURE = [
         ("the dtype of gradients is not put back", "param.grad_dtype = shown.own_dtype", "pass"),
         ("a dropped gradient comes back", "if fits and not shown.dropped:", "if fits:"),
         ("a backward pass is watched for ever", "self._hooks.pop().remove()", "self._hooks.pop()"),
-        ("no backward pass is watched", "for p in each if p.requires_grad", "for p in each[:0]"),
+        (
+            "no backward pass is watched",
+            "weakref.ref(p))) for p in some]",
+            "weakref.ref(p))) for p in some[:0]]",
+        ),
         ("writes to what is shown are not seen", "grad._version == version and fits", "fits"),
         ("a gradient of other strides is taken as it lies", _FITS, ""),
         (
@@ -104,7 +108,11 @@ LEFTOVERS = engine_mutants(
         "grad() is now",
     ),
     ("another gradient in its place is multiplied", "grad() is now and now", "now"),
-    ("gradients unscaled in place count as scaled", "if id(param) in in_place", "if not in_place"),
+    (
+        "gradients unscaled in place count as scaled",
+        "        if in_place:",
+        "        if not in_place:",
+    ),
     ("an expanded gradient is written to", "own_memory(param, param.grad)", "param.grad"),
     ("an exception among them is not noted", "bool(unscaled or (scaled and moves))", "False"),
 )
@@ -204,8 +212,8 @@ SCALE_MOVES = [
         ),
         (
             "a skip is not counted in the totals",
-            "                count_step_(totals, found_inf)",
-            "                pass",
+            "            self.count(found_inf)",
+            "            pass",
         ),
         (
             "an exception leaves scales half moved",

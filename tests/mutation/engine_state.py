@@ -96,15 +96,19 @@ INNER = [
         ),
     ),
     *engine_mutants(
+        "stage.py",
+        ("test_inner_methods.py",),
+        ("gradients that wait are passed by", "return waits or self", "return self"),
+        (
+            "sums that wait are passed by",
+            "self.gradients is not None or self._sums is not None",
+            "self.gradients is not None",
+        ),
+    ),
+    *engine_mutants(
         "inner_methods.py",
         ("test_inner_methods.py",),
         ("private methods are offered", 'or name.startswith("_")', ""),
-        (
-            "gradients that wait are passed by",
-            "stage.scaled or stage.gradients is not None",
-            "stage.gradients is not None",
-        ),
-        ("sums that wait are passed by", "or stage.accumulated is not None", ""),
         (
             "entries put into the state are overlooked",
             "        self._masters.take_over_edits(self.state, self.param_groups)",
