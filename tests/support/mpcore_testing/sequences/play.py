@@ -70,7 +70,7 @@ class Play(OnGradients, OnWeights):
             half_a_step = "Load a checkpoint" in str(error)
             self.check_may_be_half(half_a_step, name)
             self.recover(before if half_a_step else None)
-            self.take_what_came_early(adopts=False)
+            self.take_what_came_early(adopts=name in ("step", "closure") and not half_a_step)
         else:
             self.take_what_came_early(adopts=name in ("step", "closure"))
             # what has come since the last accumulate() may be in the sums already; zero_grad() has
