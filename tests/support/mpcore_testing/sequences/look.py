@@ -83,4 +83,6 @@ class Look:
 
     def is_dropped(self, grad: Grad) -> bool:
         """Whether somebody else has thrown all of them away."""
-        return bool(self.noted) and all(grad(i) is None for i in self.noted)
+        if self.shown:
+            return bool(self.noted) and all(grad(i) is None for i in self.noted)
+        return not self.summed and all(grad(i) is None for i in self.members)

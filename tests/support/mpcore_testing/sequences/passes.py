@@ -95,7 +95,7 @@ class Passes(State):
             raise Refused("gradients that were never scaled")
 
     def _check_open(self) -> None:
-        if self.look is not None and self.look.shown and self.look.is_dropped(self.grad):
+        if self.look is not None and self.look.is_dropped(self.grad):
             self.throw_away()
         if self.look is not None:
             raise Refused("this step's gradients were looked at")
