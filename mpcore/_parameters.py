@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mpcore import _bulk
-from mpcore._bulk import devices_of, dtypes_of, layouts_of
+from mpcore._bulk import devices_of, dtypes_of
 from mpcore._checks import FULL_PRECISION, SIXTEEN_BIT
 from mpcore._memory import all_in_memory, can_be_stepped, why_no_memory
 from mpcore.errors import ArgumentError, ArgumentTypeError
@@ -152,7 +152,6 @@ def with_gradient(
     if not (
         all_in_memory(grads)
         and all_in_memory(params)
-        and layouts_of(grads) <= {torch.strided}
         and (len(homes) == 1 and homes.issuperset(devices_of(params)))
         and dtypes_of(params).issubset(SIXTEEN_BIT)
     ):  # one by one takes three times as long

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +73,14 @@ class Bucket:
             size = len(self.with_master) + len(self.without)
             self.nonfinite = torch.zeros(size, dtype=torch.int32, device=self.device)
         return self.nonfinite
+
+    def keep(self, params: Collection[Tensor], flag_of: Mapping[Tensor, Tensor]) -> None:
+        """Leaves out parameters that are not among these, and knows the flags of the others."""
+        self.with_master = [param for param in self.with_master if param in params]
+        self.without = [param for param in self.without if param in params]
+        flags = [flag_of[param] for param in self.params]
+        self.nonfinite = torch.stack(flags) if flags else None
+        self.largest = None
 
     def add_flags(self, flags: Tensor) -> None:
         """Joins flags with those that are there."""

@@ -148,6 +148,10 @@ class StepGradients:
         if edited:
             self._inspected = False
 
+    def are_as_seen(self, every: Sequence[Tensor]) -> bool:
+        """Whether a clip has seen all gradients of these parameters as they are now."""
+        return self._looked_at is not None and self._looked_at.are_all_of(every)
+
     def conceal(self) -> None:
         """Puts the model's own gradients back into `p.grad`."""
         if self.exposure is not None:
@@ -324,11 +328,7 @@ class StepGradients:
         if self._looked_at is not None:
             self._looked_at.keep(kept)
         for bucket in self._buckets:
-            bucket.with_master = [param for param in bucket.with_master if param in kept]
-            bucket.without = [param for param in bucket.without if param in kept]
-            flags = [flag_of[param] for param in bucket.params]
-            bucket.nonfinite = torch.stack(flags) if flags else None
-            bucket.largest = None
+            bucket.keep(kept, flag_of)
         self._buckets = [bucket for bucket in self._buckets if bucket.params]
 
     def release(self) -> None:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from operator import attrgetter
 
 import torch
 from torch import Tensor
 
-from mpcore._bulk import grads_of, with_gradient, writes_to
+from mpcore._bulk import with_gradient, writes_to
 from mpcore._layouts import own_memory
 from mpcore.backends import Backend
 from mpcore.gradients import StepGradients
-
-_REQUIRES_GRAD = attrgetter("requires_grad")
 
 
 class _Left:
@@ -22,10 +19,10 @@ class _Left:
 
     Args:
         params: Parameters that have a gradient.
+        grads: Their gradients.
     """
 
-    def __init__(self, params: Sequence[Tensor] = ()) -> None:
-        grads = grads_of(params)
+    def __init__(self, params: Sequence[Tensor] = (), grads: Sequence[Tensor] = ()) -> None:
         self.params = params
         self._grads = list(map(weakref.ref, grads))  # nobody is to keep them alive
         self._writes = writes_to(grads)
@@ -35,7 +32,10 @@ class _Left:
         return [
             param
             for param, grad, writes in zip(self.params, self._grads, self._writes, strict=True)
-            if (now := param.grad) is not None and grad() is now and now._version == writes
+            if (now := param.grad) is not None
+            and grad() is now
+            and now._version == writes
+            and not now.requires_grad  # of a pass with create_graph: not ours to multiply
         ]
 
 
@@ -65,12 +65,10 @@ class Leftovers:
         self._unscaled_by = gradients.unscaled_by
         in_place = set(map(id, gradients.unscaled_in_place()))
         params, grads = with_gradient(params)
-        if any(map(_REQUIRES_GRAD, grads)):  # of a pass with create_graph: not ours to multiply
-            params = [p for p, g in zip(params, grads, strict=True) if not g.requires_grad]
         if in_place:
-            self._unscaled = _Left([p for p in params if id(p) in in_place])
-            params = [p for p in params if id(p) not in in_place]
-        self._scaled = _Left(params)
+            self._unscaled = _Left(*with_gradient([p for p in params if id(p) in in_place]))
+            params, grads = with_gradient([p for p in params if id(p) not in in_place])
+        self._scaled = _Left(params, grads)
 
     def expect(self, gradients: StepGradients, params: Sequence[Tensor]) -> None:
         """Notes that a step which goes on may have left some, to be found by `rescale_`.
@@ -84,7 +82,7 @@ class Leftovers:
 
     def note_failed(self, params: Sequence[Tensor]) -> None:
         """Notes the gradients of a step that failed, of these parameters."""
-        self._failed = _Left(with_gradient(params)[0])
+        self._failed = _Left(*with_gradient(params))
 
     def were_replaced(self) -> bool:
         """Whether a step has failed, and another pass has left all its gradients since."""

@@ -7,7 +7,7 @@ from operator import is_
 
 from torch import Tensor
 
-from mpcore._bulk import writes_to
+from mpcore._bulk import with_gradient, writes_to
 
 
 class SeenGradients:
@@ -19,7 +19,10 @@ class SeenGradients:
     """
 
     def __init__(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-        self._seen = list(zip(params, grads, writes_to(grads), strict=True))
+        self._params = params
+        self._grads = grads
+        self._writes = writes_to(grads)
+        self._addresses = list(map(Tensor.data_ptr, grads))
 
     def differ_from(self, grads: Sequence[Tensor]) -> bool:
         """Whether anybody wrote to them, or put others in their place.
@@ -27,10 +30,26 @@ class SeenGradients:
         Args:
             grads: Those of the same parameters now.
         """
-        if not all(map(is_, grads, (grad for _, grad, _ in self._seen))):
-            return True
-        return writes_to(grads) != [writes for _, _, writes in self._seen]
+        return not (
+            all(map(is_, grads, self._grads))
+            and writes_to(grads) == self._writes
+            and list(map(Tensor.data_ptr, grads)) == self._addresses
+        )
+
+    def are_all_of(self, params: Sequence[Tensor]) -> bool:
+        """Whether these parameters have these gradients in `p.grad`, as they were, and no others.
+
+        Args:
+            params: All there are.
+        """
+        owners, grads = with_gradient(params)
+        same = len(owners) == len(self._params) and all(map(is_, owners, self._params))
+        return same and not self.differ_from(grads)
 
     def keep(self, params: Collection[Tensor]) -> None:
         """Forgets those of parameters that are not among these."""
-        self._seen = [seen for seen in self._seen if seen[0] in params]
+        kept = [i for i, param in enumerate(self._params) if param in params]
+        self._params = [self._params[i] for i in kept]
+        self._grads = [self._grads[i] for i in kept]
+        self._writes = [self._writes[i] for i in kept]
+        self._addresses = [self._addresses[i] for i in kept]

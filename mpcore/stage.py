@@ -15,7 +15,6 @@ from mpcore._scaling import External
 from mpcore.accumulation import Accumulated, Accumulation
 from mpcore.backends import Backend
 from mpcore.clip_watch import ClipWatch
-from mpcore.errors import StageError
 from mpcore.flush_watch import FlushWatch
 from mpcore.gradients import StepGradients
 from mpcore.headroom import HeadroomLossScale
@@ -84,6 +83,7 @@ class Stage:
         self._clip_watch = ClipWatch(groups)
         self.flush_watch = FlushWatch()
         self._leftovers = Leftovers()
+        self._shapes = checks.Shapes(masters, groups)
         self.waiting = WaitingGradients()
         self.watcher: Watcher | None = None
 
@@ -116,8 +116,13 @@ class Stage:
             external: The outside scaler that drives this step, if one does.
         """
         self.check_whole(caller)
+        seen = self.gradients
+        if external is None and seen is not None and seen.are_as_seen(self._params()):
+            self._edits.check(caller)
+            seen.plan_is_old = True
+            return seen
         params = with_gradient(self._groups, self._device_of, self._masters)
-        checks.check_shapes(caller, params, self._masters, self._groups)
+        self._shapes.check(caller, params)
         if self._leftovers.were_replaced():
             self.throw_away()
         if self.gradients is not None:
@@ -148,11 +153,7 @@ class Stage:
 
     def unscale(self, caller: str, external: External | None) -> StepGradients:
         """Collects gradients, unscales them and shows them in `p.grad`; no host sync."""
-        if self.unscaled:
-            raise StageError(
-                f"{caller}: expected one call per step, got a second one. Call step() first, or "
-                "zero_grad() of this optimizer."
-            )
+        checks.check_not_unscaled(caller, self.gradients)
         gradients = self.collect(caller, external)
         gradients.apply()
         gradients.inspect()  # sums: what follows may edit them
@@ -274,9 +275,8 @@ class Stage:
     ) -> None:
         """Records the step and, last of all, moves the scale unless it has moved; no host sync."""
         found_inf = gradients.found_inf()
-        result = StepResult(
-            found_inf, gradients, partial(name_of, groups=self._groups), self._outside_scale
-        )
+        name = partial(name_of, groups=self._groups)
+        result = StepResult(found_inf, gradients, name, self._outside_scale)
         self._writes.begin()
         if not moved:
             self.moves.advance(gradients, external)
@@ -328,7 +328,6 @@ class Stage:
     def throw_away(self, *, last_step: bool = False) -> None:
         """Ends a step that nobody took: as a skipped one if a look found an overflow; no host sync.
 
-        A loop that steps only if the norm is finite would otherwise wait for its scale for ever.
         Raises as a step does once it is over.
         """
         self.waiting.warn_if_any()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import attrgetter
 from typing import Protocol
 
 from torch import Tensor
@@ -14,8 +13,6 @@ from mpcore._scaling import External
 from mpcore.errors import ArgumentError, StageError
 from mpcore.gradients import StepGradients
 from mpcore.masters import Groups, Masters
-
-_SHAPE = attrgetter("shape")
 
 
 class Tearable(Protocol):
@@ -68,6 +65,15 @@ def check_none_collected(caller: str, gradients: StepGradients | None) -> None:
         )
 
 
+def check_not_unscaled(caller: str, gradients: StepGradients | None) -> None:
+    """Raises if gradients of this step are unscaled already."""
+    if gradients is not None and gradients.exposure is not None:
+        raise StageError(
+            f"{caller}: expected one call per step, got a second one. Call step() first, or "
+            "zero_grad() of this optimizer."
+        )
+
+
 def check_no_outside_scaler(caller: str, external: External | None) -> None:
     """Raises if an outside scaler drives a step whose gradients `accumulate` has unscaled."""
     if external is not None:
@@ -96,18 +102,35 @@ def check_no_newcomer(
             )
 
 
-def check_shapes(caller: str, params: Sequence[Tensor], masters: Masters, groups: Groups) -> None:
-    """Raises if a weight has no longer the shape of its master; looks at no value."""
-    held = list(map(masters.of, params))
-    if list(map(_SHAPE, params)) == list(map(_SHAPE, held)):
-        return
-    for param, master in zip(params, held, strict=True):
-        if param.shape != master.shape:
-            raise ArgumentError(
-                f"{caller}: {name_of(param, groups)}: expected {list(master.shape)} like its "
-                f"master, got {list(param.shape)}: its data was replaced. Put a new Parameter into "
-                "the param group, and its state into optimizer.state, or delete its state there."
-            )
+class Shapes:
+    """Whether weights have the shapes of their masters, which few steps change.
+
+    Args:
+        masters: Where the masters are.
+        groups: For names.
+    """
+
+    def __init__(self, masters: Masters, groups: Groups) -> None:
+        self._masters = masters
+        self._groups = groups
+        self._known: tuple[int, list[int]] = (-1, [])
+        self._held: list[Tensor] = []
+
+    def check(self, caller: str, params: Sequence[Tensor]) -> None:
+        """Raises if a weight has no longer the shape of its master; looks at no value."""
+        known = self._masters.version, list(map(id, params))
+        if known != self._known:
+            self._known, self._held = known, list(map(self._masters.of, params))
+        if all(map(Tensor.is_same_size, params, self._held)):
+            return
+        for param, master in zip(params, self._held, strict=True):
+            if param.shape != master.shape:
+                raise ArgumentError(
+                    f"{caller}: {name_of(param, self._groups)}: expected {list(master.shape)} like "
+                    f"its master, got {list(param.shape)}: its data was replaced. Put a new "
+                    "Parameter into the param group, and its state into optimizer.state, or delete "
+                    "its state there."
+                )
 
 
 def check_scaled(

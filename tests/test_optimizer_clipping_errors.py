@@ -25,7 +25,7 @@ def scaled(engine: Engine) -> tuple[list[nn.Parameter], mpcore.MixedPrecisionOpt
 
 def test_grads_needs_unscale_first_in_the_same_step(engine: Engine) -> None:
     params, optimizer = scaled(engine)
-    message = r"^grads\(\): expected unscale_\(\) .*first"
+    message = r"^grads\(\): expected a call after unscale_\(\)"
     with pytest.raises(StageError, match=message):
         optimizer.grads()
     optimizer.clip_grad_norm_(1.0)

@@ -31,7 +31,7 @@ from mpcore_testing.stage_errors.world import (
 
 LATE = "stage_checks.py check_none_collected 1"
 NEW = "stage_checks.py check_no_newcomer 1"
-AGAIN = "stage.py Stage.unscale 1"
+AGAIN = "stage_checks.py check_not_unscaled 1"
 FIRST = "Run all backward passes first"
 END = "or end that step, by step() or zero_grad() of its optimizer, clear all gradients, and run"
 
