@@ -121,7 +121,7 @@ class TwoSteps:
 
     def _call(self, gradients: StepGradients, method: Callable[[], Any]) -> Any:
         result = self._paths.general.call_over_masters(method)
-        self._paths.general.drop_alike(gradients)
+        self._paths.general.hand_back(gradients)
         return result
 
     def _descend(self, climb: Climb) -> None:

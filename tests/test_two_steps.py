@@ -27,6 +27,15 @@ class Sharp(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "rho": rho})
         self.base = torch.optim.SGD(self.param_groups, lr=lr, momentum=0.9)
         self.param_groups = self.base.param_groups
+        self.clears = "None"
+
+    def clear(self) -> None:
+        """Clears gradients, in one of the ways in which people do."""
+        if self.clears == "data":
+            for param in self._all():
+                param.grad.data.zero_()
+        else:
+            self.zero_grad(set_to_none=self.clears == "None")
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
@@ -38,7 +47,7 @@ class Sharp(torch.optim.Optimizer):
                     self.state[param]["old"] = param.detach().clone()
                     param.add_(param.grad * (group["rho"] / (norm + 1e-12)))
         if zero_grad:
-            self.zero_grad()
+            self.clear()
 
     @torch.no_grad()
     def second_step(self, zero_grad: bool = False) -> str:
@@ -47,7 +56,7 @@ class Sharp(torch.optim.Optimizer):
                 param.data = self.state[param]["old"]
         self.base.step()
         if zero_grad:
-            self.zero_grad()
+            self.clear()
         return "stepped"
 
     def step(self, closure: Any = None) -> None:
@@ -122,6 +131,27 @@ def test_both_steps_are_near_those_in_float32(engine: Engine, clear: bool) -> No
     assert min(moved) > 0.2
     assert (twins.optimizer.steps, twins.optimizer.skipped_steps) == (12, 0)
     assert twins.optimizer.loss_scale == 2.0**13  # grew every four steps, not every four passes
+
+
+@pytest.mark.parametrize("closure", [True, False])
+@pytest.mark.parametrize("clears", ["zeros", "data"])
+@pytest.mark.parametrize("engine", GENERAL, ids=str)
+def test_gradients_that_the_first_step_fills_with_zeros_are_zeros_in_the_second(
+    engine: Engine, clears: str, closure: bool
+) -> None:
+    twins = Twins(engine)
+    twins.optimizer.inner.clears = twins.plain.clears = clears
+    for batch in range(6):
+        if not closure:
+            twins.step(batch, clear=True)
+            continue
+        twins.backward(batch)
+        twins.optimizer.step(lambda batch=batch: twins.backward(batch))
+        twins.optimizer.zero_grad()
+        loss(twins.copies, batch).backward()
+        twins.plain.step(lambda batch=batch: loss(twins.copies, batch).backward())
+        twins.plain.zero_grad()
+    twins.expect_close()
 
 
 def test_the_climb_is_what_makes_them_near() -> None:
@@ -260,7 +290,7 @@ def test_a_first_step_that_fails_is_undone_and_a_second_one_poisons() -> None:
     other.step(0, clear=True)
     inner = twins.optimizer.inner
 
-    def fail() -> None:
+    def fail(**_: Any) -> None:
         inner._all()[0].data.add_(1.0)
         raise KeyboardInterrupt
 
