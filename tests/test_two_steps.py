@@ -154,6 +154,26 @@ def test_gradients_that_the_first_step_fills_with_zeros_are_zeros_in_the_second(
     twins.expect_close()
 
 
+@pytest.mark.parametrize("overflow", [1, 2])
+@pytest.mark.parametrize("engine", GENERAL, ids=str)
+def test_a_loop_that_clears_by_zero_grad_of_the_two_alone_goes_on_after_an_overflow(
+    engine: Engine, overflow: int
+) -> None:
+    twins = Twins(engine)
+    for batch in range(6):
+        skips = batch in (0, 3)
+        for number, name in enumerate(("first_step", "second_step"), 1):
+            twins.backward(batch, overflow=skips and number == overflow)
+            getattr(twins.optimizer, name)(zero_grad=True)
+            if not skips:
+                loss(twins.copies, batch).backward()
+                getattr(twins.plain, name)(zero_grad=True)
+            assert all(param.grad is None for param in twins.params)
+        assert twins.optimizer.last_step.skipped == skips
+    twins.expect_close()
+    assert twins.optimizer.skipped_steps == 2
+
+
 def test_the_climb_is_what_makes_them_near() -> None:
     twins, flat = Twins(GENERAL[0]), Twins(GENERAL[0])
     for group in flat.optimizer.param_groups:
