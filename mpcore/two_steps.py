@@ -56,6 +56,11 @@ class TwoSteps:
     _stage: Stage
     _writes: Writes
 
+    @property
+    def _makes_two(self) -> bool:
+        """Whether the wrapped optimizer's step has two calls."""
+        return hasattr(self.inner, FIRST) and hasattr(self.inner, SECOND)
+
     def _check_between_steps(self, caller: str) -> None:
         self._writes.check(caller)
         if self._climb is not None:
