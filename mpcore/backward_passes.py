@@ -48,7 +48,7 @@ class BackwardPasses:
         if self._stage.watcher is not None:
             self._stage.watcher.see_loss(outputs)
         if not self._stage.needs_scale:
-            self._stage.scaled = True
+            self._stage.scaled, self._stage.zeroed = True, False
             self._stage.flush_watch.see_loss(outputs)
             return outputs
         scaled: Outputs = scale_outputs(outputs, self._scale.scale)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mpcore._bulk import writes_to
+from mpcore._layouts import held_here, own_memory
 from mpcore.backends import Backend
 from mpcore.errors import StageError
 from mpcore.gradients import StepGradients
@@ -204,7 +205,7 @@ class GeneralPath:
         previous: StepGradients | None,
     ) -> tuple[Any, StepGradients]:
         if previous is not None:
-            self.drop_alike(previous)
+            self.hand_back(previous)
             previous.release()
             nothing = torch.zeros_like(previous.found_inf())
             self.write_weights(nothing, torch.zeros_like(self._saturated))
@@ -224,11 +225,20 @@ class GeneralPath:
         """Shows the inner optimizer's state in the wrapper's; no host sync."""
         self.masters.link_state(self._params())
 
-    def drop_alike(self, gradients: StepGradients) -> None:
-        """Drops those of the model whose master's the inner optimizer has dropped."""
+    @torch.no_grad()
+    def hand_back(self, gradients: StepGradients) -> None:
+        """Makes the model's gradients what the inner optimizer has left of its own; no host sync.
+
+        The next pass adds to them. It may have dropped them, or filled them with zeros.
+        """
         for param in gradients.params:
-            if self.masters.of(param).grad is None:
+            left = self.masters.of(param).grad
+            if left is None:
                 param.grad = None
+            elif param.grad is not None and not (left is param.grad or param.grad.requires_grad):
+                here = held_here(left)
+                scaled = here / gradients.unscaled_by.to(here.device, non_blocking=True)
+                held_here(own_memory(param, param.grad)).copy_(scaled)
 
     def write_weights(self, found_inf: Tensor, saturated: Tensor) -> None:
         """Rounds every master into its weight unless `found_inf` is set; no host sync."""

@@ -145,8 +145,7 @@ class StepGradients:
             edited = self._looked_at is not None and self._looked_at.differ_from(
                 self._stored(self.params)
             )
-        if edited:
-            self._inspected = False
+        self._inspected = self._inspected and not edited
 
     def are_as_seen(self, every: Sequence[Tensor]) -> bool:
         """Whether a clip has seen all gradients of these parameters as they are now."""
@@ -337,6 +336,7 @@ class StepGradients:
         Sums are dropped for all parameters: nobody may take them for gradients of the next pass.
         """
         self.conceal()
+        self._looked_at = None  # which holds gradients
         if not self._handed_over:
             return
         for bucket in self._buckets:

@@ -35,7 +35,7 @@ class InnerMethods(TwoSteps):
         method = None if inner is None or name.startswith("_") else getattr(inner, name, None)
         if not inspect.ismethod(method):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        if name in (FIRST, SECOND) and hasattr(inner, FIRST) and hasattr(inner, SECOND):
+        if name in (FIRST, SECOND) and self._makes_two:
             part = self._first_step if name == FIRST else self._second_step
             return functools.partial(part, method)
         return functools.partial(self._call_inner, method)

@@ -89,6 +89,11 @@ class Leftovers:
         there = any(param.grad is not None for param in self._failed.params)
         return there and not self._failed.still_there()
 
+    def others(self, params: Sequence[Tensor]) -> list[Tensor]:
+        """Returns those of `params` whose gradient is not one that the last step has left."""
+        left = {id(p) for part in (self._scaled, self._unscaled) for p in part.still_there()}
+        return [param for param in params if id(param) not in left]
+
     def forget_failed(self) -> None:
         """Forgets a step that failed: it was thrown away."""
         self._failed = _Left()

@@ -211,7 +211,7 @@ class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, InnerMethods,
 
         try:
             first = None
-            if self._paths.uses_waiting() and self._stage.waiting.take():
+            if self._paths.uses_waiting() and self._stage.waiting.take(whole=self._makes_two):
                 first = self._stage.collect_pass("step(closure)", external)
             result, gradients, moved = self._paths.step_with_closure(
                 closure, collect, self._stage.moves.of_step(external), first

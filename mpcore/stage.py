@@ -240,8 +240,9 @@ class Stage:
 
     def begin_closure(self) -> None:
         """Notes which gradients wait for the step that a closure comes to; no host sync."""
-        params = self._params() if self.scaled and not self.zeroed else []
-        self.waiting.note(params, whole=not (self.gradients is None and self._sums is None))
+        scaled = self.scaled and not self.zeroed
+        params = self._leftovers.others(self._params()) if scaled or not self.needs_scale else []
+        self.waiting.note(params, whole=bool(self.gradients or self._sums), scaled=scaled)
 
     def collect_pass(self, caller: str, external: External | None) -> StepGradients:
         """Returns the gradients of one of several passes of a step, and readies the next."""

@@ -56,6 +56,11 @@ class TwoSteps:
     _stage: Stage
     _writes: Writes
 
+    @property
+    def _makes_two(self) -> bool:
+        """Whether the wrapped optimizer's step has two calls."""
+        return hasattr(self.inner, FIRST) and hasattr(self.inner, SECOND)
+
     def _check_between_steps(self, caller: str) -> None:
         self._writes.check(caller)
         if self._climb is not None:
@@ -67,7 +72,7 @@ class TwoSteps:
 
     @outside_graphs
     def _first_step(self, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        """Climbs, unless a gradient is not finite; syncs with the host once."""
+        """Climbs, or drops gradients that are not finite; syncs with the host once."""
         self._stage.check_whole(f"{FIRST}()")
         if self._climb is not None:  # a loop that broke off: the step has not begun
             self._descend(self._climb)
@@ -82,12 +87,14 @@ class TwoSteps:
             raise
         finally:
             gradients.release()
+        if climb.found_inf:
+            _drop(gradients)
         self._climb = climb
         return result
 
     @outside_graphs
     def _second_step(self, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        """Steps, or goes back if a gradient of either pass is not finite; syncs once."""
+        """Steps, or goes back and drops them if one of either pass is not finite; syncs once."""
         climb = self._climb
         if climb is None:
             raise StageError(
@@ -104,6 +111,7 @@ class TwoSteps:
         result = None
         if bool(gradients.found_inf()):
             self._descend(climb)
+            _drop(gradients)
         else:
             self._writes.begin()
             result = self._call(gradients, lambda: method(*args, **options))
@@ -121,7 +129,7 @@ class TwoSteps:
 
     def _call(self, gradients: StepGradients, method: Callable[[], Any]) -> Any:
         result = self._paths.general.call_over_masters(method)
-        self._paths.general.drop_alike(gradients)
+        self._paths.general.hand_back(gradients)
         return result
 
     def _descend(self, climb: Climb) -> None:
@@ -129,3 +137,12 @@ class TwoSteps:
         climb.before.restore()
         self._paths.general.link_state()
         self._climb = None
+
+
+def _drop(gradients: StepGradients) -> None:
+    """Clears what a method that was skipped would have cleared: all later passes would add to it.
+
+    Of a pass that overflowed nothing is of use, and `zero_grad=True` is all that many loops write.
+    """
+    for param in gradients.params:
+        param.grad = None

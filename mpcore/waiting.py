@@ -20,22 +20,30 @@ class WaitingGradients:
 
     def forget(self) -> None:
         """Forgets them: they were dropped on purpose, or the step is over."""
-        self._whole = False
+        self._whole = self._any = False
         self._grads: list[tuple[Tensor, Tensor]] = []
 
-    def note(self, params: Sequence[Tensor], *, whole: bool) -> None:
+    def note(self, params: Sequence[Tensor], *, whole: bool, scaled: bool) -> None:
         """Notes what waits when a closure is about to run.
 
         Args:
             params: Those whose `p.grad` may wait.
             whole: Whether sums, or gradients that were clipped or unscaled, wait as well.
+            scaled: Whether they are of a loss that went through `scale`; what others have left
+                there may be used, but to drop it needs no word.
         """
         self._whole = whole
-        self._grads = [(param, param.grad) for param in params if param.grad is not None]
+        grads = [(param, param.grad) for param in params if param.grad is not None]
+        self._any = bool(grads)
+        self._grads = grads if scaled else []
 
-    def take(self) -> bool:
-        """Returns whether `p.grad` waits, and nothing else, and forgets it: it will be used."""
-        waits = bool(self._grads) and not self._whole
+    def take(self, *, whole: bool) -> bool:
+        """Returns whether gradients wait that will be used now, and forgets them.
+
+        Args:
+            whole: Whether also if sums wait, or what was clipped or unscaled.
+        """
+        waits = whole if self._whole else self._any
         if waits:
             self.forget()
         return waits

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 from typing import Any
 
 import mpcore
@@ -318,3 +320,19 @@ def test_an_overflow_that_a_clip_has_seen_stays_one_when_its_gradient_is_replace
     optimizer.step()
     assert optimizer.last_step is not None
     assert optimizer.last_step.skipped
+
+
+@pytest.mark.parametrize("sums", [False, True])
+def test_gradients_that_were_clipped_do_not_outlive_their_step(engine: Engine, sums: bool) -> None:
+    params, optimizer = make(engine)
+    grads = [weakref.ref(param.grad) for param in params]
+    if sums:
+        optimizer.accumulate()
+        grads += [weakref.ref(total) for total in optimizer._stage.accumulated.sums.values()]
+    optimizer.clip_grad_norm_(1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    gc.collect()
+    assert [grad() for grad in grads] == [None] * len(grads)
+    assert optimizer.last_step is not None  # whose norm and flags can be read still
+    assert optimizer.last_step.grad_norm is not None

@@ -9,105 +9,12 @@ import mpcore
 import pytest
 import torch
 from mpcore.errors import StageError
-from torch import Tensor, nn
 
-from mpcore_testing.bits import rounded, same_bits
+from mpcore_testing.bits import same_bits
 from mpcore_testing.engines import ENGINES, Engine
+from mpcore_testing.two_steps import Twins, loss
 
 GENERAL = [engine for engine in ENGINES if not engine.fused]
-DTYPES = [torch.float16, torch.bfloat16, torch.float32]
-SCALE = mpcore.DynamicLossScale(2.0**10, growth_interval=4)
-INF = float("inf")
-
-
-class Sharp(torch.optim.Optimizer):
-    """Sharpness-aware minimization around SGD with momentum, as it is commonly written."""
-
-    def __init__(self, params: Any, lr: float = 0.02, rho: float = 0.05) -> None:
-        super().__init__(params, {"lr": lr, "rho": rho})
-        self.base = torch.optim.SGD(self.param_groups, lr=lr, momentum=0.9)
-        self.param_groups = self.base.param_groups
-
-    @torch.no_grad()
-    def first_step(self, zero_grad: bool = False) -> None:
-        grads = [p.grad.norm() for p in self._all() if p.grad is not None]
-        norm = torch.stack(grads).norm()
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    self.state[param]["old"] = param.detach().clone()
-                    param.add_(param.grad * (group["rho"] / (norm + 1e-12)))
-        if zero_grad:
-            self.zero_grad()
-
-    @torch.no_grad()
-    def second_step(self, zero_grad: bool = False) -> str:
-        for param in self._all():
-            if param.grad is not None:
-                param.data = self.state[param]["old"]
-        self.base.step()
-        if zero_grad:
-            self.zero_grad()
-        return "stepped"
-
-    def step(self, closure: Any = None) -> None:
-        with torch.enable_grad():
-            self.first_step(zero_grad=True)
-            closure()
-            self.second_step()
-
-    def _all(self) -> list[Any]:
-        return [param for group in self.param_groups for param in group["params"]]
-
-
-class Twins:
-    """A wrapped one over parameters of three dtypes, and a plain one over float32 copies.
-
-    The gradient is a function of the weights, that of `loss`, so that the climb matters.
-    """
-
-    def __init__(self, engine: Engine) -> None:
-        values = torch.linspace(-1, 1, 12).view(3, 4)
-        self.params = [nn.Parameter(value.to(d)) for value, d in zip(values, DTYPES, strict=True)]
-        self.copies = [nn.Parameter(p.detach().float().clone()) for p in self.params]
-        self.optimizer: Any = engine.wrap(Sharp(self.params), SCALE)
-        self.plain = Sharp(self.copies)
-
-    def backward(self, batch: int, *, overflow: bool = False) -> None:
-        self.optimizer.backward(loss(self.params, batch))
-        if overflow:
-            assert self.params[1].grad is not None
-            self.params[1].grad[0] = INF
-
-    def step(self, batch: int, *, clear: bool, overflow: int = 0) -> None:
-        """One step of both, the plain one only if no pass overflows."""
-        self.backward(batch, overflow=overflow == 1)
-        self.optimizer.first_step(zero_grad=clear)
-        if not clear:
-            self.optimizer.zero_grad()
-        self.backward(batch, overflow=overflow == 2)
-        result = self.optimizer.second_step(zero_grad=True)
-        assert result == (None if overflow else "stepped")
-        self.optimizer.zero_grad()
-        if not overflow:
-            loss(self.copies, batch).backward()
-            self.plain.first_step(zero_grad=True)
-            loss(self.copies, batch).backward()
-            self.plain.second_step(zero_grad=True)
-
-    def masters(self) -> list[Tensor]:
-        return [self.optimizer.state[p].get("master", p).detach().clone() for p in self.params]
-
-    def expect_close(self, bound: float = 5e-3) -> None:
-        for param, master, other in zip(self.params, self.masters(), self.copies, strict=True):
-            assert (master - other).abs().max() <= bound
-            assert same_bits(param.detach(), rounded(master, param.dtype))
-
-
-def loss(params: Any, batch: int) -> Any:
-    target = torch.linspace(1, -1, 4) * (1 + batch % 3)
-    apart = [(p.float() - target) for p in params]
-    return torch.stack([(x.square() + x**4 / 8).mean() for x in apart]).sum()
 
 
 @pytest.mark.parametrize("clear", [True, False])
@@ -122,6 +29,47 @@ def test_both_steps_are_near_those_in_float32(engine: Engine, clear: bool) -> No
     assert min(moved) > 0.2
     assert (twins.optimizer.steps, twins.optimizer.skipped_steps) == (12, 0)
     assert twins.optimizer.loss_scale == 2.0**13  # grew every four steps, not every four passes
+
+
+@pytest.mark.parametrize("closure", [True, False])
+@pytest.mark.parametrize("clears", ["zeros", "data"])
+@pytest.mark.parametrize("engine", GENERAL, ids=str)
+def test_gradients_that_the_first_step_fills_with_zeros_are_zeros_in_the_second(
+    engine: Engine, clears: str, closure: bool
+) -> None:
+    twins = Twins(engine)
+    twins.optimizer.inner.clears = twins.plain.clears = clears
+    for batch in range(6):
+        if not closure:
+            twins.step(batch, clear=True)
+            continue
+        twins.backward(batch)
+        twins.optimizer.step(lambda batch=batch: twins.backward(batch))
+        twins.optimizer.zero_grad()
+        loss(twins.copies, batch).backward()
+        twins.plain.step(lambda batch=batch: loss(twins.copies, batch).backward())
+        twins.plain.zero_grad()
+    twins.expect_close()
+
+
+@pytest.mark.parametrize("overflow", [1, 2])
+@pytest.mark.parametrize("engine", GENERAL, ids=str)
+def test_a_loop_that_clears_by_zero_grad_of_the_two_alone_goes_on_after_an_overflow(
+    engine: Engine, overflow: int
+) -> None:
+    twins = Twins(engine)
+    for batch in range(6):
+        skips = batch in (0, 3)
+        for number, name in enumerate(("first_step", "second_step"), 1):
+            twins.backward(batch, overflow=skips and number == overflow)
+            getattr(twins.optimizer, name)(zero_grad=True)
+            if not skips:
+                loss(twins.copies, batch).backward()
+                getattr(twins.plain, name)(zero_grad=True)
+            assert all(param.grad is None for param in twins.params)
+        assert twins.optimizer.last_step.skipped == skips
+    twins.expect_close()
+    assert twins.optimizer.skipped_steps == 2
 
 
 def test_the_climb_is_what_makes_them_near() -> None:
@@ -184,6 +132,65 @@ def test_a_closure_after_a_pass_makes_both_steps(engine: Engine) -> None:
         twins.plain.zero_grad()
     twins.expect_close()
     assert (twins.optimizer.steps, twins.optimizer.skipped_steps) == (6, 1)
+
+
+@pytest.mark.parametrize("how", ["clip", "unscale", "accumulate", "two losses"])
+@pytest.mark.parametrize("engine", GENERAL, ids=str)
+def test_what_waits_is_the_first_pass_whatever_was_done_to_it(engine: Engine, how: str) -> None:
+    twins = Twins(engine)
+    optimizer = twins.optimizer
+    other = optimizer.add_loss("other", mpcore.StaticLossScale(2.0**6))
+
+    def add(batch: int) -> None:
+        twins.backward(batch)
+        if how == "two losses":
+            other.backward(loss(twins.params, 1))
+
+    for batch in range(6):
+        add(batch)
+        loss(twins.copies, batch).backward()
+        if how == "clip":
+            optimizer.clip_grad_norm_(0.25)
+        elif how == "unscale":
+            optimizer.unscale_()
+            torch.nn.utils.clip_grad_norm_(twins.params, 0.25)
+        elif how == "accumulate":
+            optimizer.accumulate()
+            twins.backward(5)
+            loss(twins.copies, 5).backward()
+        if how in ("clip", "unscale"):
+            torch.nn.utils.clip_grad_norm_(twins.copies, 0.25)
+        optimizer.step(lambda batch=batch: add(batch))
+        optimizer.zero_grad()
+
+        def closure(batch: int = batch) -> None:
+            loss(twins.copies, batch).backward()
+            if how == "two losses":
+                loss(twins.copies, 1).backward()
+
+        if how == "two losses":
+            loss(twins.copies, 1).backward()
+        twins.plain.step(closure)
+        twins.plain.zero_grad()
+    twins.expect_close()
+    assert (optimizer.steps, optimizer.skipped_steps) == (6, 0)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("engine", GENERAL, ids=str)
+def test_without_a_scale_a_pass_of_the_users_own_is_the_first_one(
+    engine: Engine, set_to_none: bool
+) -> None:
+    twins = Twins(engine, mpcore.NoLossScale())
+    for batch in range(6):
+        for params, optimizer in (
+            (twins.params, twins.optimizer),
+            (twins.copies, twins.plain),
+        ):
+            loss(params, batch).backward()
+            optimizer.step(lambda params=params, batch=batch: loss(params, batch).backward())
+            optimizer.zero_grad(set_to_none=set_to_none)
+    twins.expect_close()
 
 
 @pytest.mark.parametrize("how", ["clip", "unscale", "accumulate"])
@@ -260,7 +267,7 @@ def test_a_first_step_that_fails_is_undone_and_a_second_one_poisons() -> None:
     other.step(0, clear=True)
     inner = twins.optimizer.inner
 
-    def fail() -> None:
+    def fail(**_: Any) -> None:
         inner._all()[0].data.add_(1.0)
         raise KeyboardInterrupt
 

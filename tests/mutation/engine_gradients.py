@@ -43,11 +43,20 @@ EXPOSURE = [
     *engine_mutants(
         "gradients.py",
         ("test_exposed_gradients.py",),
-        ("edits are not looked at again", "        if edited:", "        if edited is None:"),
+        ("edits are not looked at again", "self._inspected and not edited", "self._inspected"),
         (
             "a clip waits for the step although gradients are shown",
             "if self.exposure is not None:  # who looks",
             "if self.exposure is None:  # who looks",
+        ),
+    ),
+    *engine_mutants(
+        "gradients.py",
+        ("test_optimizer_clipping.py",),
+        (
+            "what was clipped is kept until the next step",
+            "self._looked_at = None  # which",
+            "pass  # which",
         ),
     ),
     *engine_mutants(

@@ -137,7 +137,35 @@ INNER = [
     *engine_mutants(
         "two_steps.py",
         ("test_two_steps.py",),
-        ("an overflow of the first pass steps", "if climb.found_inf:", "if climb is None:"),
+        (
+            "an overflow of the first pass steps",
+            "if climb.found_inf:\n            gradients.add",
+            "if climb is None:\n            gradients.add",
+        ),
+        (
+            "the first pass stays although it was skipped",
+            "if climb.found_inf:\n            _drop",
+            "if climb is None:\n            _drop",
+        ),
+        (
+            "the second pass stays",
+            "self._descend(climb)\n            _drop(gradients)",
+            "self._descend(climb)",
+        ),
+    ),
+    *engine_mutants(
+        "general_path.py",
+        ("test_two_steps.py",),
+        (
+            "zeros of the inner one stay there",
+            "own_memory(param, param.grad)).copy_",
+            "here).copy_",
+        ),
+    ),
+    *engine_mutants(
+        "stage.py",
+        ("test_two_steps.py",),
+        ("a pass without a scale never waits", "if scaled or not self.needs_scale", "if scaled"),
     ),
     *engine_mutants(
         "optimizer.py",
@@ -147,6 +175,11 @@ INNER = [
             'self._check_between_steps("step()")',
             "pass",
         ),
+    ),
+    *engine_mutants(
+        "waiting.py",
+        ("test_two_steps.py",),
+        ("what was clipped waits in vain", "whole if self._whole else", "not self._whole and"),
     ),
     *engine_mutants(
         "waiting.py",
