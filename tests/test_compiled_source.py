@@ -1,9 +1,6 @@
 """The C of the compiled backend: conversions, what rules become, and the compiler."""
 
 import ctypes
-import re
-import subprocess
-from pathlib import Path
 
 import mpcore
 import pytest
@@ -12,11 +9,8 @@ from mpcore.backends import _c_command, _c_compiler, _c_source
 from mpcore.errors import BackendError
 from mpcore.updates import RULES
 
-from mpcore_testing.batches import BRAIN, HALF
 from mpcore_testing.kernels import HALVES, all_patterns, assert_same_bits
 from mpcore_testing.rounding import edge_masters, round_by_hand
-
-LANES = 16  # elements that a loop takes at a time, as `_numbers.h` has it
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -41,48 +35,20 @@ def test_masters_at_every_edge_are_rounded_and_counted(dtype, portable):
     assert_same_bits(weights, expected)
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("portable", [False, True])
-def test_lanes_hold_every_16_bit_gradient_exactly(dtype, portable):
-    patterns = all_patterns(dtype)
-    wide = torch.empty(2**16)
-    converted("widen", dtype, portable, lanes=True)(patterns.data_ptr(), wide.data_ptr(), 2**16)
-    assert_same_bits(wide, patterns.float())
-
-
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("portable", [False, True])
-def test_lanes_round_masters_at_every_edge_below_the_first_that_is_clamped(dtype, portable):
-    masters = edge_masters(dtype)
-    first = torch.tensor({HALF: 65520.0, BRAIN: 2.0**128 - 2.0**119}[dtype], dtype=torch.float64)
-    mild = masters[masters.double().abs() < first]
-    assert mild.abs().max().double() == torch.nextafter(first.float(), torch.tensor(0.0)).double()
-    mild = mild[: len(mild) // LANES * LANES]
-    assert len(mild) > 10_000
-    weights = torch.empty(len(mild), dtype=dtype)
-    narrow = converted("narrow", dtype, portable, lanes=True)
-    narrow(mild.data_ptr(), weights.data_ptr(), len(mild))
-    assert_same_bits(weights, round_by_hand(mild, dtype)[0].view(dtype))
-
-
-def converted(name, dtype, portable, lanes=False):
+def converted(name, dtype, portable):
     """A conversion of `_numbers.h`, with the processor's instructions for it or without."""
     source = "#define PORTABLE\n" if portable else ""
     source += f'#include "{_c_command.SOURCE}"\n'
-    dtype = str(dtype).removeprefix("torch.")
+    function = f"{name}_{str(dtype).removeprefix('torch.')}"
     types = ("uint16_t", "float") if name == "widen" else ("float", "uint16_t")
-    body = f"return {name}_{dtype}(from, to, n);"
-    if name == "widen":
-        body = body.removeprefix("return ")
-    if lanes:
-        source += f'_Static_assert(LANES == {LANES}, "");\n'
-        call = f"{name}_lanes({dtype.upper()}, from + i, to + i)"
-        body = f"for (int64_t i = 0; i < n; i += LANES) {call};"
-    result = "int64_t" if body.startswith("return") else "void"
-    source += f"{result} exported(const {types[0]} *from, {types[1]} *to, int64_t n) {{ {body} }}\n"
+    result = "return " if name == "narrow" else ""
+    source += (
+        f"{'int64_t' if result else 'void'} exported(const {types[0]} *from, {types[1]} *to, "
+        f"int64_t n) {{ {result}{function}(from, to, n); }}\n"
+    )
     exported = _c_compiler.load(source).exported
     exported.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64]
-    exported.restype = ctypes.c_int64 if result == "int64_t" else None
+    exported.restype = ctypes.c_int64 if result else None
     return exported
 
 
@@ -141,45 +107,6 @@ def test_numbers_in_a_rule_are_float32_exactly():
     source = _c_source.rule_source(Odd(), 0)
     assert f"(float){(0.1).hex()} * g" in source
     assert "(float)0x1.8000000000000p+1 / p" in source
-
-
-@pytest.fixture
-def gcc():
-    """The compiler, which has to be GCC."""
-    compiler = _c_command.find_compilers()[0]
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
-    if "Free Software Foundation" not in version.stdout:
-        pytest.skip("known of GCC only")
-    return compiler
-
-
-def test_conversions_are_vectorized(gcc):
-    flags = [*_c_command.FLAGS, "-DPORTABLE", *_c_command.NATIVE[1], "-fopt-info-vec"]
-    command = [gcc, *flags, str(_c_command.SOURCE), "-o", "/dev/null"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    loops = set()
-    for line in done.stderr.splitlines():
-        if "vectorized" in line:
-            path, number = line.split(":")[:2]
-            above = Path(path).read_text().splitlines()[: int(number)]
-            loops.add(next((text for text in reversed(above) if text.startswith("LOOP")), ""))
-    for expected in ("widen_bfloat16", "widen_float16", "narrow_bfloat16", "narrow_float16"):
-        assert any(f" {expected}(" in loop for loop in loops), (expected, loops)
-
-
-@pytest.mark.parametrize("level", _c_command.levels("x86_64").values(), ids=lambda level: level[0])
-def test_no_loop_of_an_update_computes_one_element_at_a_time(gcc, level):
-    if _c_command.platform.machine() != "x86_64":
-        pytest.skip("reads the assembly of x86")
-    command = [gcc, *_c_command.FLAGS, *level[1], "-S", str(_c_command.SOURCE), "-o", "-"]
-    command.remove("-shared")
-    assembly = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    bodies = dict(re.findall(r"^(\w+):\n(.*?)^\t\.size\t\1,", assembly, re.DOTALL | re.MULTILINE))
-    for rule, moments in _c_source.STEPS:
-        for name in _c_source.loop_names(rule, moments):
-            assert re.search(r"\bv?mulps\b", bodies[name]), name
-            scalar = re.findall(r"\bv?(?:add|sub|mul|div|sqrt|cvt\w*2)ss\b.*", bodies[name])
-            assert scalar == [], name
 
 
 def test_the_steps_in_c_are_those_of_the_rules():

@@ -23,31 +23,35 @@ typedef uint32_t loop_t(ELEMENTS);
 /* Gradients and weights that a loop is for. All others are widened to float32 gradients before. */
 enum { NO_WEIGHTS, BOTH_FLOAT16 = FLOAT16, BOTH_BFLOAT16 = BFLOAT16, TO_FLOAT16, TO_BFLOAT16, FORMATS };
 
-INLINE uint32_t update_lanes(rule_t *rule, int moments, int columns, int grad_dtype, int weight_dtype, ELEMENTS) {
-    const int grad_size = grad_dtype == FLOAT32 ? 4 : 2;
+INLINE uint32_t update_lanes(rule_t *rule, int moments, int columns, int grad_dtype, int weight_dtype,
+                             ELEMENTS) {
     float s[MOST_COLUMNS];
     for (int c = 0; c < columns; c++) s[c] = scalars[c];
     uint32_t largest[LANES] = {0};
     for (int64_t i = 0; i < n; i += LANES) {
-        float x[LANES], updated[LANES];
-        widen_lanes(grad_dtype, (const char *)grad + grad_size * i, x);
-        for (int j = 0; j < LANES; j++) {
+        float wide[LANES], updated[LANES];
+        uint16_t rounded[LANES];
+        if (CONVERTS(grad_dtype)) widen_lanes((const uint16_t *)grad + i, wide);
+        for (int j = 0; j < LANES; j++) { /* the one loop that becomes vectors: all is in it */
             const int64_t k = i + j;
+            const float x = CONVERTS(grad_dtype) ? wide[j] : load(grad_dtype, grad, k);
             float m[MOST_MOMENTS] = {0};
             if (moments > 0) m[0] = moment0[k];
             if (moments > 1) m[1] = moment1[k];
             if (moments > 2) m[2] = moment2[k];
-            const float p = rule(x[j] * coefficient, master[k], m, s);
+            const float p = rule(x * coefficient, master[k], m, s);
             updated[j] = master[k] = p;
             if (moments > 0) moment0[k] = m[0];
             if (moments > 1) moment1[k] = m[1];
             if (moments > 2) moment2[k] = m[2];
-            const uint32_t magnitude = bits_of(p) & 0x7fffffffu;
+            if (weight_dtype == FLOAT32) continue; /* the master is the weight */
+            const uint32_t bits = bits_of(p), magnitude = bits & 0x7fffffffu;
             largest[j] = magnitude > largest[j] ? magnitude : largest[j];
+            if (weight_dtype == BFLOAT16) rounded[j] = nearest_bfloat16(bits);
+            if (weight_dtype == FLOAT16 && !CONVERTS(FLOAT16)) rounded[j] = nearest_float16(bits);
         }
-        if (weight_dtype == FLOAT32) continue; /* the master is the weight */
-        uint16_t rounded[LANES];
-        narrow_lanes(weight_dtype, updated, rounded);
+        if (weight_dtype == FLOAT32) continue;
+        if (CONVERTS(weight_dtype)) narrow_lanes(updated, rounded);
         if (streaming)
             stream_lanes(rounded, weight + i);
         else

@@ -46,6 +46,13 @@ INLINE float from_float16(uint16_t half) {
     return float_of(bits | sign);
 }
 
+/* Returns element `i` of a gradient. */
+INLINE float load(int dtype, const void *from, int64_t i) {
+    if (dtype == FLOAT32) return ((const float *)from)[i];
+    const uint16_t half = ((const uint16_t *)from)[i];
+    return dtype == FLOAT16 ? from_float16(half) : from_bfloat16(half);
+}
+
 LOOP void widen_bfloat16(const uint16_t *restrict from, float *restrict to, int64_t n) {
     for (int64_t i = 0; i < n; i++) to[i] = from_bfloat16(from[i]);
 }
@@ -111,40 +118,34 @@ LOOP int64_t narrow_float16(const float *restrict from, uint16_t *restrict to, i
  * compiler makes of it, whatever the width of its vectors. */
 #define LANES 16
 
-/* Widens LANES elements of `dtype`. */
-INLINE void widen_lanes(int dtype, const void *from, float *to) {
-    const uint16_t *half = from;
-    if (dtype == FLOAT32) {
-        memcpy(to, from, LANES * sizeof *to);
-    } else if (dtype == BFLOAT16) {
-        for (int j = 0; j < LANES; j++) to[j] = from_bfloat16(half[j]);
-    } else {
-#if defined(FAST_FLOAT16) && defined(__AVX512F__)
-        _mm512_storeu_ps(to, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)half)));
-#elif defined(FAST_FLOAT16)
-        for (int j = 0; j < LANES; j += 8)
-            _mm256_storeu_ps(to + j, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(half + j))));
+/* Whether the processor converts a dtype, LANES at a time; a compiler does not see that by itself. */
+#ifdef FAST_FLOAT16
+#define CONVERTS(dtype) ((dtype) == FLOAT16)
 #else
-        for (int j = 0; j < LANES; j++) to[j] = from_float16(half[j]);
+#define CONVERTS(dtype) 0
 #endif
-    }
+
+INLINE void widen_lanes(const uint16_t *from, float *to) {
+#if defined(FAST_FLOAT16) && defined(__AVX512F__)
+    _mm512_storeu_ps(to, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from)));
+#elif defined(FAST_FLOAT16)
+    for (int j = 0; j < LANES; j += 8)
+        _mm256_storeu_ps(to + j, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from + j))));
+#endif
 }
 
-/* Rounds LANES elements below CLAMPED to `dtype`. */
-INLINE void narrow_lanes(int dtype, const float *from, uint16_t *to) {
-    if (dtype == BFLOAT16) {
-        for (int j = 0; j < LANES; j++) to[j] = nearest_bfloat16(bits_of(from[j]));
-    } else {
-#if defined(FAST_FLOAT16) && defined(__AVX512F__)
-        _mm256_storeu_si256((__m256i *)to, _mm512_cvtps_ph(_mm512_loadu_ps(from), 0)); /* 0: to nearest */
-#elif defined(FAST_FLOAT16)
-        const __m128i low = _mm256_cvtps_ph(_mm256_loadu_ps(from), 0), /* 0: to nearest */
-            high = _mm256_cvtps_ph(_mm256_loadu_ps(from + 8), 0);
-        _mm256_storeu_si256((__m256i *)to, _mm256_set_m128i(high, low));
+/* Rounds what is below CLAMPED. */
+INLINE void narrow_lanes(const float *from, uint16_t *to) {
+#ifdef FAST_FLOAT16
+    const int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+#ifdef __AVX512F__
+    _mm256_storeu_si256((__m256i *)to, _mm512_cvtps_ph(_mm512_loadu_ps(from), nearest));
 #else
-        for (int j = 0; j < LANES; j++) to[j] = nearest_float16(bits_of(from[j]));
+    const __m128i low = _mm256_cvtps_ph(_mm256_loadu_ps(from), nearest);
+    const __m128i high = _mm256_cvtps_ph(_mm256_loadu_ps(from + 8), nearest);
+    _mm256_storeu_si256((__m256i *)to, _mm256_set_m128i(high, low));
 #endif
-    }
+#endif
 }
 
 /* Writes LANES weights around the caches: they are read again in the next forward pass, and a line
