@@ -69,7 +69,7 @@ LOOP void widen_float16(const uint16_t *restrict from, float *restrict to, int64
 /* Bits of the smallest magnitudes that would round to infinity; infinities and NaNs are above. */
 #define CLAMPED(dtype) ((dtype) == FLOAT16 ? 0x477ff000u : 0x7f7f8000u)
 
-/* These two round what is below CLAMPED. */
+/* These round what is below CLAMPED. */
 
 INLINE uint16_t nearest_bfloat16(uint32_t bits) {
     return (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
@@ -82,6 +82,10 @@ INLINE uint16_t nearest_float16(uint32_t bits) {
     uint32_t small = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;
     uint32_t rounded = choose(mask_of(magnitude < 0x38800000u), small, normal);
     return (uint16_t)(rounded | ((bits >> 16) & 0x8000u));
+}
+
+INLINE uint16_t nearest(int dtype, uint32_t bits) {
+    return dtype == FLOAT16 ? nearest_float16(bits) : nearest_bfloat16(bits);
 }
 
 /* These two round anything. A finite value that would round to infinity becomes the largest finite one
@@ -137,12 +141,12 @@ INLINE void widen_lanes(const uint16_t *from, float *to) {
 /* Rounds what is below CLAMPED. */
 INLINE void narrow_lanes(const float *from, uint16_t *to) {
 #ifdef FAST_FLOAT16
-    const int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    const int how = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
 #ifdef __AVX512F__
-    _mm256_storeu_si256((__m256i *)to, _mm512_cvtps_ph(_mm512_loadu_ps(from), nearest));
+    _mm256_storeu_si256((__m256i *)to, _mm512_cvtps_ph(_mm512_loadu_ps(from), how));
 #else
-    const __m128i low = _mm256_cvtps_ph(_mm256_loadu_ps(from), nearest);
-    const __m128i high = _mm256_cvtps_ph(_mm256_loadu_ps(from + 8), nearest);
+    const __m128i low = _mm256_cvtps_ph(_mm256_loadu_ps(from), how);
+    const __m128i high = _mm256_cvtps_ph(_mm256_loadu_ps(from + 8), how);
     _mm256_storeu_si256((__m256i *)to, _mm256_set_m128i(high, low));
 #endif
 #endif
