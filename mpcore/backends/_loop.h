@@ -25,16 +25,23 @@ enum { NO_WEIGHTS, BOTH_FLOAT16 = FLOAT16, BOTH_BFLOAT16 = BFLOAT16, TO_FLOAT16,
 
 INLINE uint32_t update_lanes(rule_t *rule, int moments, int columns, int grad_dtype, int weight_dtype,
                              ELEMENTS) {
+    const int grad_size = grad_dtype == FLOAT32 ? 4 : 2;
     float s[MOST_COLUMNS];
     for (int c = 0; c < columns; c++) s[c] = scalars[c];
     uint32_t largest[LANES] = {0};
     for (int64_t i = 0; i < n; i += LANES) {
         float wide[LANES], updated[LANES];
         uint16_t rounded[LANES];
+        ask_ahead((const char *)grad + grad_size * i);
+        ask_ahead(master + i);
+        if (moments > 0) ask_ahead(moment0 + i);
+        if (moments > 1) ask_ahead(moment1 + i);
+        if (moments > 2) ask_ahead(moment2 + i);
         if (CONVERTS(grad_dtype)) widen_lanes((const uint16_t *)grad + i, wide);
         /* The loop that becomes vectors; all else is in registers too. Because it makes a number of 16
          * bits, compilers take all LANES at once and load before they store: a third of the time, if
-         * memory is waited for. */
+         * memory is waited for. Taken apart before, it would become no vectors at all. */
+#pragma GCC unroll 1
         for (int j = 0; j < LANES; j++) {
             const int64_t k = i + j;
             const float x = CONVERTS(grad_dtype) ? wide[j] : load(grad_dtype, grad, k);

@@ -122,6 +122,12 @@ LOOP int64_t narrow_float16(const float *restrict from, uint16_t *restrict to, i
  * compiler makes of it, whatever the width of its vectors. */
 #define LANES 16
 
+/* Asks memory for what lies 2 KiB behind the address, a line of a cache or less: a processor follows
+ * several arrays by itself, but not far enough ahead, and begins anew at each page. */
+INLINE void ask_ahead(const void *address) {
+    __builtin_prefetch((const void *)((uintptr_t)address + 2048));
+}
+
 /* Whether the processor converts a dtype, LANES at a time; a compiler does not see that by itself. */
 #ifdef FAST_FLOAT16
 #define CONVERTS(dtype) ((dtype) == FLOAT16)

@@ -10,8 +10,6 @@
 
 #define BLOCK 512 /* elements that stay in the first-level cache */
 
-typedef float lanes_t __attribute__((vector_size(64)));
-
 typedef struct {
     int64_t tensor, start, stop; /* elements */
 } chunk_t;
@@ -51,23 +49,53 @@ static const float *widened(const work_t *work, int64_t tensor, int64_t at, int6
     return room;
 }
 
-/* Writes the sum of squares of each chunk: 64 float sums of 8 squares each, blocks in float64. */
+/* Returns the sum of squares of BLOCK elements: 64 float sums of 8 squares each. */
+INLINE float squares_of(int dtype, const void *from) {
+    enum { SUMS = 64 };
+    const int size = dtype == FLOAT32 ? 4 : 2;
+    float sums[SUMS] = {0};
+    for (int i = 0; i < BLOCK; i += SUMS) {
+        float wide[SUMS];
+        for (int b = 0; b < size * SUMS; b += 64) ask_ahead((const char *)from + size * i + b);
+        if (CONVERTS(dtype))
+            for (int j = 0; j < SUMS; j += LANES) widen_lanes((const uint16_t *)from + i + j, wide + j);
+        for (int j = 0; j < SUMS; j++) {
+            const float x = CONVERTS(dtype) ? wide[j] : load(dtype, from, i + j);
+            sums[j] += x * x;
+        }
+    }
+    float lanes[LANES], sum = 0;
+    for (int j = 0; j < LANES; j++)
+        lanes[j] = (sums[j] + sums[LANES + j]) + (sums[2 * LANES + j] + sums[3 * LANES + j]);
+    for (int j = 0; j < LANES; j++) sum += lanes[j];
+    return sum;
+}
+
+LOOP float squares_of_float32(const void *from) { return squares_of(FLOAT32, from); }
+LOOP float squares_of_float16(const void *from) { return squares_of(FLOAT16, from); }
+LOOP float squares_of_bfloat16(const void *from) { return squares_of(BFLOAT16, from); }
+
+/* Returns the sum of squares of at most BLOCK elements. */
+static float block_squares(const work_t *work, int64_t tensor, int64_t at, int64_t n) {
+    const uint16_t *halves = (const uint16_t *)work->grads[tensor] + at;
+    if (n == BLOCK && work->grad_dtype == FLOAT16) return squares_of_float16(halves);
+    if (n == BLOCK && work->grad_dtype == BFLOAT16) return squares_of_bfloat16(halves);
+    float room[BLOCK];
+    const float *grad = widened(work, tensor, at, n, room);
+    if (n == BLOCK) return squares_of_float32(grad);
+    if (grad != room) memcpy(room, grad, (size_t)n * sizeof *grad);
+    memset(room + n, 0, (size_t)(BLOCK - n) * sizeof *room);
+    return squares_of_float32(room);
+}
+
+/* Writes the sum of squares of each chunk: blocks are added in float64. */
 void square_sums(work_t *work) {
     for (int64_t k; (k = take(work)) < work->count;) {
         const chunk_t chunk = work->chunks[k];
         double sum = 0;
         for (int64_t at = chunk.start; at < chunk.stop; at += BLOCK) {
-            int64_t n = chunk.stop - at < BLOCK ? chunk.stop - at : BLOCK;
-            lanes_t x[BLOCK / 16], part[4] = {{0}};
-            memset(x + n / 16, 0, sizeof x - n / 16 * sizeof *x); /* what is behind the end */
-            const float *grad = widened(work, chunk.tensor, at, n, (float *)x);
-            if (grad != (float *)x) memcpy(x, grad, (size_t)n * sizeof *grad);
-            for (int i = 0; i < BLOCK / 16; i += 4)
-                for (int j = 0; j < 4; j++) part[j] += x[i + j] * x[i + j];
-            lanes_t lanes = (part[0] + part[1]) + (part[2] + part[3]);
-            float block = 0;
-            for (int i = 0; i < 16; i++) block += lanes[i];
-            sum += block;
+            const int64_t n = chunk.stop - at < BLOCK ? chunk.stop - at : BLOCK;
+            sum += block_squares(work, chunk.tensor, at, n);
         }
         work->sums[k] = sum;
     }
