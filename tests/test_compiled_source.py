@@ -1,8 +1,6 @@
 """The C of the compiled backend: conversions, what rules become, and the compiler."""
 
 import ctypes
-import subprocess
-from pathlib import Path
 
 import mpcore
 import pytest
@@ -35,16 +33,10 @@ def test_masters_at_every_edge_are_rounded_and_counted(dtype, portable):
     # the oracle is for numbers
     expected = torch.where(masters.isnan(), torch.nan, expected.view(dtype))
     assert_same_bits(weights, expected)
-    # the fast loop is for blocks in which nothing has to be clamped
-    mild = masters[masters.abs() < 6e4]
-    for start in range(0, len(mild), 1021):
-        part = mild[start : start + 1021].clone()
-        assert narrow(part.data_ptr(), weights.data_ptr(), len(part)) == 0
-        assert_same_bits(weights[: len(part)], round_by_hand(part, dtype)[0].view(dtype))
 
 
 def converted(name, dtype, portable):
-    """A conversion of `_passes.c`, with the processor's instructions for it or without."""
+    """A conversion of `_numbers.h`, with the processor's instructions for it or without."""
     source = "#define PORTABLE\n" if portable else ""
     source += f'#include "{_c_command.SOURCE}"\n'
     function = f"{name}_{str(dtype).removeprefix('torch.')}"
@@ -85,7 +77,7 @@ def test_a_rule_that_c_does_not_know_is_refused_by_name():
             return torch.tanh(grad), ()
 
     with pytest.raises(NotImplementedError, match=r"where, maximum.*got tanh"):
-        _c_source.step_source(Odd(), 0)
+        _c_source.rule_source(Odd(), 0)
 
 
 def test_scalars_that_c_does_not_know_are_refused_by_name():
@@ -112,28 +104,9 @@ def test_numbers_in_a_rule_are_float32_exactly():
         def apply(self, grad, param, moments, s, sqrt=None):
             return 1 - (0.1 * grad + 2) / (3 / param), ()
 
-    source = _c_source.step_source(Odd(), 0)
+    source = _c_source.rule_source(Odd(), 0)
     assert f"(float){(0.1).hex()} * g" in source
     assert "(float)0x1.8000000000000p+1 / p" in source
-
-
-def test_the_loops_are_vectorized():
-    compiler = _c_command.find_compilers()[0]
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
-    if "Free Software Foundation" not in version.stdout:
-        pytest.skip("only GCC says which loops it vectorized")
-    flags = [*_c_command.FLAGS, "-DPORTABLE", *_c_command.NATIVE[1], "-fopt-info-vec"]
-    command = [compiler, *flags, str(_c_command.SOURCE), "-o", "/dev/null"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    loops = set()
-    for line in done.stderr.splitlines():
-        if "vectorized" in line:
-            path, number = line.split(":")[:2]
-            above = Path(path).read_text().splitlines()[: int(number)]
-            loops.add(next(text for text in reversed(above) if text.startswith("LOOP")))
-    names = ("widen_bfloat16", "widen_float16", "narrow_bfloat16", "narrow_any_float16")
-    for expected in (*names, *(f"{rule}_{count}_loop" for rule, count in _c_source.STEPS)):
-        assert any(f" {expected}(" in loop for loop in loops), (expected, loops)
 
 
 def test_the_steps_in_c_are_those_of_the_rules():
@@ -203,7 +176,7 @@ def test_auto_is_the_cpu_backend_where_the_library_cannot_be_loaded_or_found(mon
         patch.setattr(_c_compiler, "find_built", lambda: broken)
         patch.setattr(_c_compiler, "passes", _c_compiler.passes.__wrapped__)
         assert not _c_compiler.comes_built.__wrapped__()
-    monkeypatch.setattr(_c_command, "SOURCE", tmp_path / "passes.zip" / "_passes.c")
+    monkeypatch.setattr(_c_command, "SOURCES", (tmp_path / "passes.zip" / "_passes.c",))
     assert _c_compiler.find_built() is None  # as in an archive
     assert not _c_compiler.comes_built.__wrapped__()
 

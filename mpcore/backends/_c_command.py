@@ -20,6 +20,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 SOURCE, HEADER = HERE / "_passes.c", HERE / "_steps.h"
+#: All that a library is made from.
+SOURCES = (SOURCE, HERE / "_numbers.h", HERE / "_loop.h", HEADER)
 #: Where the libraries of a wheel are.
 BUILT = HERE / "_built"
 COMPILERS = ("cc", "gcc", "clang")
@@ -49,7 +51,7 @@ def find_compilers() -> list[str]:
 def identity() -> str:
     """Returns what is another string for another source."""
     digest = hashlib.sha256()
-    for path in (SOURCE, HEADER, Path(__file__)):
+    for path in (*SOURCES, Path(__file__)):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -23,23 +23,28 @@ from mpcore.updates.square_root import sqrt64
 #: The steps of the compiled backend in the order of its table: name of a rule, number of moments.
 STEPS = tuple((name, count) for name, rule in RULES.items() for count in rule.moment_counts)
 
-_STEP = """\
-LOOP void {name}_loop(const float *restrict grad, float *restrict master, {moment_args}int64_t n,
-                      const float *s, float coefficient) {{
-    const float {scalars};
-    for (int64_t i = 0; i < n; i++) {{
-        const float p = master[i]{old};
-        const float g = (grad[i] * coefficient) * s0;
+_RULE = """\
+INLINE float {name}(float unscaled, float p, float *m, const float *s) {{
+{old}    const float g = unscaled * s[0];
 {lines}
-        master[i] = {param};
-{new}    }}
-}}
-
-static void {name}(const float *grad, float *master, float *const *moments, int64_t n,
-                   const float *s, float coefficient) {{
-    {name}_loop(grad, master, {passed}n, s, coefficient);
+{new}    return {param};
 }}
 """
+
+_LOOP = """\
+LOOP uint32_t {rule}_{format}(ELEMENTS) {{
+    return update_lanes({rule}, {moments}, {columns}, {grad}, {weight}, PASSED_ON);
+}}
+"""
+
+# what C calls the formats of `_loop.h`, in their order: dtypes of gradients and weights
+_FORMATS = {
+    "float32": ("FLOAT32", "FLOAT32"),
+    "float16": ("FLOAT16", "FLOAT16"),
+    "bfloat16": ("BFLOAT16", "BFLOAT16"),
+    "to_float16": ("FLOAT32", "FLOAT16"),
+    "to_bfloat16": ("FLOAT32", "BFLOAT16"),
+}
 
 _SCALARS = """\
 static void {name}_scalars(const double *n, double t, float *s) {{
@@ -151,41 +156,73 @@ _FUNCTIONS: dict[Any, str] = {
 }
 
 
-def step_source(rule: UpdateRule, moments: int) -> str:
-    """Returns a function of C that updates `n` elements of a master and its moments.
+def rule_source(rule: UpdateRule, moments: int) -> str:
+    """Returns a function of C that updates one element.
 
     Args:
         rule: Whose `apply` is written out.
         moments: How many there are.
 
     Example:
-        >>> print(step_source(RULES["sgd"], 0).split("s0;")[-1].split("}")[0])
-        <BLANKLINE>
-                const float t0 = p * s1;
-                const float t1 = g + t0;
-                const float t2 = t1 * s6;
-                const float t3 = p - t2;
-                master[i] = t3;
+        >>> print(rule_source(RULES["sgd"], 0))
+        INLINE float sgd_0(float unscaled, float p, float *m, const float *s) {
+            const float g = unscaled * s[0];
+            const float t0 = p * s[1];
+            const float t1 = g + t0;
+            const float t2 = t1 * s[6];
+            const float t3 = p - t2;
+            return t3;
+        }
         <BLANKLINE>
     """
-    body = Body("float", " " * 8)
+    body = Body("float", " " * 4)
 
     def root(x: Any) -> Any:
         return body.write(f"sqrtf({x.name})")  # IEEE: rounded to nearest
 
-    scalars: Any = [body.symbol(f"s{i}") for i in range(len(rule.columns))]
+    scalars: Any = [body.symbol(f"s[{i}]") for i in range(len(rule.columns))]
     old: Any = [body.symbol(f"m{i}") for i in range(moments)]
     grad, param = (body.symbol(name) for name in "gp")
     new_param, updated = rule.apply(grad, param, old, scalars, root)  # type: ignore[arg-type]
-    return _STEP.format(
+    return _RULE.format(
         name=f"{rule.name}_{moments}",
-        moment_args="".join(f"float *restrict moment{i}, " for i in range(moments)),
-        scalars=", ".join(f"s{i} = s[{i}]" for i in range(len(rule.columns))),
-        old="".join(f", m{i} = moment{i}[i]" for i in range(moments)),
+        old="".join(f"    const float m{i} = m[{i}];\n" for i in range(moments)),
         lines="\n".join(body.lines),
+        new="".join(f"    m[{i}] = {body.in_c(m)};\n" for i, m in enumerate(updated)),
         param=body.in_c(new_param),
-        new="".join(f"        moment{i}[i] = {body.in_c(m)};\n" for i, m in enumerate(updated)),
-        passed="".join(f"moments[{i}], " for i in range(moments)),
+    )
+
+
+def loop_names(rule: str, moments: int) -> list[str]:
+    """Returns what C calls the loops of a rule, one for each format.
+
+    Example:
+        >>> loop_names("sgd", 1)[1:4]
+        ['sgd_1_float16', 'sgd_1_bfloat16', 'sgd_1_to_float16']
+    """
+    return [f"{rule}_{moments}_{name}" for name in _FORMATS]
+
+
+def loops_source(rule: str, moments: int) -> str:
+    """Returns functions of C: the loops of a rule over elements of each format.
+
+    Example:
+        >>> print(loops_source("sgd", 1).split("}")[1])
+        <BLANKLINE>
+        LOOP uint32_t sgd_1_float16(ELEMENTS) {
+            return update_lanes(sgd_1, 1, 7, FLOAT16, FLOAT16, PASSED_ON);
+        <BLANKLINE>
+    """
+    return "".join(
+        _LOOP.format(
+            rule=f"{rule}_{moments}",
+            format=name,
+            moments=moments,
+            columns=len(RULES[rule].columns),
+            grad=grad,
+            weight=weight,
+        )
+        for name, (grad, weight) in _FORMATS.items()
     )
 
 
@@ -225,22 +262,29 @@ def scalars_source(rule: UpdateRule) -> str:
 
 def steps_header() -> str:
     """Returns the text of `_steps.h`: the functions of every rule, and tables of them."""
-    functions = [step_source(RULES[name], count) for name, count in STEPS]
+    functions = [
+        source
+        for name, count in STEPS
+        for source in (rule_source(RULES[name], count), loops_source(name, count))
+    ]
     functions += map(scalars_source, RULES.values())
+    loops = [f"{{{', '.join(loop_names(name, count))}}}" for name, count in STEPS]
+    most = max(count for _, count in STEPS)
     columns = [len(RULES[name].columns) for name, _ in STEPS]
     tables = (
-        ("step_t *const STEPS", [f"{name}_{count}" for name, count in STEPS]),
-        ("const int MOMENTS", [count for _, count in STEPS]),
-        ("const int COLUMNS", columns),
-        ("scalars_t *const SCALARS", [f"{name}_scalars" for name, _ in STEPS]),
-        ("const int NUMBERS", [count_numbers(RULES[name]) for name, _ in STEPS]),
+        ("loop_t *const LOOPS[][FORMATS]", loops),
+        ("const int MOMENTS[]", [count for _, count in STEPS]),
+        ("const int COLUMNS[]", columns),
+        ("scalars_t *const SCALARS[]", [f"{name}_scalars" for name, _ in STEPS]),
+        ("const int NUMBERS[]", [count_numbers(RULES[name]) for name, _ in STEPS]),
     )
     return "\n".join(
         [
             "/* Generated from mpcore/updates by `make c-steps`. */\n",
             *functions,
-            f"#define MOST_MOMENTS {max(count for _, count in STEPS)}",
-            *(f"static {kind}[] = {{{', '.join(map(str, values))}}};" for kind, values in tables),
+            f"_Static_assert({most} <= MOST_MOMENTS && {max(columns)} <= MOST_COLUMNS, "
+            '"`_loop.h` has too few");',
+            *(f"static {kind} = {{{', '.join(map(str, values))}}};" for kind, values in tables),
             "",
         ]
     )

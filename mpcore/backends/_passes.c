@@ -3,32 +3,16 @@
  * Tensors come as arrays of addresses, work as a table of chunks that threads take from a shared
  * counter: which thread gets which chunk shows in no bit.
  *
- * Everything is done in blocks that stay in the first-level cache: memory is read once and written
- * once. Built without contraction and without -ffast-math: the bits are those of IEEE arithmetic,
- * whatever processor it was built for.
+ * Memory is read once and written once. Built without contraction and without -ffast-math: the bits
+ * are those of IEEE arithmetic, whatever processor it was built for.
  */
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
+#include "_numbers.h"
 
-#ifdef __SSE2__
-#include <immintrin.h>
-#endif
-#if defined(__F16C__) && !defined(PORTABLE)
-#define FAST_FLOAT16
-#endif
-
-#define BLOCK 512
-#define LOOP static __attribute__((noinline)) /* keeps `restrict`, which inlining drops */
-
-typedef float lanes_t __attribute__((vector_size(64)));
+#define BLOCK 512 /* elements that stay in the first-level cache */
 
 typedef struct {
     int64_t tensor, start, stop; /* elements */
 } chunk_t;
-
-/* `_c_work.py` has the same numbers. */
-enum { FLOAT32, FLOAT16, BFLOAT16 };
 
 /* What the threads of a pass share; `_c_work.py` has the same fields. */
 typedef struct {
@@ -54,104 +38,6 @@ static inline int64_t take(work_t *work) {
     return __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED);
 }
 
-static inline uint32_t bits_of(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    return bits;
-}
-
-static inline float float_of(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
-/* Returns `yes` where the mask is all ones and `no` where it is 0: branches keep loops scalar. */
-static inline uint32_t choose(uint32_t mask, uint32_t yes, uint32_t no) {
-    return (yes & mask) | (no & ~mask);
-}
-
-static inline uint32_t mask_of(int condition) { return -(uint32_t)condition; }
-
-LOOP void widen_bfloat16(const uint16_t *restrict from, float *restrict to, int64_t n) {
-    for (int64_t i = 0; i < n; i++) to[i] = float_of((uint32_t)from[i] << 16);
-}
-
-LOOP void widen_float16(const uint16_t *restrict from, float *restrict to, int64_t n) {
-    int64_t i = 0;
-#ifdef FAST_FLOAT16
-    for (; i + 8 <= n; i += 8)
-        _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from + i))));
-#endif
-    for (; i < n; i++) {
-        uint32_t sign = (from[i] & 0x8000u) << 16, magnitude = (from[i] & 0x7fffu) << 13;
-        uint32_t bits = magnitude + (112u << 23); /* the exponent with the bias of float32 */
-        /* a subnormal number: its bits behind a leading one, that one subtracted again */
-        uint32_t small = bits_of(float_of(magnitude + (113u << 23)) - float_of(113u << 23));
-        bits = choose(mask_of(magnitude >= 0x0f800000u), bits + (112u << 23), bits);
-        bits = choose(mask_of(magnitude < 0x00800000u), small, bits);
-        to[i] = float_of(bits | sign);
-    }
-}
-
-/* Rounding to nearest, ties to even; a finite value that would round to infinity becomes the largest
- * finite one with its sign. Both return how many did. */
-
-LOOP int64_t narrow_bfloat16(const float *restrict from, uint16_t *restrict to, int64_t n) {
-    uint32_t clamped = 0;
-    for (int64_t i = 0; i < n; i++) {
-        uint32_t bits = bits_of(from[i]), magnitude = bits & 0x7fffffffu;
-        uint32_t rounded = (magnitude + 0x7fffu + ((magnitude >> 16) & 1)) >> 16;
-        uint32_t over = mask_of(magnitude >= 0x7f7f8000u) & mask_of(magnitude < 0x7f800000u);
-        uint32_t nan = mask_of(magnitude > 0x7f800000u);
-        rounded = choose(over, 0x7f7fu, rounded);
-        rounded = choose(nan, 0x7fc0u, rounded);
-        clamped += over & 1;
-        to[i] = (uint16_t)(rounded | ((bits >> 16) & 0x8000u));
-    }
-    return clamped;
-}
-
-LOOP int64_t narrow_any_float16(const float *restrict from, uint16_t *restrict to, int64_t n) {
-    uint32_t clamped = 0;
-    for (int64_t i = 0; i < n; i++) {
-        uint32_t bits = bits_of(from[i]), magnitude = bits & 0x7fffffffu;
-        uint32_t normal = (magnitude - (112u << 23) + 0x0fffu + ((magnitude >> 13) & 1)) >> 13;
-        /* adding 0.5 leaves the multiples of 2^-24 in the last bits */
-        uint32_t small = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;
-        uint32_t over = mask_of(magnitude >= 0x477ff000u), bad = mask_of(magnitude >= 0x7f800000u);
-        uint32_t rounded = choose(mask_of(magnitude < 0x38800000u), small, normal);
-        rounded = choose(over, 0x7bffu, rounded);
-        rounded = choose(bad, 0x7c00u, rounded) | (mask_of(magnitude > 0x7f800000u) & 0x0200u);
-        clamped += over & ~bad & 1;
-        to[i] = (uint16_t)(rounded | ((bits >> 16) & 0x8000u));
-    }
-    return clamped;
-}
-
-#ifdef FAST_FLOAT16
-LOOP uint32_t largest_magnitude(const float *restrict from, int64_t n) {
-    uint32_t largest = 0;
-    for (int64_t i = 0; i < n; i++) {
-        uint32_t magnitude = bits_of(from[i]) & 0x7fffffffu;
-        largest = magnitude > largest ? magnitude : largest;
-    }
-    return largest;
-}
-#endif
-
-static int64_t narrow_float16(const float *from, uint16_t *to, int64_t n) {
-    int64_t done = 0;
-#ifdef FAST_FLOAT16
-    const int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-    if (largest_magnitude(from, n) < 0x477ff000u) /* nothing to clamp, nothing not finite */
-        for (; done + 8 <= n; done += 8)
-            _mm_storeu_si128((__m128i *)(to + done),
-                             _mm256_cvtps_ph(_mm256_loadu_ps(from + done), nearest));
-#endif
-    return narrow_any_float16(from + done, to + done, n - done);
-}
-
 /* Returns elements `at` to `at + n` of a gradient in float32: where they are, or in `room`. */
 static const float *widened(const work_t *work, int64_t tensor, int64_t at, int64_t n, float *room) {
     if (work->grad_dtype == FLOAT32) return (const float *)work->grads[tensor] + at;
@@ -163,23 +49,53 @@ static const float *widened(const work_t *work, int64_t tensor, int64_t at, int6
     return room;
 }
 
-/* Writes the sum of squares of each chunk: 64 float sums of 8 squares each, blocks in float64. */
+/* Returns the sum of squares of BLOCK elements: 64 float sums of 8 squares each. */
+INLINE float squares_of(int dtype, const void *from) {
+    enum { SUMS = 64 };
+    const int size = dtype == FLOAT32 ? 4 : 2;
+    float sums[SUMS] = {0};
+    for (int i = 0; i < BLOCK; i += SUMS) {
+        float wide[SUMS];
+        for (int b = 0; b < size * SUMS; b += 64) ask_ahead((const char *)from + size * i + b);
+        if (CONVERTS(dtype))
+            for (int j = 0; j < SUMS; j += LANES) widen_lanes((const uint16_t *)from + i + j, wide + j);
+        for (int j = 0; j < SUMS; j++) {
+            const float x = CONVERTS(dtype) ? wide[j] : load(dtype, from, i + j);
+            sums[j] += x * x;
+        }
+    }
+    float lanes[LANES], sum = 0;
+    for (int j = 0; j < LANES; j++)
+        lanes[j] = (sums[j] + sums[LANES + j]) + (sums[2 * LANES + j] + sums[3 * LANES + j]);
+    for (int j = 0; j < LANES; j++) sum += lanes[j];
+    return sum;
+}
+
+LOOP float squares_of_float32(const void *from) { return squares_of(FLOAT32, from); }
+LOOP float squares_of_float16(const void *from) { return squares_of(FLOAT16, from); }
+LOOP float squares_of_bfloat16(const void *from) { return squares_of(BFLOAT16, from); }
+
+/* Returns the sum of squares of at most BLOCK elements. */
+static float block_squares(const work_t *work, int64_t tensor, int64_t at, int64_t n) {
+    const uint16_t *halves = (const uint16_t *)work->grads[tensor] + at;
+    if (n == BLOCK && work->grad_dtype == FLOAT16) return squares_of_float16(halves);
+    if (n == BLOCK && work->grad_dtype == BFLOAT16) return squares_of_bfloat16(halves);
+    float room[BLOCK];
+    const float *grad = widened(work, tensor, at, n, room);
+    if (n == BLOCK) return squares_of_float32(grad);
+    if (grad != room) memcpy(room, grad, (size_t)n * sizeof *grad);
+    memset(room + n, 0, (size_t)(BLOCK - n) * sizeof *room);
+    return squares_of_float32(room);
+}
+
+/* Writes the sum of squares of each chunk: blocks are added in float64. */
 void square_sums(work_t *work) {
     for (int64_t k; (k = take(work)) < work->count;) {
         const chunk_t chunk = work->chunks[k];
         double sum = 0;
         for (int64_t at = chunk.start; at < chunk.stop; at += BLOCK) {
-            int64_t n = chunk.stop - at < BLOCK ? chunk.stop - at : BLOCK;
-            lanes_t x[BLOCK / 16], part[4] = {{0}};
-            memset(x + n / 16, 0, sizeof x - n / 16 * sizeof *x); /* what is behind the end */
-            const float *grad = widened(work, chunk.tensor, at, n, (float *)x);
-            if (grad != (float *)x) memcpy(x, grad, (size_t)n * sizeof *grad);
-            for (int i = 0; i < BLOCK / 16; i += 4)
-                for (int j = 0; j < 4; j++) part[j] += x[i + j] * x[i + j];
-            lanes_t lanes = (part[0] + part[1]) + (part[2] + part[3]);
-            float block = 0;
-            for (int i = 0; i < 16; i++) block += lanes[i];
-            sum += block;
+            const int64_t n = chunk.stop - at < BLOCK ? chunk.stop - at : BLOCK;
+            sum += block_squares(work, chunk.tensor, at, n);
         }
         work->sums[k] = sum;
     }
@@ -242,12 +158,7 @@ static double power(double base, double exponent) {
     return result;
 }
 
-/* Updates `n` elements of a master and its moments. */
-typedef void step_t(const float *grad, float *master, float *const *moments, int64_t n,
-                    const float *scalars, float coefficient);
-
-/* STEPS and SCALARS, and the MOMENTS, COLUMNS and NUMBERS of each: every rule of `mpcore.updates`. */
-#include "_steps.h"
+#include "_loop.h"
 
 /* Fills the scalars of tensors, [tensors][columns], for their next update.
  *
@@ -302,47 +213,41 @@ void move_scale(const move_t *move, int32_t bad) {
     *move->overflows_left = full ? move->hysteresis : left;
 }
 
-/* Writes weights around the caches: they are read again in the next forward pass, and a line that is
- * not read before it is written saves a seventh of what the pass reads. */
-static void stream(const uint16_t *from, uint16_t *to, int64_t n) {
-    int64_t i = 0;
-#ifdef __SSE2__
-    if (((uintptr_t)to & 15) == 0)
-        for (; i + 8 <= n; i += 8)
-            _mm_stream_si128((__m128i *)(to + i), _mm_loadu_si128((const __m128i *)(from + i)));
-#endif
-    memcpy(to + i, from + i, (size_t)(n - i) * sizeof *to);
-}
 
-/* Rounds masters into weights; returns how many were clamped. */
-static int64_t write_weights(const work_t *work, const float *master, uint16_t *weight, int64_t n) {
-    uint16_t room[BLOCK], *to = work->streaming ? room : weight;
-    int64_t clamped =
-        work->weight_dtype == FLOAT16 ? narrow_float16(master, to, n) : narrow_bfloat16(master, to, n);
-    if (work->streaming) stream(room, weight, n);
-    return clamped;
+/* Elements after which the largest weight is looked at. */
+#define SPAN 4096
+
+/* Updates elements `at` to `at + n` of a tensor, at most SPAN; returns how many weights were clamped. */
+static int64_t update_span(const work_t *work, int64_t tensor, int64_t at, int64_t n) {
+    const int step = work->step, moments = MOMENTS[step], dtype = work->weight_dtype;
+    const int alike = work->weights && work->grad_dtype == dtype;
+    const int format = !work->weights ? NO_WEIGHTS : alike ? dtype : dtype + TO_FLOAT16 - FLOAT16;
+    float room[SPAN];
+    span_t span = {.master = work->masters[tensor] + at};
+    span.grad = alike ? (const uint16_t *)work->grads[tensor] + at
+                      : (const void *)widened(work, tensor, at, n, room);
+    for (int i = 0; i < moments; i++) span.moments[i] = work->moments[i * work->tensors + tensor] + at;
+    if (work->weights) span.weight = work->weights[tensor] + at;
+    span.scalars = work->scalars + COLUMNS[step] * tensor;
+    span.coefficient = work->coefficient;
+    span.streaming = work->streaming && ((uintptr_t)span.weight & 31) == 0;
+
+    const uint32_t largest = update_elements(LOOPS[step][format], moments, alike ? 2 : 4, span, n);
+    if (!work->weights || largest < CLAMPED(dtype)) return 0;
+    fence(); /* after what went around the caches */
+    return (dtype == FLOAT16 ? narrow_float16 : narrow_bfloat16)(span.master, span.weight, n);
 }
 
 /* Updates chunks of masters, moments and weights; counts the weights that were clamped. */
 void update(work_t *work) {
-    step_t *const step = STEPS[work->step];
-    const int moments = MOMENTS[work->step], columns = COLUMNS[work->step];
     int64_t clamped = 0;
     for (int64_t k; (k = take(work)) < work->count;) {
         const chunk_t chunk = work->chunks[k];
-        const int64_t tensor = chunk.tensor;
-        const float *scalars = work->scalars + columns * tensor;
-        for (int64_t at = chunk.start; at < chunk.stop; at += BLOCK) {
-            int64_t n = chunk.stop - at < BLOCK ? chunk.stop - at : BLOCK;
-            float room[BLOCK], *master = work->masters[tensor] + at, *here[MOST_MOMENTS];
-            for (int i = 0; i < moments; i++) here[i] = work->moments[i * work->tensors + tensor] + at;
-            const float *grad = widened(work, tensor, at, n, room);
-            step(grad, master, here, n, scalars, work->coefficient);
-            if (work->weights) clamped += write_weights(work, master, work->weights[tensor] + at, n);
+        for (int64_t at = chunk.start; at < chunk.stop; at += SPAN) {
+            const int64_t n = chunk.stop - at < SPAN ? chunk.stop - at : SPAN;
+            clamped += update_span(work, chunk.tensor, at, n);
         }
     }
-#ifdef __SSE2__
-    _mm_sfence(); /* what went around the caches is seen by whoever waits for this thread */
-#endif
+    fence(); /* what went around the caches is seen by whoever waits for this thread */
     __atomic_fetch_add(work->saturated, clamped, __ATOMIC_RELAXED);
 }

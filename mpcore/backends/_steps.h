@@ -1,168 +1,212 @@
 /* Generated from mpcore/updates by `make c-steps`. */
 
-LOOP void adam_2_loop(const float *restrict grad, float *restrict master, float *restrict moment0, float *restrict moment1, int64_t n,
-                      const float *s, float coefficient) {
-    const float s0 = s[0], s1 = s[1], s2 = s[2], s3 = s[3], s4 = s[4], s5 = s[5], s6 = s[6], s7 = s[7], s8 = s[8], s9 = s[9];
-    for (int64_t i = 0; i < n; i++) {
-        const float p = master[i], m0 = moment0[i], m1 = moment1[i];
-        const float g = (grad[i] * coefficient) * s0;
-        const float t0 = p * s2;
-        const float t1 = g + t0;
-        const float t2 = p * s1;
-        const float t3 = m0 * s3;
-        const float t4 = t1 * s4;
-        const float t5 = t3 + t4;
-        const float t6 = m1 * s5;
-        const float t7 = t1 * t1;
-        const float t8 = t7 * s6;
-        const float t9 = t6 + t8;
-        const float t10 = t5 * s7;
-        const float t11 = sqrtf(t9);
-        const float t12 = t11 / s8;
-        const float t13 = t12 + s9;
-        const float t14 = t10 / t13;
-        const float t15 = t2 - t14;
-        master[i] = t15;
-        moment0[i] = t5;
-        moment1[i] = t9;
-    }
+INLINE float adam_2(float unscaled, float p, float *m, const float *s) {
+    const float m0 = m[0];
+    const float m1 = m[1];
+    const float g = unscaled * s[0];
+    const float t0 = p * s[2];
+    const float t1 = g + t0;
+    const float t2 = p * s[1];
+    const float t3 = m0 * s[3];
+    const float t4 = t1 * s[4];
+    const float t5 = t3 + t4;
+    const float t6 = m1 * s[5];
+    const float t7 = t1 * t1;
+    const float t8 = t7 * s[6];
+    const float t9 = t6 + t8;
+    const float t10 = t5 * s[7];
+    const float t11 = sqrtf(t9);
+    const float t12 = t11 / s[8];
+    const float t13 = t12 + s[9];
+    const float t14 = t10 / t13;
+    const float t15 = t2 - t14;
+    m[0] = t5;
+    m[1] = t9;
+    return t15;
 }
 
-static void adam_2(const float *grad, float *master, float *const *moments, int64_t n,
-                   const float *s, float coefficient) {
-    adam_2_loop(grad, master, moments[0], moments[1], n, s, coefficient);
+LOOP uint32_t adam_2_float32(ELEMENTS) {
+    return update_lanes(adam_2, 2, 10, FLOAT32, FLOAT32, PASSED_ON);
+}
+LOOP uint32_t adam_2_float16(ELEMENTS) {
+    return update_lanes(adam_2, 2, 10, FLOAT16, FLOAT16, PASSED_ON);
+}
+LOOP uint32_t adam_2_bfloat16(ELEMENTS) {
+    return update_lanes(adam_2, 2, 10, BFLOAT16, BFLOAT16, PASSED_ON);
+}
+LOOP uint32_t adam_2_to_float16(ELEMENTS) {
+    return update_lanes(adam_2, 2, 10, FLOAT32, FLOAT16, PASSED_ON);
+}
+LOOP uint32_t adam_2_to_bfloat16(ELEMENTS) {
+    return update_lanes(adam_2, 2, 10, FLOAT32, BFLOAT16, PASSED_ON);
 }
 
-LOOP void adam_3_loop(const float *restrict grad, float *restrict master, float *restrict moment0, float *restrict moment1, float *restrict moment2, int64_t n,
-                      const float *s, float coefficient) {
-    const float s0 = s[0], s1 = s[1], s2 = s[2], s3 = s[3], s4 = s[4], s5 = s[5], s6 = s[6], s7 = s[7], s8 = s[8], s9 = s[9];
-    for (int64_t i = 0; i < n; i++) {
-        const float p = master[i], m0 = moment0[i], m1 = moment1[i], m2 = moment2[i];
-        const float g = (grad[i] * coefficient) * s0;
-        const float t0 = p * s2;
-        const float t1 = g + t0;
-        const float t2 = p * s1;
-        const float t3 = m0 * s3;
-        const float t4 = t1 * s4;
-        const float t5 = t3 + t4;
-        const float t6 = m1 * s5;
-        const float t7 = t1 * t1;
-        const float t8 = t7 * s6;
-        const float t9 = t6 + t8;
-        const float t10 = (m2 > t9 || m2 != m2) ? m2 : t9;
-        const float t11 = t5 * s7;
-        const float t12 = sqrtf(t10);
-        const float t13 = t12 / s8;
-        const float t14 = t13 + s9;
-        const float t15 = t11 / t14;
-        const float t16 = t2 - t15;
-        master[i] = t16;
-        moment0[i] = t5;
-        moment1[i] = t9;
-        moment2[i] = t10;
-    }
+INLINE float adam_3(float unscaled, float p, float *m, const float *s) {
+    const float m0 = m[0];
+    const float m1 = m[1];
+    const float m2 = m[2];
+    const float g = unscaled * s[0];
+    const float t0 = p * s[2];
+    const float t1 = g + t0;
+    const float t2 = p * s[1];
+    const float t3 = m0 * s[3];
+    const float t4 = t1 * s[4];
+    const float t5 = t3 + t4;
+    const float t6 = m1 * s[5];
+    const float t7 = t1 * t1;
+    const float t8 = t7 * s[6];
+    const float t9 = t6 + t8;
+    const float t10 = (m2 > t9 || m2 != m2) ? m2 : t9;
+    const float t11 = t5 * s[7];
+    const float t12 = sqrtf(t10);
+    const float t13 = t12 / s[8];
+    const float t14 = t13 + s[9];
+    const float t15 = t11 / t14;
+    const float t16 = t2 - t15;
+    m[0] = t5;
+    m[1] = t9;
+    m[2] = t10;
+    return t16;
 }
 
-static void adam_3(const float *grad, float *master, float *const *moments, int64_t n,
-                   const float *s, float coefficient) {
-    adam_3_loop(grad, master, moments[0], moments[1], moments[2], n, s, coefficient);
+LOOP uint32_t adam_3_float32(ELEMENTS) {
+    return update_lanes(adam_3, 3, 10, FLOAT32, FLOAT32, PASSED_ON);
+}
+LOOP uint32_t adam_3_float16(ELEMENTS) {
+    return update_lanes(adam_3, 3, 10, FLOAT16, FLOAT16, PASSED_ON);
+}
+LOOP uint32_t adam_3_bfloat16(ELEMENTS) {
+    return update_lanes(adam_3, 3, 10, BFLOAT16, BFLOAT16, PASSED_ON);
+}
+LOOP uint32_t adam_3_to_float16(ELEMENTS) {
+    return update_lanes(adam_3, 3, 10, FLOAT32, FLOAT16, PASSED_ON);
+}
+LOOP uint32_t adam_3_to_bfloat16(ELEMENTS) {
+    return update_lanes(adam_3, 3, 10, FLOAT32, BFLOAT16, PASSED_ON);
 }
 
-LOOP void sgd_0_loop(const float *restrict grad, float *restrict master, int64_t n,
-                      const float *s, float coefficient) {
-    const float s0 = s[0], s1 = s[1], s2 = s[2], s3 = s[3], s4 = s[4], s5 = s[5], s6 = s[6];
-    for (int64_t i = 0; i < n; i++) {
-        const float p = master[i];
-        const float g = (grad[i] * coefficient) * s0;
-        const float t0 = p * s1;
-        const float t1 = g + t0;
-        const float t2 = t1 * s6;
-        const float t3 = p - t2;
-        master[i] = t3;
-    }
+INLINE float sgd_0(float unscaled, float p, float *m, const float *s) {
+    const float g = unscaled * s[0];
+    const float t0 = p * s[1];
+    const float t1 = g + t0;
+    const float t2 = t1 * s[6];
+    const float t3 = p - t2;
+    return t3;
 }
 
-static void sgd_0(const float *grad, float *master, float *const *moments, int64_t n,
-                   const float *s, float coefficient) {
-    sgd_0_loop(grad, master, n, s, coefficient);
+LOOP uint32_t sgd_0_float32(ELEMENTS) {
+    return update_lanes(sgd_0, 0, 7, FLOAT32, FLOAT32, PASSED_ON);
+}
+LOOP uint32_t sgd_0_float16(ELEMENTS) {
+    return update_lanes(sgd_0, 0, 7, FLOAT16, FLOAT16, PASSED_ON);
+}
+LOOP uint32_t sgd_0_bfloat16(ELEMENTS) {
+    return update_lanes(sgd_0, 0, 7, BFLOAT16, BFLOAT16, PASSED_ON);
+}
+LOOP uint32_t sgd_0_to_float16(ELEMENTS) {
+    return update_lanes(sgd_0, 0, 7, FLOAT32, FLOAT16, PASSED_ON);
+}
+LOOP uint32_t sgd_0_to_bfloat16(ELEMENTS) {
+    return update_lanes(sgd_0, 0, 7, FLOAT32, BFLOAT16, PASSED_ON);
 }
 
-LOOP void sgd_1_loop(const float *restrict grad, float *restrict master, float *restrict moment0, int64_t n,
-                      const float *s, float coefficient) {
-    const float s0 = s[0], s1 = s[1], s2 = s[2], s3 = s[3], s4 = s[4], s5 = s[5], s6 = s[6];
-    for (int64_t i = 0; i < n; i++) {
-        const float p = master[i], m0 = moment0[i];
-        const float g = (grad[i] * coefficient) * s0;
-        const float t0 = p * s1;
-        const float t1 = g + t0;
-        const float t2 = m0 * s2;
-        const float t3 = t1 * s3;
-        const float t4 = t2 + t3;
-        const float t5 = (s4 != (float)0x0.0p+0) ? t1 : t4;
-        const float t6 = t5 * s2;
-        const float t7 = t1 + t6;
-        const float t8 = (s5 != (float)0x0.0p+0) ? t7 : t5;
-        const float t9 = t8 * s6;
-        const float t10 = p - t9;
-        master[i] = t10;
-        moment0[i] = t5;
-    }
+INLINE float sgd_1(float unscaled, float p, float *m, const float *s) {
+    const float m0 = m[0];
+    const float g = unscaled * s[0];
+    const float t0 = p * s[1];
+    const float t1 = g + t0;
+    const float t2 = m0 * s[2];
+    const float t3 = t1 * s[3];
+    const float t4 = t2 + t3;
+    const float t5 = (s[4] != (float)0x0.0p+0) ? t1 : t4;
+    const float t6 = t5 * s[2];
+    const float t7 = t1 + t6;
+    const float t8 = (s[5] != (float)0x0.0p+0) ? t7 : t5;
+    const float t9 = t8 * s[6];
+    const float t10 = p - t9;
+    m[0] = t5;
+    return t10;
 }
 
-static void sgd_1(const float *grad, float *master, float *const *moments, int64_t n,
-                   const float *s, float coefficient) {
-    sgd_1_loop(grad, master, moments[0], n, s, coefficient);
+LOOP uint32_t sgd_1_float32(ELEMENTS) {
+    return update_lanes(sgd_1, 1, 7, FLOAT32, FLOAT32, PASSED_ON);
+}
+LOOP uint32_t sgd_1_float16(ELEMENTS) {
+    return update_lanes(sgd_1, 1, 7, FLOAT16, FLOAT16, PASSED_ON);
+}
+LOOP uint32_t sgd_1_bfloat16(ELEMENTS) {
+    return update_lanes(sgd_1, 1, 7, BFLOAT16, BFLOAT16, PASSED_ON);
+}
+LOOP uint32_t sgd_1_to_float16(ELEMENTS) {
+    return update_lanes(sgd_1, 1, 7, FLOAT32, FLOAT16, PASSED_ON);
+}
+LOOP uint32_t sgd_1_to_bfloat16(ELEMENTS) {
+    return update_lanes(sgd_1, 1, 7, FLOAT32, BFLOAT16, PASSED_ON);
 }
 
-LOOP void adagrad_1_loop(const float *restrict grad, float *restrict master, float *restrict moment0, int64_t n,
-                      const float *s, float coefficient) {
-    const float s0 = s[0], s1 = s[1], s2 = s[2], s3 = s[3];
-    for (int64_t i = 0; i < n; i++) {
-        const float p = master[i], m0 = moment0[i];
-        const float g = (grad[i] * coefficient) * s0;
-        const float t0 = p * s1;
-        const float t1 = g + t0;
-        const float t2 = t1 * t1;
-        const float t3 = m0 + t2;
-        const float t4 = t1 * s2;
-        const float t5 = sqrtf(t3);
-        const float t6 = t5 + s3;
-        const float t7 = t4 / t6;
-        const float t8 = p - t7;
-        master[i] = t8;
-        moment0[i] = t3;
-    }
+INLINE float adagrad_1(float unscaled, float p, float *m, const float *s) {
+    const float m0 = m[0];
+    const float g = unscaled * s[0];
+    const float t0 = p * s[1];
+    const float t1 = g + t0;
+    const float t2 = t1 * t1;
+    const float t3 = m0 + t2;
+    const float t4 = t1 * s[2];
+    const float t5 = sqrtf(t3);
+    const float t6 = t5 + s[3];
+    const float t7 = t4 / t6;
+    const float t8 = p - t7;
+    m[0] = t3;
+    return t8;
 }
 
-static void adagrad_1(const float *grad, float *master, float *const *moments, int64_t n,
-                   const float *s, float coefficient) {
-    adagrad_1_loop(grad, master, moments[0], n, s, coefficient);
+LOOP uint32_t adagrad_1_float32(ELEMENTS) {
+    return update_lanes(adagrad_1, 1, 4, FLOAT32, FLOAT32, PASSED_ON);
+}
+LOOP uint32_t adagrad_1_float16(ELEMENTS) {
+    return update_lanes(adagrad_1, 1, 4, FLOAT16, FLOAT16, PASSED_ON);
+}
+LOOP uint32_t adagrad_1_bfloat16(ELEMENTS) {
+    return update_lanes(adagrad_1, 1, 4, BFLOAT16, BFLOAT16, PASSED_ON);
+}
+LOOP uint32_t adagrad_1_to_float16(ELEMENTS) {
+    return update_lanes(adagrad_1, 1, 4, FLOAT32, FLOAT16, PASSED_ON);
+}
+LOOP uint32_t adagrad_1_to_bfloat16(ELEMENTS) {
+    return update_lanes(adagrad_1, 1, 4, FLOAT32, BFLOAT16, PASSED_ON);
 }
 
-LOOP void lion_1_loop(const float *restrict grad, float *restrict master, float *restrict moment0, int64_t n,
-                      const float *s, float coefficient) {
-    const float s0 = s[0], s1 = s[1], s2 = s[2], s3 = s[3], s4 = s[4], s5 = s[5], s6 = s[6];
-    for (int64_t i = 0; i < n; i++) {
-        const float p = master[i], m0 = moment0[i];
-        const float g = (grad[i] * coefficient) * s0;
-        const float t0 = p * s1;
-        const float t1 = m0 * s2;
-        const float t2 = g * s3;
-        const float t3 = t1 + t2;
-        const float t4 = (float)((t3 > 0) - (t3 < 0));
-        const float t5 = t4 * s6;
-        const float t6 = t0 - t5;
-        const float t7 = m0 * s4;
-        const float t8 = g * s5;
-        const float t9 = t7 + t8;
-        master[i] = t6;
-        moment0[i] = t9;
-    }
+INLINE float lion_1(float unscaled, float p, float *m, const float *s) {
+    const float m0 = m[0];
+    const float g = unscaled * s[0];
+    const float t0 = p * s[1];
+    const float t1 = m0 * s[2];
+    const float t2 = g * s[3];
+    const float t3 = t1 + t2;
+    const float t4 = (float)((t3 > 0) - (t3 < 0));
+    const float t5 = t4 * s[6];
+    const float t6 = t0 - t5;
+    const float t7 = m0 * s[4];
+    const float t8 = g * s[5];
+    const float t9 = t7 + t8;
+    m[0] = t9;
+    return t6;
 }
 
-static void lion_1(const float *grad, float *master, float *const *moments, int64_t n,
-                   const float *s, float coefficient) {
-    lion_1_loop(grad, master, moments[0], n, s, coefficient);
+LOOP uint32_t lion_1_float32(ELEMENTS) {
+    return update_lanes(lion_1, 1, 7, FLOAT32, FLOAT32, PASSED_ON);
+}
+LOOP uint32_t lion_1_float16(ELEMENTS) {
+    return update_lanes(lion_1, 1, 7, FLOAT16, FLOAT16, PASSED_ON);
+}
+LOOP uint32_t lion_1_bfloat16(ELEMENTS) {
+    return update_lanes(lion_1, 1, 7, BFLOAT16, BFLOAT16, PASSED_ON);
+}
+LOOP uint32_t lion_1_to_float16(ELEMENTS) {
+    return update_lanes(lion_1, 1, 7, FLOAT32, FLOAT16, PASSED_ON);
+}
+LOOP uint32_t lion_1_to_bfloat16(ELEMENTS) {
+    return update_lanes(lion_1, 1, 7, FLOAT32, BFLOAT16, PASSED_ON);
 }
 
 static void adam_scalars(const double *n, double t, float *s) {
@@ -239,8 +283,8 @@ static void lion_scalars(const double *n, double t, float *s) {
     s[6] = (float)n0;
 }
 
-#define MOST_MOMENTS 3
-static step_t *const STEPS[] = {adam_2, adam_3, sgd_0, sgd_1, adagrad_1, lion_1};
+_Static_assert(3 <= MOST_MOMENTS && 10 <= MOST_COLUMNS, "`_loop.h` has too few");
+static loop_t *const LOOPS[][FORMATS] = {{adam_2_float32, adam_2_float16, adam_2_bfloat16, adam_2_to_float16, adam_2_to_bfloat16}, {adam_3_float32, adam_3_float16, adam_3_bfloat16, adam_3_to_float16, adam_3_to_bfloat16}, {sgd_0_float32, sgd_0_float16, sgd_0_bfloat16, sgd_0_to_float16, sgd_0_to_bfloat16}, {sgd_1_float32, sgd_1_float16, sgd_1_bfloat16, sgd_1_to_float16, sgd_1_to_bfloat16}, {adagrad_1_float32, adagrad_1_float16, adagrad_1_bfloat16, adagrad_1_to_float16, adagrad_1_to_bfloat16}, {lion_1_float32, lion_1_float16, lion_1_bfloat16, lion_1_to_float16, lion_1_to_bfloat16}};
 static const int MOMENTS[] = {2, 3, 0, 1, 1, 1};
 static const int COLUMNS[] = {10, 10, 7, 7, 4, 7};
 static scalars_t *const SCALARS[] = {adam_scalars, adam_scalars, sgd_scalars, sgd_scalars, adagrad_scalars, lion_scalars};
