@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import attrgetter
 from typing import Protocol
 
 from torch import Tensor
@@ -14,8 +13,6 @@ from mpcore._scaling import External
 from mpcore.errors import ArgumentError, StageError
 from mpcore.gradients import StepGradients
 from mpcore.masters import Groups, Masters
-
-_SHAPE = attrgetter("shape")
 
 
 class Tearable(Protocol):
@@ -98,10 +95,11 @@ def check_no_newcomer(
 
 def check_shapes(caller: str, params: Sequence[Tensor], masters: Masters, groups: Groups) -> None:
     """Raises if a weight has no longer the shape of its master; looks at no value."""
-    held = list(map(masters.of, params))
-    if list(map(_SHAPE, params)) == list(map(_SHAPE, held)):
+    pairs = masters.items()  # of all: no hash of a tensor, this is asked at every step
+    if [param.shape for param, _ in pairs] == [master.shape for _, master in pairs]:
         return
-    for param, master in zip(params, held, strict=True):
+    for param in params:
+        master = masters.of(param)
         if param.shape != master.shape:
             raise ArgumentError(
                 f"{caller}: {name_of(param, groups)}: expected {list(master.shape)} like its "
