@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import repeat
-from operator import attrgetter, is_
+from operator import attrgetter, eq, is_
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ _DEVICE = attrgetter("device")
 _LAYOUT = attrgetter("layout")
 _GRAD = attrgetter("grad")
 _VERSION = attrgetter("_version")
+_SHAPE = attrgetter("shape")
 
 
 def dtypes_of(tensors: Iterable[Tensor]) -> set[torch.dtype]:
@@ -32,6 +33,14 @@ def devices_of(tensors: Iterable[Tensor]) -> list[torch.device]:
 def layouts_of(tensors: Iterable[Tensor]) -> set[torch.layout]:
     """Returns every layout that occurs; no host sync."""
     return set(map(_LAYOUT, tensors))
+
+
+def alike_in_shape(tensors: Iterable[Tensor], others: Iterable[Tensor]) -> bool:
+    """Whether tensors have the shapes of others, in pairs; no host sync.
+
+    No shape outlives its comparison: thousands in a list would wake the garbage collector.
+    """
+    return all(map(eq, map(_SHAPE, tensors), map(_SHAPE, others)))
 
 
 def with_gradient(params: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[Tensor]]:

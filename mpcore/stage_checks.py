@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from mpcore._bulk import alike_in_shape
 from mpcore._checks import SIXTEEN_BIT
 from mpcore._parameters import name_of
 from mpcore._scaling import External
@@ -121,7 +122,7 @@ class Shapes:
         known = self._masters.version, list(map(id, params))
         if known != self._known:
             self._known, self._held = known, list(map(self._masters.of, params))
-        if all(map(Tensor.is_same_size, params, self._held)):
+        if alike_in_shape(params, self._held):
             return
         for param, master in zip(params, self._held, strict=True):
             if param.shape != master.shape:

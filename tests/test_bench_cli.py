@@ -51,7 +51,7 @@ def test_train_and_host_print_their_tables():
     ("arguments", "message"),
     [
         (("--shapes", "gpt9"), "shapes: expected gpt2, small, sweep"),
-        (("--rows", "fast"), "rows: expected some of fused, watched, read, cpu, general"),
+        (("--rows", "fast"), "rows: expected some of fused, watched, read, edits, cpu, general"),
         (("--rounds", 0), "rounds: expected at least 1"),
         (("--threads", 0), "threads: expected at least 1"),
         (("--dtype", "float8"), "dtype: expected one of"),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpcore._bulk import dtypes_of
+from mpcore._bulk import alike_in_shape, dtypes_of
 from mpcore._checks import SIXTEEN_BIT
 from mpcore.backends import _update
 from mpcore.backends._blocks import all_in_memory_order
@@ -94,8 +94,7 @@ def _checked(batch: Batch, grads: Sequence[Tensor]) -> list[Tensor]:
         raise ArgumentError(
             f"grads: expected one for each of {len(batch.masters)} masters, got {len(grads)}."
         )
-    # no shapes are made for this: a thousand of them a step wake the garbage collector
-    if all(map(Tensor.is_same_size, grads, batch.masters)) and dtypes_of(grads) <= DTYPES.keys():
+    if alike_in_shape(grads, batch.masters) and dtypes_of(grads) <= DTYPES.keys():
         return all_in_memory_order(grads)
     for index, (grad, master) in enumerate(zip(grads, batch.masters, strict=True)):
         if grad.shape != master.shape or grad.dtype not in (*SIXTEEN_BIT, torch.float32):

@@ -269,7 +269,11 @@ CHECKS = [
     *engine_mutants(
         "stage_checks.py",
         ("test_replaced_parameters.py",),
-        ("weights of any shape are stepped", "if list(map(_SHAPE, params)) ==", "if params or"),
+        (
+            "weights of any shape are stepped",
+            "if [param.shape for param, _ in pairs] ==",
+            "if pairs or",
+        ),
     ),
 ]
 ACCUMULATION = [
