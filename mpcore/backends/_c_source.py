@@ -2,9 +2,9 @@
 
 A rule's `apply` and `scalars` are called once, with symbols in place of tensors. Each operation on
 a symbol writes one line of C, so the code has the operations of the rule, one by one, in the rule's
-order:
+order. What surrounds them is in `_loop.h`; here a loop is named for each rule and format:
 
-    const float t0 = p * s2;
+    const float t0 = p * s[2];
     const float t1 = g + t0;
 """
 
