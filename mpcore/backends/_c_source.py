@@ -2,10 +2,12 @@
 
 A rule's `apply` and `scalars` are called once, with symbols in place of tensors. Each operation on
 a symbol writes one line of C, so the code has the operations of the rule, one by one, in the rule's
-order. What surrounds them is in `_loop.h`; here a loop is named for each rule and format:
+order:
 
     const float t0 = p * s[2];
     const float t1 = g + t0;
+
+What surrounds them is in `_loop.h`; a loop is named here for each rule and format.
 """
 
 from __future__ import annotations
