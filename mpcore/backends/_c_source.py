@@ -4,8 +4,10 @@ A rule's `apply` and `scalars` are called once, with symbols in place of tensors
 a symbol writes one line of C, so the code has the operations of the rule, one by one, in the rule's
 order:
 
-    const float t0 = p * s2;
+    const float t0 = p * s[2];
     const float t1 = g + t0;
+
+What surrounds them is in `_loop.h`; a loop is named here for each rule and format.
 """
 
 from __future__ import annotations
