@@ -50,9 +50,11 @@ class InnerMethods(TwoSteps):
             options: Likewise.
 
         Raises:
+            TypeError: The method does not take these arguments. Nothing has changed.
             StageError: Gradients of a scaled loss wait for a step: the method would not see them.
         """
         caller = f"{method.__name__}()"
+        inspect.signature(method).bind(*args, **options)  # a TypeError of its own, before any write
         self._stage.check_whole(caller)
         self._check_between_steps(caller)
         if self._stage.waits:

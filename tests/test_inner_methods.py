@@ -180,6 +180,19 @@ def test_a_method_that_fails_in_the_middle_leaves_a_state_that_says_so() -> None
     assert same_bits(twins.optimizer.state_dict(), saved)
 
 
+def test_arguments_that_a_method_does_not_take_change_nothing() -> None:
+    twins = Twins(GENERAL[0])
+    twins.step(0)
+    before = snapshot(twins.optimizer)
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        twins.optimizer.eval(3)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'model'"):
+        twins.optimizer.train(model=None)
+    assert same_bits(snapshot(twins.optimizer), before)
+    twins.step(1)
+    twins.expect_alike()
+
+
 def test_only_public_methods_are_offered() -> None:
     optimizer = Twins(GENERAL[0]).optimizer
     assert not hasattr(optimizer, "version")  # no method
