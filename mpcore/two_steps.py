@@ -7,6 +7,7 @@ Minimization", ICLR 2021).
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -73,6 +74,7 @@ class TwoSteps:
     @outside_graphs
     def _first_step(self, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Climbs, or drops gradients that are not finite; syncs with the host once."""
+        inspect.signature(method).bind(*args, **options)  # a TypeError of its own, before any write
         self._stage.check_whole(f"{FIRST}()")
         if self._climb is not None:  # a loop that broke off: the step has not begun
             self._descend(self._climb)
@@ -95,6 +97,7 @@ class TwoSteps:
     @outside_graphs
     def _second_step(self, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Steps, or goes back and drops them if one of either pass is not finite; syncs once."""
+        inspect.signature(method).bind(*args, **options)
         climb = self._climb
         if climb is None:
             raise StageError(

@@ -304,3 +304,17 @@ def test_a_second_pass_without_gradients_goes_back() -> None:
     assert twins.optimizer.second_step() is None
     assert all(map(same_bits, twins.masters(), before))
     assert twins.optimizer.steps == 1
+
+
+def test_wrong_arguments_of_either_are_told_before_anything_is_written() -> None:
+    twins, other = Twins(GENERAL[0]), Twins(GENERAL[0])
+    twins.backward(0)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'clear'"):
+        twins.optimizer.first_step(clear=True)
+    twins.optimizer.first_step(zero_grad=True)
+    twins.backward(0)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'clear'"):
+        twins.optimizer.second_step(clear=True)
+    twins.optimizer.second_step(zero_grad=True)
+    other.step(0, clear=True)
+    assert all(map(same_bits, twins.masters(), other.masters()))
