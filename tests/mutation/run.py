@@ -3,7 +3,8 @@
     python tests/mutation/run.py [--write] [WORD ...]
 
 Words choose mutants by path or name: `mpcore/` those of the engine. `--write` puts the result of a
-complete run into docs/mutants.md. The exit status is 0 if every mutant was killed.
+complete run into docs/mutants.md. The test that killed a mutant there is asked first, the others if
+it lets the mutant live. The exit status is 0 if every mutant was killed.
 """
 
 import argparse
@@ -11,12 +12,14 @@ import contextlib
 import multiprocessing
 import multiprocessing.pool
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 # one import serves all runs, which are forks of this process; none of them imports the kernels here
@@ -41,6 +44,7 @@ OF_THE_ENGINE = [*GRADIENTS, *WEIGHTS, *STATE]
 MUTANTS = [*OF_KERNELS, *OF_THE_ENGINE]
 ROOT = Path(__file__).resolve().parents[2]
 PROCESSES = 2
+PAGE = ROOT / "docs" / "mutants.md"
 # an error may turn into an endless loop
 SECONDS = 600
 HEAD = """# Mutants
@@ -71,7 +75,13 @@ def apply(mutant, folder):
     path.write_text(text.replace(mutant.text, mutant.replacement))
 
 
-def run_tests(folder, tests, log):
+def last_killers():
+    """Returns the test that killed each mutant when the page was written, by file and error."""
+    rows = re.findall(r"^\| `(.+)` \| (.+) \| `(test_\w+)` \|$", PAGE.read_text(), re.MULTILINE)
+    return {(file, name): test for file, name, test in rows}
+
+
+def run_tests(folder, tests, only, log):
     """Runs pytest in this process, which is a fork; exits with its status."""
     os.chdir(folder)
     roots = [str(folder), str(folder / "kernels"), str(folder / "tests" / "support")]
@@ -87,6 +97,8 @@ def run_tests(folder, tests, log):
             "--assert=plain",
             "-m",
             "not exhaustive",
+            "-k",
+            only,
         ]
         status = pytest.main([*options, *tests])
     os._exit(int(status))
@@ -107,8 +119,32 @@ def run_audit(folder, name):
     return run.returncode, "audit: " + (broken or run.stderr.strip().splitlines()[-1:] or ["ok"])[0]
 
 
-def judge(tests, mutant=None):
-    """Returns whether the tests failed, and the first that did, with `mutant` applied."""
+def run_in_fork(folder, tests, only=""):
+    """Returns whether the tests failed that have `only` in their name, and the first that did."""
+    log = folder / "log"
+    process = multiprocessing.get_context("fork").Process(
+        target=run_tests, args=(folder, tests, only, log)
+    )
+    process.start()
+    process.join(SECONDS)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        return True, "does not end"
+    if process.exitcode < 0:
+        return True, f"dies of {signal.Signals(-process.exitcode).name}"
+    lines = log.read_text().splitlines()
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    reason = failed[0].split(" - ")[0].split("::")[-1] if failed else lines[-1] if lines else ""
+    none_is_called_so = process.exitcode == pytest.ExitCode.NO_TESTS_COLLECTED and only
+    return process.exitcode != 0 and not none_is_called_so, reason.split("[")[0]
+
+
+def judge(tests, mutant=None, likely=None):
+    """Returns whether the tests failed, and the first that did, with `mutant` applied.
+
+    The test that is called `likely` is run first, and the others only if it passes.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         copy_to(folder)
@@ -117,28 +153,17 @@ def judge(tests, mutant=None):
         if tests[0].startswith("audit "):
             status, reason = run_audit(folder, tests[0].removeprefix("audit "))
             return status != 0, reason
-        log = folder / "log"
-        process = multiprocessing.get_context("fork").Process(
-            target=run_tests, args=(folder, tests, log)
-        )
-        process.start()
-        process.join(SECONDS)
-        if process.is_alive():
-            process.kill()
-            process.join()
-            return True, "does not end"
-        if process.exitcode < 0:
-            return True, f"dies of {signal.Signals(-process.exitcode).name}"
-        lines = log.read_text().splitlines()
-        failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-        reason = failed[0].split(" - ")[0].split("::")[-1] if failed else lines[-1] if lines else ""
-        return process.exitcode != 0, reason.split("[")[0]
+        if likely is not None:
+            failed, reason = run_in_fork(folder, tests, likely)
+            if failed:
+                return failed, reason
+        return run_in_fork(folder, tests)
 
 
-def judge_mutant(mutant):
+def judge_mutant(mutant, killers):
     """Returns the mutant, whether it was killed, why, and the seconds that took."""
     start = time.monotonic()
-    killed, reason = judge(mutant.checks, mutant)
+    killed, reason = judge(mutant.checks, mutant, killers.get((mutant.file, mutant.name)))
     return mutant, killed, reason, time.monotonic() - start
 
 
@@ -182,7 +207,7 @@ def main():
         if broken:
             sys.exit("tests fail without any mutant: " + "; ".join(broken))
         results = []
-        for result in pool.imap(judge_mutant, chosen):
+        for result in pool.imap(partial(judge_mutant, killers=last_killers()), chosen):
             mutant, killed, reason, seconds = result
             results.append(result)
             word = "killed  " if killed else "SURVIVED"
@@ -190,7 +215,7 @@ def main():
     survivors = sum(not killed for _, killed, _, _ in results)
     print(f"{len(results)} mutants, {survivors} survived, {time.monotonic() - start:.0f} s")
     if options.write:
-        (ROOT / "docs" / "mutants.md").write_text(page(results))
+        PAGE.write_text(page(results))
     sys.exit(1 if survivors else 0)
 
 
