@@ -17,6 +17,7 @@ class Clips(Passes):
 
     def collect(self) -> Look:
         """What every call between the passes and the step begins with."""
+        self.leave_failed()
         having = self.having()
         if self.look is not None:
             if self.look.newcomers(having, HALVES):

@@ -26,8 +26,12 @@ class Model(Clips):
         if self._creates_state():
             self._create_state()
             return
-        look = self.collect()
-        self.adopt()
+        try:
+            look = self.collect()
+            self.adopt()
+        except Refused:
+            self.note_failed()
+            raise
         self.finish(look)
 
     def _creates_state(self) -> bool:

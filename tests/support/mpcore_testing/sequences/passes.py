@@ -29,6 +29,8 @@ class Passes(State):
         if self.look is not None and self.look.shown and i in self.look.held:
             self.look.held[i] = value
         else:
+            if i in self.failed and self.failed[i] is self.own[i]:
+                self.failed[i] = value
             self.own[i] = value
 
     def set_late(self, i: int, value: Near) -> None:
@@ -97,8 +99,21 @@ class Passes(State):
     def _check_open(self) -> None:
         if self.look is not None and self.look.is_dropped(self.grad):
             self.throw_away()
+        self.leave_failed()
         if self.look is not None:
             raise Refused("this step's gradients were looked at")
+
+    def note_failed(self) -> None:
+        """A step was refused: what it has looked at may be cleared by anybody."""
+        if self.look is not None and not self.look.shown:
+            grads = {i: self.own[i] for i in self.look.members}
+            self.failed = {i: grad for i, grad in grads.items() if grad is not None}
+
+    def leave_failed(self) -> None:
+        """A pass that has left none of a failed step's gradients begins the next step."""
+        there = any(self.own[i] is not None for i in self.failed)
+        if there and not any(self.own[i] is grad for i, grad in self.failed.items()):
+            self.throw_away()
 
     def throw_away(self) -> None:
         """A step that nobody takes is a skipped one if a look has found an overflow."""
@@ -117,7 +132,7 @@ class Passes(State):
             if self.look.summed:
                 for i in self.look.members:  # of a 16-bit one it can be a late one
                     self.own[i] = self.own[i] if i in HALVES else None
-        self.look = None
+        self.look, self.failed = None, {}
         self._forget_sums()
 
     def _forget_sums(self) -> None:

@@ -42,6 +42,7 @@ class State:
         left: Gradients that a step has left there: the scale in them, None if they are unscaled.
         sums: What `accumulate` has added up, and whether any of it was not finite, and the largest.
         look: What `unscale_` or a clip has seen in this step.
+        failed: Gradients of a step that failed: another pass may replace them.
     """
 
     optimizer: str
@@ -58,6 +59,7 @@ class State:
     sums_found: set[int] = field(default_factory=set)
     sums_largest: float = 0.0
     look: Look | None = None
+    failed: dict[int, Near] = field(default_factory=dict)
     scaled: bool = False
     zeroed: bool = False
     began: bool = False
