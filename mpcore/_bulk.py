@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import repeat
+from itertools import chain, repeat
 from operator import attrgetter, eq, is_
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,11 @@ def dtypes_of(tensors: Iterable[Tensor]) -> set[torch.dtype]:
     return set(map(_DTYPE, tensors))
 
 
+def dtypes_in_order(tensors: Iterable[Tensor]) -> list[torch.dtype]:
+    """Returns the dtype of each; no host sync."""
+    return list(map(_DTYPE, tensors))
+
+
 def devices_of(tensors: Iterable[Tensor]) -> list[torch.device]:
     """Returns every device that occurs, in order of appearance; no host sync."""
     devices = list(map(_DEVICE, tensors))
@@ -35,12 +41,18 @@ def layouts_of(tensors: Iterable[Tensor]) -> set[torch.layout]:
     return set(map(_LAYOUT, tensors))
 
 
-def alike_in_shape(tensors: Iterable[Tensor], others: Iterable[Tensor]) -> bool:
-    """Whether tensors have the shapes of others, in pairs; no host sync.
+def have_shapes(tensors: Iterable[Tensor], shapes: Iterable[torch.Size]) -> bool:
+    """Whether tensors have these shapes, in pairs; no host sync.
 
     No shape outlives its comparison: thousands in a list would wake the garbage collector.
     """
-    return all(map(eq, map(_SHAPE, tensors), map(_SHAPE, others)))
+    return all(map(eq, map(_SHAPE, tensors), shapes))
+
+
+def are_same(objects: Iterable[Any], others: Iterable[Any]) -> bool:
+    """Whether two sequences hold the same objects, in the same order."""
+    end = object()
+    return all(map(is_, chain(objects, (end,)), chain(others, (end,))))
 
 
 def with_gradient(params: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[Tensor]]:

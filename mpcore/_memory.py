@@ -6,7 +6,7 @@ nested, meta or functional tensor has no address, or one where its values are no
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -47,16 +47,26 @@ def why_no_memory(tensor: Tensor) -> str | None:
     return None
 
 
-def all_in_memory(tensors: Iterable[Tensor]) -> bool:
-    """Whether each tensor's values lie at its address; what most tensors are costs little."""
-    tensors = list(tensors)
+def are_in_memory(tensors: Sequence[Tensor], addresses: Callable[[], Iterable[int]]) -> bool:
+    """Whether each tensor's values lie at its address; what most tensors are costs little.
+
+    Args:
+        tensors: Any.
+        addresses: Returns where they are; not called for tensors that may have no address.
+    """
     usual = (
         set(map(type, tensors)) <= PLAIN
         and layouts_of(tensors) <= {torch.strided}
         and not any(map(Tensor.is_neg, tensors))
-        and 0 not in map(Tensor.data_ptr, tensors)
+        and 0 not in addresses()
     )
     return usual or all(why_no_memory(tensor) is None for tensor in tensors)
+
+
+def all_in_memory(tensors: Iterable[Tensor]) -> bool:
+    """Whether the values of each lie at its address."""
+    tensors = list(tensors)
+    return are_in_memory(tensors, lambda: map(Tensor.data_ptr, tensors))
 
 
 def can_be_stepped(tensor: Tensor) -> bool:

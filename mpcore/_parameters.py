@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpcore import _bulk
-from mpcore._bulk import devices_of, dtypes_of
 from mpcore._checks import FULL_PRECISION, SIXTEEN_BIT
-from mpcore._memory import all_in_memory, can_be_stepped, why_no_memory
+from mpcore._memory import can_be_stepped, why_no_memory
 from mpcore.errors import ArgumentError, ArgumentTypeError
 from mpcore.inner_guards import DirectStepGuard
 from mpcore.masters import Groups, Masters
@@ -143,30 +141,22 @@ def check_shared(
         )
 
 
-def with_gradient(
-    groups: Groups, device_of: Mapping[Tensor, torch.device], masters: Masters
-) -> list[Tensor]:
-    """Returns the parameters that have a gradient, or raises if one cannot be stepped."""
-    params, grads = _bulk.with_gradient([p for group in groups for p in group["params"]])
-    homes = set(device_of.values())
-    if not (
-        all_in_memory(grads)
-        and all_in_memory(params)
-        and (len(homes) == 1 and homes.issuperset(devices_of(params)))
-        and dtypes_of(params).issubset(SIXTEEN_BIT)
-    ):  # one by one takes three times as long
-        for param, grad in zip(params, grads, strict=True):
-            _check_can_be_stepped(param, grad, groups, device_of, masters)
-    return list(params)
-
-
-def _check_can_be_stepped(
+def check_can_be_stepped(
     param: Tensor,
     grad: Tensor,
     groups: Groups,
     device_of: Mapping[Tensor, torch.device],
     masters: Masters,
 ) -> None:
+    """Raises unless a parameter can be stepped with its gradient, which may get memory of its own.
+
+    Args:
+        param: One that has a gradient.
+        grad: That.
+        groups: The optimizer's param groups.
+        device_of: Where each parameter was when it came to the optimizer.
+        masters: Where the masters are.
+    """
     # a parameter that came through the inner optimizer is where it is
     device = device_of.get(param, param.device)
     if param.device != device:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpcore._bulk import grads_of
+from mpcore._bulk import devices_of, dtypes_of, grads_of
+from mpcore._checks import SIXTEEN_BIT
 from mpcore.backends import Inspection
 
 
@@ -85,6 +86,19 @@ class Bucket:
     def add_flags(self, flags: Tensor) -> None:
         """Joins flags with those that are there."""
         self.nonfinite = flags if self.nonfinite is None else self.nonfinite | flags
+
+
+def buckets_of(params: Sequence[Tensor]) -> list[Bucket]:
+    """Returns a bucket of each device, in order of appearance; no host sync."""
+    devices, buckets = devices_of(params), []
+    for device in devices:
+        here = list(params) if len(devices) == 1 else [p for p in params if p.device == device]
+        if dtypes_of(here).issubset(SIXTEEN_BIT):
+            buckets.append(Bucket(device, here, []))
+            continue
+        halves = [p for p in here if p.dtype in SIXTEEN_BIT]
+        buckets.append(Bucket(device, halves, [p for p in here if p.dtype not in SIXTEEN_BIT]))
+    return buckets
 
 
 def any_flag(buckets: Sequence[Bucket], found_before: Tensor | None, home: torch.device) -> Tensor:

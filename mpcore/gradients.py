@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mpcore._bulk import devices_of, dtypes_of, grads_of
-from mpcore._checks import SIXTEEN_BIT
+from mpcore._bulk import are_same, dtypes_of, grads_of
 from mpcore._layouts import laid_out_like, own_memory
 from mpcore.backends import Backend, Inspection
 from mpcore.coefficient import Coefficient
 from mpcore.exposure import Exposure
-from mpcore.gradient_buckets import Bucket, Look, any_flag, largest_of, tensor_norms
+from mpcore.gradient_buckets import Bucket, Look, any_flag, buckets_of, largest_of, tensor_norms
+from mpcore.gradient_set import GradientSet
 from mpcore.masters import Masters
 from mpcore.seen_gradients import SeenGradients
 from mpcore.step_plan import StepPlan
@@ -40,6 +40,7 @@ class StepGradients:
         plan: The fused update that will use them, to be prepared on the way; None: another path.
         finds_largest: Whether looking at them also finds `largest`.
         statistics: Whether looking at them also counts values; None: nobody watches.
+        collected: The gradients that `params` have, if somebody has them already.
     """
 
     def __init__(
@@ -53,15 +54,16 @@ class StepGradients:
         plan: StepPlan | None = None,
         finds_largest: bool = False,
         statistics: bool | None = None,
+        collected: GradientSet | None = None,
     ) -> None:
         self.params = list(params)
+        self._collected = collected  # what `params` have in `p.grad`, while nobody can change it
         self.applied = False  # whether the unscaled ones are the gradients of masters
         self.torn = False  # whether an exception came while they were multiplied in place
         self.exposure: Exposure | None = None  # in `p.grad`, where users may edit them
         self.norm: Tensor | None = None
         self.plan = plan
         self.plan_is_stale = False  # whether parameters were left out since
-        self.plan_is_old = False  # whether users could change tensors since
         #: 0-d float64, the largest magnitude of float16 gradients, unscaled; None: nobody looked
         self.largest: Tensor | None = None
         self._finds_largest = finds_largest
@@ -76,15 +78,7 @@ class StepGradients:
         # what must not be forgotten besides the flags: 0-d, non-zero means overflow
         self._found_before = external_found_inf
         self._found: Tensor | None = None
-        devices = devices_of(params)
-        self._buckets = [self._bucket(device, len(devices) == 1) for device in devices]
-
-    def _bucket(self, device: torch.device, only: bool) -> Bucket:
-        here = self.params if only else [p for p in self.params if p.device == device]
-        if dtypes_of(here).issubset(SIXTEEN_BIT):
-            return Bucket(device, list(here), [])
-        halves = [p for p in here if p.dtype in SIXTEEN_BIT]
-        return Bucket(device, halves, [p for p in here if p.dtype not in SIXTEEN_BIT])
+        self._buckets = buckets_of(self.params)
 
     def take_sums(self, accumulated: Accumulation) -> None:
         """Makes these the sums that masters hold now: unscaled, and seen to be finite or not."""
@@ -103,6 +97,7 @@ class StepGradients:
         if self._statistics is not None and not self._inspected and not self.applied:
             self._look(None)
         in_place = self.applied or any(bucket.without for bucket in self._buckets)
+        self._collected = None
         for bucket in self._buckets:
             coefficient = self.coefficient.to(bucket.device, non_blocking=True)
             flags = torch.zeros_like(bucket.own_flags())
@@ -142,6 +137,7 @@ class StepGradients:
         if self.exposure is not None:
             edited = self.exposure.take_edits(self.params)
         else:
+            self._collected = None if self.applied else GradientSet(grads_of(self.params))
             edited = self._looked_at is not None and self._looked_at.differ_from(
                 self._stored(self.params)
             )
@@ -242,9 +238,11 @@ class StepGradients:
             square_sum = norms.square().sum()
         return square_sum.to(self._coefficient.device, non_blocking=True)
 
-    def _stored(self, params: Sequence[Tensor]) -> list[Tensor]:
+    def _stored(self, params: Sequence[Tensor]) -> GradientSet:
         """Returns the gradients as they are: scaled ones of the model, or those `apply` made."""
-        return self._grads(params) if self.applied else grads_of(params)
+        if self._collected is not None and are_same(params, self.params):
+            return self._collected
+        return GradientSet(self._grads(params) if self.applied else grads_of(params))
 
     @property
     def was_seen(self) -> bool:
@@ -276,13 +274,16 @@ class StepGradients:
 
     def _note_largest(self) -> None:
         """Finds `largest`, once and before anybody may change or drop a gradient; no host sync."""
-        if not self._finds_largest or self.largest is not None:
-            return
-        self.largest = largest_of(self._buckets, self.unscaled_by)
+        if self._finds_largest and self.largest is None:
+            self.largest = largest_of(self._buckets, self.unscaled_by)
 
     def looks(self) -> list[Look]:
         """Returns what the first look found on each device, if somebody watches."""
         return [bucket.found for bucket in self._buckets if bucket.found is not None]
+
+    def left_as_they_were(self) -> GradientSet | None:
+        """Returns the gradients of `params` if nobody could change them since they were found."""
+        return self._collected if self.plan is not None else None
 
     def unscaled_in_place(self) -> list[Tensor]:
         """Returns the parameters whose `p.grad` itself was multiplied."""
@@ -292,12 +293,10 @@ class StepGradients:
         """Returns the unscaled gradients, in the order of `params`, after `apply`."""
         return self._grads(self.params)
 
-    def stored_of(self, params: Sequence[Tensor]) -> list[Tensor]:
+    def stored_of(self, params: Sequence[Tensor]) -> Sequence[Tensor]:
         """Returns the gradients of `params` as they are, each with the strides of its master."""
-        if self.applied:
-            return self._grads(params)
-        grads = grads_of(params)
-        if all(map(Tensor.is_contiguous, grads)) and all(map(Tensor.is_contiguous, params)):
+        grads = self._stored(params)
+        if self.applied or (grads.are_contiguous and all(map(Tensor.is_contiguous, params))):
             return grads
         return [laid_out_like(self._masters.of(p), g) for p, g in zip(params, grads, strict=True)]
 
@@ -317,6 +316,7 @@ class StepGradients:
         if len(params) == len(self.params):
             return
         self._found_before, self._found = self.found_inf(), None
+        self._collected = None
         self.plan_is_stale = True
         kept = set(params)
         for param in self.params:
@@ -336,7 +336,7 @@ class StepGradients:
         Sums are dropped for all parameters: nobody may take them for gradients of the next pass.
         """
         self.conceal()
-        self._looked_at = None  # which holds gradients
+        self._looked_at = self._collected = None  # which hold gradients
         if not self._handed_over:
             return
         for bucket in self._buckets:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from operator import eq
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from mpcore._bulk import with_gradient, writes_to
 from mpcore._layouts import own_memory
 from mpcore.backends import Backend
+from mpcore.gradient_set import GradientSet
 from mpcore.gradients import StepGradients
 
 
@@ -22,13 +24,17 @@ class _Left:
         grads: Their gradients.
     """
 
-    def __init__(self, params: Sequence[Tensor] = (), grads: Sequence[Tensor] = ()) -> None:
+    def __init__(self, params: Sequence[Tensor] = (), grads: Iterable[Tensor] = ()) -> None:
         self.params = params
+        grads = GradientSet.of(grads)
         self._grads = list(map(weakref.ref, grads))  # nobody is to keep them alive
-        self._writes = writes_to(grads)
+        self._writes = grads.writes
 
     def still_there(self) -> list[Tensor]:
         """Returns the parameters whose gradient is the one that was left, and not written to."""
+        params, grads = with_gradient(self.params)
+        if params is self.params and not any(map(eq, writes_to(grads), self._writes)):
+            return []  # usually: the next pass has added to all of them
         return [
             param
             for param, grad, writes in zip(self.params, self._grads, self._writes, strict=True)
@@ -54,15 +60,24 @@ class Leftovers:
         self._failed = _Left()  # gradients of a step that an exception ended
         self.torn = False  # whether an exception came while they were multiplied
 
-    def note(self, gradients: StepGradients, params: Sequence[Tensor]) -> None:
+    def note(
+        self,
+        gradients: StepGradients,
+        params: Sequence[Tensor],
+        left: GradientSet | None = None,
+    ) -> None:
         """Notes what a step has left.
 
         Args:
             gradients: Those of the step.
             params: The optimizer's.
+            left: What the parameters of `gradients` have, if nobody could change that.
         """
         self.forget()
         self._unscaled_by = gradients.unscaled_by
+        if left is not None and len(left) == len(params):
+            self._scaled = _Left(gradients.params, left)
+            return
         in_place = set(map(id, gradients.unscaled_in_place()))
         params, grads = with_gradient(params)
         if in_place:

@@ -181,7 +181,7 @@ class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, InnerMethods,
     def _step(self) -> None:
         zeros = None
         if not self._began and self._stage.is_untouched and not External.of(self):
-            zeros = zero_gradients(self.param_groups, self._device_of, self._masters, self._module)
+            zeros = zero_gradients(self._stage.parameters, self._masters, self._module)
         if zeros is not None:
             self._paths.initialise_state(zeros)
             return

@@ -200,9 +200,9 @@ class Paths:
         return self._fused if self._is_fused() else None
 
     def plan(self, params: list[Tensor]) -> StepPlan | None:
-        """Returns how the fused path updates `params`; None if the general path steps."""
+        """Returns how the fused path is likely to update `params`; None: the general path steps."""
         fused = self._now()
-        return None if fused is None else fused.plan(params)
+        return None if fused is None else fused.likely_plan(params)
 
     def step(self, gradients: StepGradients, move: ScaleMove | None) -> bool:
         """Steps or skips; returns whether the loss scale has moved with it."""

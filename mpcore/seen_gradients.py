@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from operator import is_
 
 from torch import Tensor
 
-from mpcore._bulk import with_gradient, writes_to
+from mpcore._bulk import are_same, with_gradient
+from mpcore.gradient_set import GradientSet
 
 
 class SeenGradients:
@@ -18,18 +18,24 @@ class SeenGradients:
         grads: As they are now.
     """
 
-    def __init__(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    def __init__(self, params: Sequence[Tensor], grads: GradientSet) -> None:
         self._params = params
         self._grads = grads
-        self._writes = writes_to(grads)
+        self._writes = grads.writes
 
-    def differ_from(self, grads: Sequence[Tensor]) -> bool:
-        """Whether anybody wrote to them, or put others in their place.
+    def differ_from(self, grads: GradientSet) -> bool:
+        """Whether anybody wrote to them, moved them, or put others in their place.
 
         Args:
             grads: Those of the same parameters now.
         """
-        return not all(map(is_, grads, self._grads)) or writes_to(grads) != self._writes
+        seen = self._grads
+        return not (
+            are_same(grads, seen)
+            and grads.writes == self._writes
+            # wrappers have no address; what `.data =` does is seen there, and nowhere else
+            and (not seen.are_in_memory or grads.addresses == seen.addresses)
+        )
 
     def are_all_of(self, params: Sequence[Tensor]) -> bool:
         """Whether these parameters have these gradients in `p.grad`, as they were, and no others.
@@ -38,12 +44,11 @@ class SeenGradients:
             params: All there are.
         """
         owners, grads = with_gradient(params)
-        same = len(owners) == len(self._params) and all(map(is_, owners, self._params))
-        return same and not self.differ_from(grads)
+        return are_same(owners, self._params) and not self.differ_from(GradientSet(grads))
 
     def keep(self, params: Collection[Tensor]) -> None:
         """Forgets those of parameters that are not among these."""
         kept = [i for i, param in enumerate(self._params) if param in params]
         self._params = [self._params[i] for i in kept]
-        self._grads = [self._grads[i] for i in kept]
+        self._grads = GradientSet(self._grads[i] for i in kept)
         self._writes = [self._writes[i] for i in kept]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any
 
 from torch import Tensor
+
+from mpcore._bulk import are_same
 
 State = dict[str, Any]
 
@@ -18,29 +20,32 @@ class ShownState:
     """
 
     def __init__(self) -> None:
-        #: what was shown; None: something was added meanwhile
-        self._ids: list[Any] | None = []
+        self._is_noted = True  # False: something was added meanwhile
         self._entries: list[tuple[Any, Any]] = []
+        #: what was shown: whose states, their values and the names of these, one after the other
+        self._parts: tuple[list[Any], list[Any], list[Any]] = [], [], []
 
     def note(self, shown: dict[Tensor, State]) -> None:
         """Notes what is shown now."""
         self._entries = [
             (key, dict(state) if isinstance(state, dict) else state) for key, state in shown.items()
         ]
-        self._ids = _ids(shown)
+        keys, values, names = _parts(shown)
+        self._parts = list(keys), list(values), list(names)
+        self._is_noted = True
 
     def note_one(self) -> None:
         """Notes that a state was added, and needs `settle` afterwards."""
-        self._ids = None
+        self._is_noted = False
 
     def settle(self, shown: dict[Tensor, State]) -> None:
         """Notes everything if something was added."""
-        if self._ids is None:
+        if not self._is_noted:
             self.note(shown)
 
     def is_changed(self, shown: dict[Tensor, State]) -> bool:
         """Whether values were put in, replaced or taken out."""
-        return self._ids is not None and _ids(shown) != self._ids
+        return self._is_noted and not all(map(are_same, _parts(shown), self._parts))
 
     def take_over(
         self,
@@ -80,16 +85,15 @@ class ShownState:
                 inner_state[new] = state
 
 
-def _ids(shown: Mapping[Any, Any]) -> list[Any]:
+def _parts(shown: Mapping[Any, Any]) -> tuple[Iterable[Any], Iterable[Any], Iterable[Any]]:
     """Returns what tells one state from another: whose it is, and each value with its name.
 
     Values alone would not: a state that is moved to another parameter has the same ones.
     """
-    try:  # loops in C: this is asked at every step
-        values = list(map(id, chain.from_iterable(map(dict.values, shown.values()))))
-        names = list(chain.from_iterable(shown.values()))
-    except TypeError:  # somebody keeps what is no dictionary
-        own = [state for state in shown.values() if isinstance(state, dict)]
-        names = list(chain.from_iterable(own))
-        values = list(map(id, [*shown.values(), *(v for state in own for v in state.values())]))
-    return [*map(id, shown), *values, *names]
+    states: Iterable[Any] = shown.values()
+    others: list[Any] = []
+    if set(map(type, states)) - {dict}:  # somebody keeps what is no dictionary
+        others = [state for state in states if not isinstance(state, dict)]
+        states = [state for state in states if isinstance(state, dict)]
+    values = chain(chain.from_iterable(map(dict.values, states)), others)
+    return shown, values, chain.from_iterable(states)

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from mpcore import stage_checks as checks
-from mpcore._parameters import name_of, with_gradient
+from mpcore._parameters import name_of
 from mpcore._scaling import External
 from mpcore.accumulation import Accumulated, Accumulation
 from mpcore.backends import Backend
+from mpcore.checked_parameters import CheckedParameters
 from mpcore.clip_watch import ClipWatch
 from mpcore.flush_watch import FlushWatch
+from mpcore.gradient_set import GradientSet
 from mpcore.gradients import StepGradients
 from mpcore.headroom import HeadroomLossScale
 from mpcore.leftovers import Leftovers
@@ -67,7 +69,6 @@ class Stage:
         self.zeroed = False  # whether gradients are zeros that zero_grad() left
         self.result: StepResult | None = None
         self._groups = groups
-        self._device_of = device_of
         self._masters = masters
         self._backend = backend
         self._loss_scaling = loss_scaling
@@ -83,7 +84,7 @@ class Stage:
         self._clip_watch = ClipWatch(groups)
         self.flush_watch = FlushWatch()
         self._leftovers = Leftovers()
-        self._shapes = checks.Shapes(masters, groups)
+        self.parameters = CheckedParameters(groups, device_of, masters)
         self.waiting = WaitingGradients()
         self.watcher: Watcher | None = None
 
@@ -119,16 +120,13 @@ class Stage:
         seen = self.gradients
         if external is None and seen is not None and seen.are_as_seen(self._params()):
             self._edits.check(caller)
-            seen.plan_is_old = True
             return seen
-        params = with_gradient(self._groups, self._device_of, self._masters)
-        self._shapes.check(caller, params)
+        params, grads = self.parameters.with_gradient(caller)
         if self._leftovers.were_replaced():
             self.throw_away()
         if self.gradients is not None:
             checks.check_no_newcomer(caller, params, self.gradients, self._groups)
             self._edits.check(caller)
-            self.gradients.plan_is_old = True
             params = checks.still_there(params, self.gradients, self._masters)
             self.gradients.keep(params)
             self.gradients.take_edits()
@@ -148,7 +146,7 @@ class Stage:
         scale = self._tensors.scale if external is None else external.scale
         # an outside scale is any number and moves in place; our own follows from the coefficient
         self._outside_scale = None if external is None else scale.clone()
-        self.gradients = self._gradients_of(params, scale, external)
+        self.gradients = self._gradients_of(params, scale, external, grads)
         return self.gradients
 
     def unscale(self, caller: str, external: External | None) -> StepGradients:
@@ -200,7 +198,7 @@ class Stage:
             loss: Whose gradients they are; None: the optimizer's own.
         """
         self.check_open(caller)
-        params = with_gradient(self._groups, self._device_of, self._masters)
+        params, _ = self.parameters.with_gradient(caller)
         if not params:
             return
         if loss is None and not self.zeroed and self.needs_scale:
@@ -257,7 +255,11 @@ class Stage:
         return [param for group in self._groups for param in group["params"]]
 
     def _gradients_of(
-        self, params: list[Tensor], scale: Tensor, external: External | None
+        self,
+        params: list[Tensor],
+        scale: Tensor,
+        external: External | None,
+        grads: GradientSet | None = None,
     ) -> StepGradients:
         self._masters.create_for_step(params)
         found_inf = None if external is None else external.found_inf
@@ -268,7 +270,7 @@ class Stage:
         statistics = None if self.watcher is None else self.watcher.begin_step(params)
         return StepGradients(
             *(params, self._masters, self._backend, coefficient, external is None),
-            *(found_inf, plan, headroom, statistics),
+            *(found_inf, plan, headroom, statistics, grads),
         )
 
     def finish(
@@ -282,12 +284,13 @@ class Stage:
         if not moved:
             self.moves.advance(gradients, external)
         self.moves.count(found_inf)
+        left = gradients.left_as_they_were()
         self.drop_gradients()
         gradients.release()
         self.scaled = False
         self._leftovers.forget()
         if external is None:
-            self._leftovers.note(gradients, self._params())
+            self._leftovers.note(gradients, self._params(), left)
         self.result = result
         self._writes.end()
         # last: they may raise

@@ -7,11 +7,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-from mpcore._bulk import alike_in_shape
 from mpcore._checks import SIXTEEN_BIT
 from mpcore._parameters import name_of
 from mpcore._scaling import External
-from mpcore.errors import ArgumentError, StageError
+from mpcore.errors import StageError
 from mpcore.gradients import StepGradients
 from mpcore.masters import Groups, Masters
 
@@ -101,37 +100,6 @@ def check_no_newcomer(
                 f"got a new one of {name_of(param, groups)}. Call zero_grad() of this optimizer, "
                 "and run all backward passes first."
             )
-
-
-class Shapes:
-    """Whether weights have the shapes of their masters, which few steps change.
-
-    Args:
-        masters: Where the masters are.
-        groups: For names.
-    """
-
-    def __init__(self, masters: Masters, groups: Groups) -> None:
-        self._masters = masters
-        self._groups = groups
-        self._known: tuple[int, list[int]] = (-1, [])
-        self._held: list[Tensor] = []
-
-    def check(self, caller: str, params: Sequence[Tensor]) -> None:
-        """Raises if a weight has no longer the shape of its master; looks at no value."""
-        known = self._masters.version, list(map(id, params))
-        if known != self._known:
-            self._known, self._held = known, list(map(self._masters.of, params))
-        if alike_in_shape(params, self._held):
-            return
-        for param, master in zip(params, self._held, strict=True):
-            if param.shape != master.shape:
-                raise ArgumentError(
-                    f"{caller}: {name_of(param, self._groups)}: expected {list(master.shape)} like "
-                    f"its master, got {list(param.shape)}: its data was replaced. Put a new "
-                    "Parameter into the param group, and its state into optimizer.state, or delete "
-                    "its state there."
-                )
 
 
 def check_scaled(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mpcore._bulk import are_same
 from mpcore._checks import SIXTEEN_BIT
 from mpcore.backends import Backend
 from mpcore.errors import ArgumentError
@@ -72,8 +72,8 @@ class HeldState:
 
     def __init__(self, inner_state: dict[Tensor, dict[str, Any]]) -> None:
         self._inner_state = inner_state
-        self._entries: list[tuple[Tensor, dict[str, Any]]] = []
-        self._entry_ids: list[int] = []
+        self._keys: list[Any] = []
+        self._states: list[Any] = []
         self._holders: list[dict[str, Any]] = []  # the state that each moment is in,
         self._names: list[str] = []  # its name there,
         self._moments: list[Tensor] = []  # and itself
@@ -91,11 +91,7 @@ class HeldState:
         tensors = [*masters, *moments]
         self._tensors += tensors
         self._addresses += map(Tensor.data_ptr, tensors)
-        self._entries = list(self._inner_state.items())  # which keeps the ids valid
-        self._entry_ids = self._ids()
-
-    def _ids(self) -> list[int]:
-        return [*map(id, self._inner_state), *map(id, self._inner_state.values())]
+        self._keys, self._states = list(self._inner_state), list(self._inner_state.values())
 
     @property
     def is_current(self) -> bool:
@@ -103,8 +99,9 @@ class HeldState:
         return (
             list(map(Tensor.data_ptr, self._tensors)) == self._addresses
             # loops in C, and no hash of a tensor: this is asked at every step
-            and all(map(is_, map(dict.get, self._holders, self._names), self._moments))
-            and self._ids() == self._entry_ids
+            and are_same(map(dict.get, self._holders, self._names), self._moments)
+            and are_same(self._inner_state, self._keys)
+            and are_same(self._inner_state.values(), self._states)
         )
 
 
@@ -115,12 +112,34 @@ class StepPlan:
     Attributes:
         devices: A plan for each.
         written: The parameters.
+        addresses: Where these are.
+        members: All parameters of each param group.
+        moments: The names of each group's moments.
+        version: That of the masters.
         held: What the state consisted of when the plan was made.
     """
 
     devices: tuple[DevicePlan, ...]
     written: tuple[Tensor, ...]
+    addresses: list[int]
+    members: tuple[list[Tensor], ...]
+    moments: list[tuple[str, ...]]
+    version: int
     held: HeldState
+
+    def fits(
+        self, params: Sequence[Tensor], groups: Groups, rule: UpdateRule, masters: Masters
+    ) -> bool:
+        """Whether this is what `make_plan` would return; no host sync."""
+        return (
+            self.version == masters.version
+            and are_same(params, self.written)
+            and list(map(Tensor.data_ptr, params)) == self.addresses
+            and len(groups) == len(self.members)
+            and all(are_same(g["params"], m) for g, m in zip(groups, self.members, strict=True))
+            and [rule.moments(group) for group in groups] == self.moments
+            and self.held.is_current
+        )
 
     def on(self, device: torch.device) -> DevicePlan:
         """Returns the part of one device."""
@@ -181,7 +200,15 @@ def make_plan(
         plan = backend.plan_update(rule.name, batches)
         devices.append(DevicePlan(device, list(by_key.values()), plan, rule, groups))
     masters.link_state(params)
-    return StepPlan(tuple(devices), tuple(params), everything)
+    return StepPlan(
+        devices=tuple(devices),
+        written=tuple(params),
+        addresses=list(map(Tensor.data_ptr, params)),
+        members=tuple(list(group["params"]) for group in groups),
+        moments=names_of,
+        version=masters.version,
+        held=everything,
+    )
 
 
 def _lay_out_like(weights: Sequence[Tensor], masters: Sequence[Tensor]) -> None:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
-from torch import Tensor
 
-from mpcore._parameters import with_gradient
 from mpcore.backends import Backend
+from mpcore.checked_parameters import CheckedParameters
 from mpcore.gradients import StepGradients
-from mpcore.masters import Groups, Masters
+from mpcore.masters import Masters
 
 
 def zero_gradients(
-    groups: Groups, device_of: Mapping[Tensor, torch.device], masters: Masters, backend: Backend
+    parameters: CheckedParameters, masters: Masters, backend: Backend
 ) -> StepGradients | None:
     """Returns the gradients if there are some and all are zero, else None; syncs with the host.
 
@@ -22,12 +19,11 @@ def zero_gradients(
     optimizer create its state.
 
     Args:
-        groups: The optimizer's param groups.
-        device_of: Where each parameter was when it came to the optimizer.
+        parameters: The optimizer's.
         masters: Makes and holds the masters.
         backend: Does the passes over gradients.
     """
-    params = with_gradient(groups, device_of, masters)
+    params, _ = parameters.with_gradient("step()")
     if not params or any(bool(torch.any(p.grad != 0)) for p in params):  # type: ignore[arg-type]
         return None
     masters.create_for(params)

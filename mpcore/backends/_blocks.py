@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mpcore.gradient_set import GradientSet
+
 #: Elements of a block: 2 MiB of float32, which fits the second-level caches of two cores.
 CHUNK = 2**19
 
@@ -84,15 +86,14 @@ def memory_order(tensor: Tensor) -> Tensor:
     return tensor.permute(order[::-1]).reshape(-1).contiguous()
 
 
-def all_in_memory_order(tensors: Sequence[Tensor]) -> list[Tensor]:
+def all_in_memory_order(tensors: Sequence[Tensor]) -> GradientSet:
     """Returns the same of many, where only those that need it are made into other tensors.
 
     Args:
         tensors: Contiguous ones come back as they are, of any shape.
     """
-    if all(map(Tensor.is_contiguous, tensors)):
-        return list(tensors)
-    return [memory_order(tensor) for tensor in tensors]
+    known = GradientSet.of(tensors)
+    return known if known.are_contiguous else GradientSet(map(memory_order, known))
 
 
 def cut(flat: Sequence[Tensor], block: Sequence[Piece]) -> list[Tensor]:

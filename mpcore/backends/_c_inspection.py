@@ -15,6 +15,7 @@ from mpcore.backends._c_scalars import prepare_
 from mpcore.backends._c_statistics import with_statistics
 from mpcore.backends._c_work import Work, by_dtype, cut_chunks, run
 from mpcore.backends._inspection import Inspection
+from mpcore.gradient_set import GradientSet
 from mpcore.updates import Hyper
 
 _POINTER = ctypes.c_void_p
@@ -39,6 +40,7 @@ def inspect(
     `reference.inspect` documents the arguments.
     """
     limit = _inspection.rounded_max_norm(max_norm)
+    grads = GradientSet.of(grads)
     _inspection.check_dtypes(grads)
     if plan is not None and hyper is not None:
         prepare_(plan, hyper)
@@ -51,7 +53,7 @@ def inspect(
     return with_statistics(found, flat, unscale) if statistics else found
 
 
-def _square_sums(flat: list[Tensor]) -> tuple[Tensor, Tensor]:
+def _square_sums(flat: GradientSet) -> tuple[Tensor, Tensor]:
     """Returns chunks, and the sum of squares of each."""
     whole = cut_chunks([grad.numel() for grad in flat])
     parts = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -16,7 +17,7 @@ from mpcore.backends._inspection import Inspection
 _FIRST_NORMAL = {torch.float16: 113, torch.bfloat16: 1, torch.float32: 1}
 
 
-def with_statistics(found: Inspection, flat: list[Tensor], coefficient: Tensor) -> Inspection:
+def with_statistics(found: Inspection, flat: Sequence[Tensor], coefficient: Tensor) -> Inspection:
     """Returns an inspection with `counts`, `histogram` and `largest`, bitwise the reference's.
 
     Args:

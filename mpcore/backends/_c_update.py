@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpcore._bulk import alike_in_shape, dtypes_of
+from mpcore._bulk import have_shapes
 from mpcore._checks import SIXTEEN_BIT
 from mpcore.backends import _update
 from mpcore.backends._blocks import all_in_memory_order
@@ -18,6 +18,7 @@ from mpcore.backends._c_source import STEPS
 from mpcore.backends._c_work import DTYPES, Table, Work, by_dtype, run
 from mpcore.backends._scale import ScaleMove
 from mpcore.errors import ArgumentError
+from mpcore.gradient_set import GradientSet
 from mpcore.updates import Batch
 
 # 16-bit weights of this many elements fill the last cache before the next forward pass reads them
@@ -31,11 +32,13 @@ class Plan(_update.Plan):
     Attributes:
         tables: Per batch masters, then weights if there are any, then moments.
         counters: Per batch what counts its steps.
+        shapes: Per batch those of its masters.
         elements: Of all masters together.
     """
 
     tables: list[Table]
     counters: list[list[Tensor]]
+    shapes: list[list[torch.Size]]
     elements: int
 
 
@@ -46,7 +49,15 @@ def plan_update(rule: str, batches: Sequence[Batch]) -> Plan:
     tables = [_table(batch) for batch in plan.batches]
     counters = [_update.step_counters(batch) for batch in plan.batches]
     elements = sum(master.numel() for batch in plan.batches for master in batch.masters)
-    return Plan(plan.rule, plan.batches, tables=tables, counters=counters, elements=elements)
+    shapes = [[master.shape for master in batch.masters] for batch in plan.batches]
+    return Plan(
+        rule=plan.rule,
+        batches=plan.batches,
+        tables=tables,
+        counters=counters,
+        shapes=shapes,
+        elements=elements,
+    )
 
 
 def _table(batch: Batch) -> Table:
@@ -73,7 +84,8 @@ def update_(
         BackendError: The compiler refused.
         StageError: The plan is not prepared.
     """
-    flat = [_checked(batch, here) for batch, here in zip(plan.batches, grads, strict=True)]
+    checked = zip(plan.batches, plan.shapes, grads, strict=True)
+    flat = [_checked(batch, shapes, here) for batch, shapes, here in checked]
     pass_over = passes().update  # before anything is written: a compiler may refuse
     scalars = _update.take_scalars(plan)
     if not bool(found_inf):
@@ -88,13 +100,14 @@ def update_(
         update_scale_(then, found_inf)
 
 
-def _checked(batch: Batch, grads: Sequence[Tensor]) -> list[Tensor]:
+def _checked(batch: Batch, shapes: list[torch.Size], grads: Sequence[Tensor]) -> GradientSet:
     """Returns gradients as they lie in memory; raises if C would read behind their ends."""
     if len(grads) != len(batch.masters):
         raise ArgumentError(
             f"grads: expected one for each of {len(batch.masters)} masters, got {len(grads)}."
         )
-    if alike_in_shape(grads, batch.masters) and dtypes_of(grads) <= DTYPES.keys():
+    grads = GradientSet.of(grads)
+    if have_shapes(grads, shapes) and grads.dtypes <= DTYPES.keys():
         return all_in_memory_order(grads)
     for index, (grad, master) in enumerate(zip(grads, batch.masters, strict=True)):
         if grad.shape != master.shape or grad.dtype not in (*SIXTEEN_BIT, torch.float32):
@@ -116,8 +129,7 @@ def _shared_work(
     """Returns what all dtypes of a batch share."""
     weights, count = plan.batches[index].weights, len(plan.batches[index].moments)
     table, scalars = plan.tables[index], scalars.contiguous()
-    addresses = table.addresses()
-    masters, role = addresses.buffer_info()[0], 8 * table.count  # bytes of a role's addresses
+    masters, role = table.addresses.buffer_info()[0], 8 * table.count  # bytes of a role's addresses
     work = Work(
         masters=masters,
         moments=masters + role * (2 if weights else 1),
@@ -130,5 +142,5 @@ def _shared_work(
         coefficient=float(coefficient),
         streaming=plan.elements >= _STREAMING,
     )
-    work.keep(addresses, scalars, saturated)
+    work.keep(table.addresses, scalars, saturated)
     return work

@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mpcore._bulk import dtypes_of
-from mpcore._memory import PLAIN, all_in_memory
 from mpcore.backends._blocks import memory_order
 from mpcore.errors import ArgumentError
+from mpcore.gradient_set import GradientSet
 
 #: Elements that a thread takes at a time.
 CHUNK = 2**16
@@ -34,11 +33,13 @@ class Table:
 
     Attributes:
         flat: The tensors as they lie in memory, one role after the other; kept alive.
+        addresses: Where each lies.
         count: How many there are of each role.
         cut: How.
     """
 
     flat: list[Tensor]
+    addresses: array[int]
     count: int
     cut: Cut
 
@@ -47,14 +48,8 @@ class Table:
         """Returns the table of tensors; those of one index have one layout in all roles."""
         flat = [memory_order(tensor) for role in roles for tensor in role]
         count = len(roles[0])
-        return Table(flat, count, cut_chunks([tensor.numel() for tensor in flat[:count]]))
-
-    def addresses(self) -> array[int]:
-        """Returns where each tensor lies now.
-
-        Asked anew for every pass: `share_memory_` moves a storage and frees where it was.
-        """
-        return addresses_of(self.flat)
+        cut = cut_chunks([tensor.numel() for tensor in flat[:count]])
+        return Table(flat, addresses_of(flat), count, cut)
 
 
 def addresses_of(tensors: Sequence[Tensor]) -> array[int]:
@@ -63,13 +58,13 @@ def addresses_of(tensors: Sequence[Tensor]) -> array[int]:
     Raises:
         ArgumentError: The address of one is not where its values are.
     """
-    addresses = array("q", map(Tensor.data_ptr, tensors))
-    if (0 in addresses or not set(map(type, tensors)) <= PLAIN) and not all_in_memory(tensors):
+    known = GradientSet.of(tensors)
+    if not known.are_in_memory:
         raise ArgumentError(
             "tensors: expected memory of their own, got a DTensor, a wrapper or a meta tensor, "
             "put into optimizer.state or a parameter. Put the values there."
         )
-    return addresses
+    return known.addresses
 
 
 class Cut(NamedTuple):
@@ -107,9 +102,9 @@ def _cut(sizes: tuple[int, ...]) -> Cut:
 
 def by_dtype(flat: Sequence[Tensor], cut: Cut) -> list[tuple[torch.dtype, Cut, array[int]]]:
     """Returns for each dtype the chunks of its tensors, and the addresses of all tensors."""
-    dtypes = dtypes_of(flat)
-    if len(dtypes) == 1:
-        return [(dtypes.pop(), cut, addresses_of(flat))]
+    flat = GradientSet.of(flat)
+    if len(flat.dtypes) == 1:
+        return [(next(iter(flat.dtypes)), cut, addresses_of(flat))]
     parts = []
     for dtype in dict.fromkeys(tensor.dtype for tensor in flat):
         mask = torch.tensor([tensor.dtype == dtype for tensor in flat], device="cpu")

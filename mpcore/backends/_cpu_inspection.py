@@ -78,7 +78,7 @@ def inspect(
 
 
 def conclude(
-    flat: list[Tensor], chunks: Tensor, sums: Tensor, coefficient: Tensor, limit: float
+    flat: Sequence[Tensor], chunks: Tensor, sums: Tensor, coefficient: Tensor, limit: float
 ) -> Inspection:
     """Returns what the sums of squares of all chunks tell; looks again at those that tell nothing.
 
@@ -145,7 +145,9 @@ class _Found:
     first_bad: list[int]
 
 
-def _look_again(flat: list[Tensor], chunk: list[int], coefficient: Tensor, found: _Found) -> float:
+def _look_again(
+    flat: Sequence[Tensor], chunk: list[int], coefficient: Tensor, found: _Found
+) -> float:
     """Returns the sum of squares of a chunk, unscaled; notes what is not finite."""
     index, start, stop = chunk
     values, factor = memory_order(flat[index])[start:stop], float(coefficient)
@@ -161,7 +163,7 @@ def _look_again(flat: list[Tensor], chunk: list[int], coefficient: Tensor, found
     return float(exact.square_sum)
 
 
-def _square_sums(flat: list[Tensor]) -> tuple[Tensor, Tensor]:
+def _square_sums(flat: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Returns chunks, and the float32 sum of squares of each."""
     sizes = [grad.numel() for grad in flat]
     scratch = new_scratch(sizes)

@@ -22,11 +22,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpcore._bulk import dtypes_of
 from mpcore._checks import SIXTEEN_BIT
 from mpcore.backends._blocks import memory_order
 from mpcore.backends._update import Plan, prepare_
 from mpcore.errors import ArgumentError
+from mpcore.gradient_set import GradientSet
 from mpcore.updates import Hyper
 from mpcore.updates.square_root import sqrt64
 
@@ -162,7 +162,7 @@ def rounded_max_norm(max_norm: float | None) -> float:
 
 def check_dtypes(grads: Sequence[Tensor]) -> None:
     """Raises unless every gradient has a dtype that can be inspected."""
-    if dtypes_of(grads).issubset((*SIXTEEN_BIT, torch.float32)):
+    if GradientSet.of(grads).dtypes.issubset((*SIXTEEN_BIT, torch.float32)):
         return
     for index, grad in enumerate(grads):
         if grad.dtype not in (*SIXTEEN_BIT, torch.float32):

@@ -1,0 +1,84 @@
+"""The parameters that have a gradient, checked; what few steps change is compared with the last."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from mpcore._bulk import are_same, dtypes_in_order, have_shapes, with_gradient
+from mpcore._memory import all_in_memory
+from mpcore._parameters import check_can_be_stepped, name_of
+from mpcore.errors import ArgumentError
+from mpcore.gradient_set import GradientSet
+from mpcore.masters import Groups, Masters
+
+
+class CheckedParameters:
+    """Finds the parameters that have a gradient, and what is wrong with them; no host sync.
+
+    Args:
+        groups: The optimizer's param groups.
+        device_of: Where each parameter was when it came to the optimizer.
+        masters: Where the masters are.
+    """
+
+    def __init__(
+        self, groups: Groups, device_of: Mapping[Tensor, torch.device], masters: Masters
+    ) -> None:
+        self._groups = groups
+        self._device_of = device_of
+        self._masters = masters
+        self._known: list[Tensor] = []  # parameters that were found right,
+        self._version = -1  # with these masters,
+        self._addresses: list[int] = []  # that were here,
+        self._dtypes: list[torch.dtype] = []  # of these dtypes
+        self._shapes: list[torch.Size] = []  # and shapes
+
+    def with_gradient(self, caller: str) -> tuple[list[Tensor], GradientSet]:
+        """Returns the parameters that have a gradient, and these.
+
+        Args:
+            caller: The method that asks, for messages.
+
+        Raises:
+            ArgumentError: One cannot be stepped.
+        """
+        every = [param for group in self._groups for param in group["params"]]
+        params, found = with_gradient(every)
+        grads = GradientSet(found)
+        if not (self._are_known(params) and grads.are_in_memory):
+            self._check(caller, params, grads)
+            grads = GradientSet(with_gradient(params)[1])  # some may have been replaced
+            self._note(params)
+        return list(params), grads
+
+    def _are_known(self, params: Sequence[Tensor]) -> bool:
+        return (
+            self._version == self._masters.version
+            and are_same(params, self._known)
+            and list(map(Tensor.data_ptr, params)) == self._addresses
+            and dtypes_in_order(params) == self._dtypes
+            and have_shapes(params, self._shapes)
+        )
+
+    def _note(self, params: Sequence[Tensor]) -> None:
+        self._known = []
+        if all_in_memory(params):
+            self._known, self._version = list(params), self._masters.version
+            self._addresses = list(map(Tensor.data_ptr, params))
+            self._dtypes = dtypes_in_order(params)
+            self._shapes = [param.shape for param in params]
+
+    def _check(self, caller: str, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+        for param, grad in zip(params, grads, strict=True):
+            check_can_be_stepped(param, grad, self._groups, self._device_of, self._masters)
+            master = self._masters.of(param)
+            if param.shape != master.shape:
+                raise ArgumentError(
+                    f"{caller}: {name_of(param, self._groups)}: expected {list(master.shape)} like "
+                    f"its master, got {list(param.shape)}: its data was replaced. Put a new "
+                    "Parameter into the param group, and its state into optimizer.state, or delete "
+                    "its state there."
+                )
