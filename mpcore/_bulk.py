@@ -57,10 +57,11 @@ def are_same(objects: Iterable[Any], others: Iterable[Any]) -> bool:
 
 def with_gradient(params: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[Tensor]]:
     """Returns the parameters that have a gradient, and their gradients; no host sync."""
-    grads: list[Tensor | None] = list(map(_GRAD, params))
+    grads: list[Any] = list(map(_GRAD, params))
     if any(map(is_, grads, repeat(None))):
         params = [p for p, grad in zip(params, grads, strict=True) if grad is not None]
-    return params, [grad for grad in grads if grad is not None]
+        grads = [grad for grad in grads if grad is not None]
+    return params, grads
 
 
 def grads_of(params: Iterable[Tensor]) -> list[Tensor]:

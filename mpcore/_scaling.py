@@ -55,12 +55,13 @@ class External:
     @classmethod
     def of(cls, optimizer: object) -> External | None:
         """Returns what was handed to `optimizer`, None outside of such a step."""
-        found_inf = getattr(optimizer, "found_inf", None)
+        handed = vars(optimizer)
+        found_inf = handed.get("found_inf")
         if found_inf is None:
             return None
         if not isinstance(found_inf, Tensor):  # the sum of no flags at all: there is no gradient
             found_inf = torch.tensor(found_inf)
-        scale = getattr(optimizer, "grad_scale", None)
+        scale = handed.get("grad_scale")
         if scale is None:  # GradScaler.unscale_ was called before
             scale = torch.ones((), dtype=torch.float32, device=found_inf.device)
         return cls(scale.reshape(()), found_inf)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,13 @@ from mpcore._parameters import check_can_be_stepped, name_of
 from mpcore.errors import ArgumentError
 from mpcore.gradient_set import GradientSet
 from mpcore.masters import Groups, Masters
+
+
+class Collected(NamedTuple):
+    """Parameters that have a gradient, and these as they are now; None: they are in no `p.grad`."""
+
+    params: list[Tensor]
+    grads: GradientSet | None
 
 
 class CheckedParameters:
@@ -36,7 +44,7 @@ class CheckedParameters:
         self._dtypes: list[torch.dtype] = []  # of these dtypes
         self._shapes: list[torch.Size] = []  # and shapes
 
-    def with_gradient(self, caller: str) -> tuple[list[Tensor], GradientSet]:
+    def with_gradient(self, caller: str) -> Collected:
         """Returns the parameters that have a gradient, and these.
 
         Args:
@@ -52,7 +60,7 @@ class CheckedParameters:
             self._check(caller, params, grads)
             grads = GradientSet(with_gradient(params)[1])  # some may have been replaced
             self._note(params)
-        return list(params), grads
+        return Collected(list(params), grads)
 
     def _are_known(self, params: Sequence[Tensor]) -> bool:
         return (

@@ -45,19 +45,21 @@ class _Left:
         ]
 
 
+_NONE = _Left()
+
+
 class Leftovers:
     """What the last step has left in `p.grad`. Nothing here syncs with the host."""
 
     def __init__(self) -> None:
+        self._failed = _NONE  # gradients of a step that an exception ended
         self.forget()
 
     def forget(self) -> None:
         """Forgets them: gradients were cleared, or belong to another scaler."""
-        self._scaled = _Left()
-        self._unscaled = _Left()
+        self._scaled = self._unscaled = self._failed = _NONE
         self._unscaled_by: Tensor | None = None
         self._expected: tuple[StepGradients, Sequence[Tensor]] | None = None
-        self._failed = _Left()  # gradients of a step that an exception ended
         self.torn = False  # whether an exception came while they were multiplied
 
     def note(
@@ -111,7 +113,7 @@ class Leftovers:
 
     def forget_failed(self) -> None:
         """Forgets a step that failed: it was thrown away."""
-        self._failed = _Left()
+        self._failed = _NONE
         if self.torn:
             self.forget()
 

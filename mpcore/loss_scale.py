@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from typing import NamedTuple
 
 from mpcore._checks import check_count, check_number, check_scale
@@ -289,6 +290,7 @@ def _after_overflow(loss_scale: DynamicLossScale, state: LossScaleState) -> Loss
     )
 
 
+@cache
 def tolerated(tolerance: float) -> tuple[int, int]:
     """Returns a tolerance in whole numbers, which every device multiplies without rounding.
 

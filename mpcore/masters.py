@@ -104,10 +104,11 @@ class Masters:
 
     def create_for(self, params: Iterable[Tensor]) -> None:
         """Makes the masters of the 16-bit ones among `params` that have none; no host sync."""
-        known = self._place  # by identity: hashing a tensor takes longer
-        for param in params:
-            if id(param) not in known and param.dtype in SIXTEEN_BIT:
-                self.create(param)
+        params, known = list(params), self._place  # by identity: hashing a tensor takes longer
+        if not all(map(known.__contains__, map(id, params))):
+            for param in params:
+                if id(param) not in known and param.dtype in SIXTEEN_BIT:
+                    self.create(param)
         self._shown.settle(self._outer_state)
 
     def create_for_step(self, params: Sequence[Tensor]) -> None:

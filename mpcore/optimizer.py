@@ -192,7 +192,7 @@ class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, InnerMethods,
             self._finish(collected, self._paths.step(collected, move))
         else:
             self._paths.step_without_gradients()
-            self._stage.forget_step()
+            self._stage.throw_away(last_step=True)
 
     def _step_with_closure(self, closure: Callable[[], Any]) -> Any:
         self._stage.check_whole("step(closure)")
@@ -225,7 +225,7 @@ class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, InnerMethods,
         if any_gradient or first is not None:
             self._finish(gradients, moved)
         else:
-            self._stage.forget_step()
+            self._stage.throw_away(last_step=True)
         return result
 
     def _finish(self, gradients: StepGradients, moved: bool) -> None:

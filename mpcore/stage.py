@@ -14,10 +14,9 @@ from mpcore._parameters import name_of
 from mpcore._scaling import External
 from mpcore.accumulation import Accumulated, Accumulation
 from mpcore.backends import Backend
-from mpcore.checked_parameters import CheckedParameters
+from mpcore.checked_parameters import CheckedParameters, Collected
 from mpcore.clip_watch import ClipWatch
 from mpcore.flush_watch import FlushWatch
-from mpcore.gradient_set import GradientSet
 from mpcore.gradients import StepGradients
 from mpcore.headroom import HeadroomLossScale
 from mpcore.leftovers import Leftovers
@@ -94,9 +93,14 @@ class Stage:
         return not isinstance(self._loss_scaling, NoLossScale)
 
     @property
+    def _holds_any(self) -> bool:
+        """Whether gradients were collected or added up for the next step."""
+        return self.gradients is not None or self._sums is not None
+
+    @property
     def is_untouched(self) -> bool:
         """Whether nothing of a step was scaled, collected or added up."""
-        return not self.scaled and self.gradients is None and self._sums is None
+        return not self.scaled and not self._holds_any
 
     @property
     def unscaled(self) -> bool:
@@ -107,7 +111,7 @@ class Stage:
     def waits(self) -> bool:
         """Whether gradients of a scaled loss wait for a step."""
         waits = self.scaled and not self.zeroed and checks.any_gradient(self._groups)
-        return waits or self.gradients is not None or self._sums is not None
+        return waits or self._holds_any
 
     def collect(self, caller: str, external: External | None) -> StepGradients:
         """Returns this step's gradients, checked, with masters made; there may be none at all.
@@ -121,7 +125,8 @@ class Stage:
         if external is None and seen is not None and seen.are_as_seen(self._params()):
             self._edits.check(caller)
             return seen
-        params, grads = self.parameters.with_gradient(caller)
+        found = self.parameters.with_gradient(caller)
+        params = found.params
         if self._leftovers.were_replaced():
             self.throw_away()
         if self.gradients is not None:
@@ -146,7 +151,7 @@ class Stage:
         scale = self._tensors.scale if external is None else external.scale
         # an outside scale is any number and moves in place; our own follows from the coefficient
         self._outside_scale = None if external is None else scale.clone()
-        self.gradients = self._gradients_of(params, scale, external, grads)
+        self.gradients = self._gradients_of(found, scale, external)
         return self.gradients
 
     def unscale(self, caller: str, external: External | None) -> StepGradients:
@@ -230,7 +235,7 @@ class Stage:
         checks.check_no_outside_scaler(caller, external)
         self.accumulate(caller)  # what has come since
         params = [param for param in self._params() if param in sums.sums]
-        gradients = self._gradients_of(params, self._tensors.scale, None)
+        gradients = self._gradients_of(Collected(params, None), self._tensors.scale, None)
         gradients.take_sums(sums)
         sums.hand_over()
         self._sums, self._outside_scale = None, None
@@ -240,7 +245,7 @@ class Stage:
         """Notes which gradients wait for the step that a closure comes to; no host sync."""
         scaled = self.scaled and not self.zeroed
         params = self._leftovers.others(self._params()) if scaled or not self.needs_scale else []
-        self.waiting.note(params, whole=bool(self.gradients or self._sums), scaled=scaled)
+        self.waiting.note(params, whole=self._holds_any, scaled=scaled)
 
     def collect_pass(self, caller: str, external: External | None) -> StepGradients:
         """Returns the gradients of one of several passes of a step, and readies the next."""
@@ -255,12 +260,9 @@ class Stage:
         return [param for group in self._groups for param in group["params"]]
 
     def _gradients_of(
-        self,
-        params: list[Tensor],
-        scale: Tensor,
-        external: External | None,
-        grads: GradientSet | None = None,
+        self, found: Collected, scale: Tensor, external: External | None
     ) -> StepGradients:
+        params, grads = found
         self._masters.create_for_step(params)
         found_inf = None if external is None else external.found_inf
         # the reciprocal of a power of two is exact; outside scalers use other numbers as well
@@ -305,10 +307,6 @@ class Stage:
         self.zeroed = not set_to_none
         if set_to_none:
             self._leftovers.forget()
-
-    def forget_step(self) -> None:
-        """Ends a step that has no gradients (any more): it counts as one that nobody took."""
-        self.throw_away(last_step=True)
 
     def start_anew(self, overflows_at_min: int) -> None:
         """Drops what belongs to a state that was replaced, by one with that counter."""

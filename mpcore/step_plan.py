@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from mpcore._bulk import are_same
 from mpcore._checks import SIXTEEN_BIT
 from mpcore.backends import Backend
 from mpcore.errors import ArgumentError
+from mpcore.held_state import HeldState
 from mpcore.masters import Groups, Masters
 from mpcore.updates import Batch, Hyper, UpdateRule
 from mpcore.updates.batch import shared_base
@@ -61,48 +62,6 @@ class DevicePlan:
     def used(self) -> None:
         """Notes that an update took what was prepared, or that something else is going to be."""
         self._prepared = None
-
-
-class HeldState:
-    """The tensors of masters and moments that a plan was made for.
-
-    Args:
-        inner_state: Where the wrapped optimizer keeps its state, by master.
-    """
-
-    def __init__(self, inner_state: dict[Tensor, dict[str, Any]]) -> None:
-        self._inner_state = inner_state
-        self._keys: list[Any] = []
-        self._states: list[Any] = []
-        self._holders: list[dict[str, Any]] = []  # the state that each moment is in,
-        self._names: list[str] = []  # its name there,
-        self._moments: list[Tensor] = []  # and itself
-        self._tensors: list[Tensor] = []
-        self._addresses: list[int] = []
-
-    def add(
-        self, masters: Sequence[Tensor], states: Sequence[dict[str, Any]], names: tuple[str, ...]
-    ) -> None:
-        """Adds masters, and the moments of these names in their states."""
-        self._holders += [state for state in states for _ in names]
-        self._names += names * len(states)
-        moments = [state[name] for state in states for name in names]
-        self._moments += moments
-        tensors = [*masters, *moments]
-        self._tensors += tensors
-        self._addresses += map(Tensor.data_ptr, tensors)
-        self._keys, self._states = list(self._inner_state), list(self._inner_state.values())
-
-    @property
-    def is_current(self) -> bool:
-        """Whether these are still the state, and where they were: `.data = other` moves them."""
-        return (
-            list(map(Tensor.data_ptr, self._tensors)) == self._addresses
-            # loops in C, and no hash of a tensor: this is asked at every step
-            and are_same(map(dict.get, self._holders, self._names), self._moments)
-            and are_same(self._inner_state, self._keys)
-            and are_same(self._inner_state.values(), self._states)
-        )
 
 
 @dataclass(frozen=True)
@@ -166,11 +125,7 @@ def make_plan(
     """
     group_of = {param: i for i, group in enumerate(groups) for param in group["params"]}
     names_of = [rule.moments(group) for group in groups]
-    sorted_params: dict[torch.device, dict[tuple[Any, ...], list[Tensor]]] = {}
-    for param in params:
-        half = param.dtype if param.dtype in SIXTEEN_BIT else None
-        key = (names_of[group_of[param]], half)
-        sorted_params.setdefault(param.device, {}).setdefault(key, []).append(param)
+    sorted_params = _sorted(params, lambda param: names_of[group_of[param]])
     devices = []
     everything = HeldState(inner_state)
     for device, by_key in sorted_params.items():
@@ -209,6 +164,18 @@ def make_plan(
         version=masters.version,
         held=everything,
     )
+
+
+def _sorted(
+    params: Sequence[Tensor], names: Callable[[Tensor], tuple[str, ...]]
+) -> dict[torch.device, dict[tuple[tuple[str, ...], torch.dtype | None], list[Tensor]]]:
+    """Returns parameters by device, then by the names of their moments and their 16-bit dtype."""
+    by_device: dict[torch.device, Any] = {}
+    for param in params:
+        half = param.dtype if param.dtype in SIXTEEN_BIT else None
+        by_key = by_device.setdefault(param.device, {})
+        by_key.setdefault((names(param), half), []).append(param)
+    return by_device
 
 
 def _lay_out_like(weights: Sequence[Tensor], masters: Sequence[Tensor]) -> None:

@@ -107,7 +107,7 @@ class TwoSteps:
         gradients = self._collect_pass(f"{SECOND}()")
         if not gradients.params:
             self._descend(climb)
-            self._stage.forget_step()
+            self._stage.throw_away(last_step=True)
             return None
         if climb.found_inf:
             gradients.add_found(torch.ones((), device=self._saturated.device))

@@ -190,6 +190,8 @@ class WeightEdits:
 
     def _hear(self) -> None:
         """Warns of what was adopted and raises over what was refused, once the host knows."""
+        if not self._counts:
+            return
         params = [param for param, _ in self._masters.items()]
         adopted, refused = dict[Tensor, int](), dict[Tensor, int]()
         for counts in self._counts.values():

@@ -79,7 +79,7 @@ class Backend(Protocol):
         """Finds overflow, norms and the clip; returns these attributes, whatever the class."""
 
     def plan_update(self, rule: str, batches: Sequence[Batch]) -> Any:
-        """Returns what `update_` needs to know about its tensors, in a form of its own."""
+        """Returns what `update_` needs to know about its tensors, as long as none is moved."""
 
     def prepare_(self, plan: Any, hyper: Hyper) -> None:
         """Computes the scalars of a plan's next update."""

@@ -16,6 +16,7 @@ chunks * 2^-46, that of a norm half as large.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -157,7 +158,7 @@ def check_max_norm(max_norm: float | None) -> float:
 
 def rounded_max_norm(max_norm: float | None) -> float:
     """Returns the limit of the norm as a float32 number, whatever torch's default dtype is."""
-    return float(torch.tensor(check_max_norm(max_norm), dtype=torch.float32, device="cpu"))
+    return ctypes.c_float(check_max_norm(max_norm)).value
 
 
 def check_dtypes(grads: Sequence[Tensor]) -> None:

@@ -55,7 +55,7 @@ EXPOSURE = [
         ("test_optimizer_clipping.py",),
         (
             "what was clipped is kept until the next step",
-            "self._looked_at = None  # which",
+            "self._looked_at = self._collected = None  # which",
             "pass  # which",
         ),
     ),
@@ -113,10 +113,10 @@ LEFTOVERS = engine_mutants(
     ),
     (
         "gradients that were written to are multiplied",
-        "grad() is now and now._version == writes",
-        "grad() is now",
+        "and now._version == writes",
+        "",
     ),
-    ("another gradient in its place is multiplied", "grad() is now and now", "now"),
+    ("another gradient in its place is multiplied", "and grad() is now", ""),
     (
         "gradients unscaled in place count as scaled",
         "        if in_place:",
@@ -176,12 +176,58 @@ STAGE = [
         ),
     ),
     *engine_mutants(
-        "stage.py",
+        "fused_path.py",
         ("test_state_edits.py",),
         (
             "a plan outlives edits of the state",
-            "self.gradients.plan_is_old = True",
-            "self.gradients.plan_is_old = False",
+            "        plan = self.plan(gradients.params)",
+            "        plan = self.likely_plan(gradients.params)",
+        ),
+    ),
+    *engine_mutants(
+        "step_plan.py",
+        ("test_memory_that_moves.py",),
+        (
+            "a plan outlives the memory of parameters",
+            "and list(map(Tensor.data_ptr, params)) == self.addresses",
+            "",
+        ),
+    ),
+    *engine_mutants(
+        "held_state.py",
+        ("test_memory_that_moves.py",),
+        (
+            "a plan outlives the memory of masters and moments",
+            "list(map(Tensor.data_ptr, self._tensors)) == self._addresses",
+            "True",
+        ),
+    ),
+    *engine_mutants(
+        "seen_gradients.py",
+        ("test_memory_that_moves.py",),
+        (
+            "gradients that moved after a clip are read where they were",
+            "and (not seen.are_in_memory or grads.addresses == seen.addresses)",
+            "",
+        ),
+    ),
+    *engine_mutants(
+        "checked_parameters.py",
+        ("test_replaced_parameters.py", "test_bad_weights.py"),
+        (
+            "another shape is not checked",
+            "and have_shapes(params, self._shapes)",
+            "",
+        ),
+        (
+            "another dtype is not checked",
+            "and dtypes_in_order(params) == self._dtypes",
+            "",
+        ),
+        (
+            "other memory is not checked",
+            "and list(map(Tensor.data_ptr, params)) == self._addresses",
+            "",
         ),
     ),
     *engine_mutants(
@@ -267,12 +313,12 @@ CHECKS = [
         ("sums that are shown are late gradients", "and gradients.exposure is None", ""),
     ),
     *engine_mutants(
-        "stage_checks.py",
+        "checked_parameters.py",
         ("test_replaced_parameters.py",),
         (
             "weights of any shape are stepped",
-            "if [param.shape for param, _ in pairs] ==",
-            "if pairs or",
+            "if param.shape != master.shape:",
+            "if param.ndim != master.ndim:",
         ),
     ),
 ]

@@ -1,0 +1,77 @@
+"""Tensors whose memory is replaced between two calls of a step: values stay, addresses do not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mpcore
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mpcore_testing.bits import same_bits
+from mpcore_testing.engines import Engine
+from mpcore_testing.snapshots import snapshot
+
+
+def share(tensor: Tensor) -> None:
+    """What a data loader's worker or Hogwild training does: the old memory is freed."""
+    tensor.data.share_memory_()
+
+
+def replace(tensor: Tensor) -> None:
+    tensor.data = tensor.data.clone()
+
+
+def transpose(tensor: Tensor) -> None:
+    """The same values, and another layout."""
+    if tensor.dim() == 2:
+        tensor.data = tensor.data.t().contiguous().t()
+
+
+def gradients(optimizer: Any) -> list[Tensor]:
+    return [param.grad for group in optimizer.param_groups for param in group["params"]]
+
+
+def parameters(optimizer: Any) -> list[Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def masters(optimizer: Any) -> list[Tensor]:
+    return [state["master"] for state in optimizer.state.values()]
+
+
+def moments(optimizer: Any) -> list[Tensor]:
+    return [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+
+
+def run(engine: Engine, change: Callable[[Any], None], when: str) -> Any:
+    """Three steps; in the second and third something is moved."""
+    values = torch.linspace(-2, 2, 20).view(4, 5)
+    params = [nn.Parameter(values.half()), nn.Parameter(values[0].bfloat16())]
+    optimizer = engine.wrap(torch.optim.Adam(params, lr=0.01), mpcore.NoLossScale())
+    for number in range(3):
+        for param in params:
+            grad = (torch.arange(param.numel()).view(param.shape) - number).to(param.dtype)
+            param.grad = grad * 2.0**-6
+        if number and when == "before the clip":
+            change(optimizer)
+        optimizer.clip_grad_norm_(0.5)
+        if number and when == "after the clip":
+            change(optimizer)
+        optimizer.step()
+    return snapshot(optimizer)
+
+
+@pytest.mark.parametrize("when", ["before the clip", "after the clip"])
+@pytest.mark.parametrize("way", [share, replace, transpose])
+@pytest.mark.parametrize("which", [gradients, parameters, masters, moments])
+def test_memory_that_moves_is_followed(
+    engine: Engine, which: Callable[[Any], list[Tensor]], way: Callable[[Tensor], None], when: str
+) -> None:
+    def change(optimizer: Any) -> None:
+        for tensor in which(optimizer):
+            way(tensor)
+
+    assert same_bits(run(engine, change, when), run(engine, lambda _: None, when))
