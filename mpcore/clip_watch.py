@@ -64,7 +64,6 @@ class ClipWatch:
             grad = self._param.grad
             self._before = (grad, grad._version, grad.detach().clone())
 
-    @torch.no_grad()
     def check(self) -> None:
         """Looks whether anybody has written since."""
         noted, self._before = self._before, None
@@ -74,8 +73,12 @@ class ClipWatch:
         if noted is None or self._warned or self._param.grad is not noted[0]:
             return
         grad, writes, before = noted
-        if grad._version == writes:
-            return
+        if grad._version != writes:
+            self._compare(grad, before)
+
+    @torch.no_grad()
+    def _compare(self, grad: Tensor, before: Tensor) -> None:
+        """Looks whether values became smaller, and none larger."""
         lower = (grad.abs() < before.abs()).any()
         nowhere_higher = (grad.abs() <= before.abs()).all()  # and so nowhere NaN
         found = lower & nowhere_higher

@@ -89,9 +89,7 @@ class GeneralPath:
     def step_without_gradients(self) -> None:
         """Lets the inner optimizer do what it does without gradients: usually nothing."""
         self._step_inner()
-        nothing = torch.zeros((), dtype=torch.int32, device=self._saturated.device)
-        self.write_weights(nothing, self._saturated)
-        self.link_state()
+        self._take_results()
         self._writes.end()
 
     def call_inner(self, adopt: Callable[[], None], method: Callable[[], Any]) -> Any:
@@ -116,10 +114,14 @@ class GeneralPath:
                 result = method()
         finally:
             self.stepping = False
+        self._take_results()
+        return result
+
+    def _take_results(self) -> None:
+        """Rounds every master into its weight, and shows the inner state; no host sync."""
         nothing = torch.zeros((), dtype=torch.int32, device=self._saturated.device)
         self.write_weights(nothing, self._saturated)
         self.link_state()
-        return result
 
     def initialise_state(self, gradients: StepGradients) -> None:
         """Steps over all-zero gradients so that the inner state exists, and changes no weight."""
@@ -229,7 +231,8 @@ class GeneralPath:
     def hand_back(self, gradients: StepGradients) -> None:
         """Makes the model's gradients what the inner optimizer has left of its own; no host sync.
 
-        The next pass adds to them. It may have dropped them, or filled them with zeros.
+        The next pass adds to them. It may have dropped them, or filled them with zeros: through
+        `.data` too, which no version counter sees, so that all are copied.
         """
         for param in gradients.params:
             left = self.masters.of(param).grad

@@ -117,7 +117,6 @@ class Leftovers:
         if self.torn:
             self.forget()
 
-    @torch.no_grad()
     def rescale_(self, scale: Tensor, backend: Backend, *, moves: bool) -> None:
         """Multiplies those that are still there, so that the next pass may add to them.
 
@@ -139,6 +138,7 @@ class Leftovers:
         self.forget()
 
 
+@torch.no_grad()
 def _multiply_(params: list[Tensor], factor: Tensor, backend: Backend) -> None:
     by_device: dict[torch.device, list[Tensor]] = {}
     for param in params:
