@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -37,6 +37,8 @@ class OptimizerWrapper(torch.optim.Optimizer):
         *("inner", "param_groups", "defaults", "state"),
         *("_backend_asked", "_device_of", "_masters"),
     )
+
+    _check_between_steps: Callable[[str], None]
 
     def __init__(self, optimizer: torch.optim.Optimizer, backend: str) -> None:
         # torch's constructor copies the groups it is given; the shared ones replace them
@@ -75,10 +77,12 @@ class OptimizerWrapper(torch.optim.Optimizer):
         Raises:
             ArgumentError: A parameter is complex, integer or there already.
             BackendError: The backend asked for by name cannot work on it.
+            StageError: A step in two calls has only had its first.
         """
         if not hasattr(self, "inner"):  # torch's constructor, before the groups are shared
             super().add_param_group(param_group)
             return
+        self._check_between_steps("add_param_group()")
         self._masters.take_over_edits(self.state, self.param_groups)
         group, params = check_group(param_group, self._params())
         everything = [*self._params(), *params]

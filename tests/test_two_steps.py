@@ -9,6 +9,7 @@ import mpcore
 import pytest
 import torch
 from mpcore.errors import StageError
+from torch import nn
 
 from mpcore_testing.bits import same_bits
 from mpcore_testing.engines import ENGINES, Engine
@@ -234,7 +235,14 @@ def test_between_the_two_steps_everything_else_waits() -> None:
         optimizer.second_step()
     twins.backward(0)
     optimizer.first_step(zero_grad=True)
-    for call in (optimizer.step, optimizer.state_dict, lambda: copy.deepcopy(optimizer)):
+    more = {"params": [nn.Parameter(torch.ones(2))]}
+    calls = (
+        optimizer.step,
+        optimizer.state_dict,
+        lambda: copy.deepcopy(optimizer),
+        lambda: optimizer.add_param_group(more),
+    )
+    for call in calls:
         with pytest.raises(StageError, match=r"between first_step\(\) and second_step\(\)"):
             call()
     twins.backward(0)  # what the message says
