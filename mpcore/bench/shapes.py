@@ -70,6 +70,20 @@ def small() -> ParameterList:
     return ParameterList("2,000 x 4,096", ((4096,),) * 2000)
 
 
+def many_small() -> tuple[ParameterList, ...]:
+    """Returns lists whose steps cost what the host does about each tensor, and hardly more.
+
+    Example:
+        >>> [found.name for found in many_small()]
+        ['1,000 x 64', '150 x 64 x 64', '8 x 64 x 64']
+    """
+    return (
+        ParameterList("1,000 x 64", ((64,),) * 1000),
+        ParameterList("150 x 64 x 64", ((64, 64),) * 150),
+        ParameterList("8 x 64 x 64", ((64, 64),) * 8),
+    )
+
+
 def uniform(count: int) -> ParameterList:
     """Returns `count` parameters in tensors of 1,000 x 1,000 and one of what is left.
 
@@ -88,7 +102,8 @@ def parse(text: str) -> tuple[ParameterList, ...]:
     """Returns the lists that a word of the command line names.
 
     Args:
-        text: "gpt2", "small", "sweep" (1 M to 200 M) or a number of parameters: 5000, 10K, 2.5M.
+        text: "gpt2", "small", "sweep" (1 M to 200 M), "host" (1,000, 150 and 8 small tensors) or a
+            number of parameters: 5000, 10K, 2.5M.
 
     Raises:
         ArgumentError: Something else.
@@ -103,6 +118,8 @@ def parse(text: str) -> tuple[ParameterList, ...]:
         return (gpt2(),)
     if text == "small":
         return (small(),)
+    if text == "host":
+        return many_small()
     if text == "sweep":
         return tuple(found for size in SWEEP for found in parse(size))
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)", text)
@@ -111,7 +128,7 @@ def parse(text: str) -> tuple[ParameterList, ...]:
         count = float(match[1]) * {"": 1, "K": 1e3, "M": 1e6, "G": 1e9}[match[2]]
     if count < 1 or count != int(count):
         raise ArgumentError(
-            f"shapes: expected gpt2, small, sweep or a number of parameters such as 10M, got "
+            "shapes: expected gpt2, small, sweep, host or a number of parameters such as 10M, got "
             f"{text!r}."
         )
     return (uniform(int(count)),)
