@@ -12,6 +12,7 @@ from mpcore._bulk import alike_in_shape, dtypes_of
 from mpcore._checks import SIXTEEN_BIT
 from mpcore.backends import _update
 from mpcore.backends._blocks import all_in_memory_order
+from mpcore.backends._c_adopt import adopt_
 from mpcore.backends._c_compiler import passes
 from mpcore.backends._c_scale import update_scale_
 from mpcore.backends._c_source import STEPS
@@ -63,24 +64,31 @@ def update_(
     found_inf: Tensor,
     saturated: Tensor,
     then: ScaleMove | None = None,
+    edits: Tensor | None = None,
 ) -> None:
     """Updates in one pass over memory; CPU tensors, see `reference`.
 
     Bitwise `mpcore.backends.reference.update_`, which documents the arguments.
 
     Raises:
-        ArgumentError: A gradient is missing, or of another shape or dtype.
+        ArgumentError: A gradient is missing, or of another shape or dtype, or `edits` is.
         BackendError: The compiler refused.
         StageError: The plan is not prepared.
     """
     flat = [_checked(batch, here) for batch, here in zip(plan.batches, grads, strict=True)]
+    rows_of_edits = _update.split_edits(plan.batches, edits)
     pass_over = passes().update  # before anything is written: a compiler may refuse
     scalars = _update.take_scalars(plan)
-    if not bool(found_inf):
+    if bool(found_inf):
+        _update.adopt_all(plan.batches, rows_of_edits, adopt_)
+    else:
         for index, here in enumerate(flat):
             if plan.counters[index]:
                 torch._foreach_add_(plan.counters[index], 1)
-            work = _shared_work(plan, index, len(here), scalars[index], coefficient, saturated)
+            work = _shared_work(
+                *(plan, index, len(here), scalars[index]),
+                *(coefficient, saturated, rows_of_edits[index]),
+            )
             for dtype, cut, addresses in by_dtype(here, plan.tables[index].cut):
                 work.take_up(dtype, cut, addresses)
                 run(pass_over, work)
@@ -112,6 +120,7 @@ def _shared_work(
     scalars: Tensor,
     coefficient: Tensor,
     saturated: Tensor,
+    edits: Tensor | None,
 ) -> Work:
     """Returns what all dtypes of a batch share."""
     weights, count = plan.batches[index].weights, len(plan.batches[index].moments)
@@ -126,9 +135,10 @@ def _shared_work(
         step=STEPS.index((plan.rule.name, count)),
         scalars=scalars.data_ptr(),
         saturated=saturated.data_ptr(),
+        edits=None if edits is None else edits.data_ptr(),
         tensors=tensors,
         coefficient=float(coefficient),
         streaming=plan.elements >= _STREAMING,
     )
-    work.keep(addresses, scalars, saturated)
+    work.keep(addresses, scalars, saturated, *(() if edits is None else (edits,)))
     return work

@@ -24,7 +24,7 @@ from mpcore_testing.stage_errors.world import (
 )
 
 UNFIT = "weight_edits.py WeightEdits._check_fit 1"
-REFUSED = "weight_edits.py WeightEdits._hear 1"
+REFUSED = "weight_edits.py WeightEdits.hear 1"
 
 
 @torch.no_grad()
