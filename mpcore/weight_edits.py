@@ -244,11 +244,11 @@ class WeightEdits:
         """
         adopted, refused = Counter[Tensor](), Counter[Tensor]()
         for counts in (*self._counts.values(), *self._of_updates):
-            for param, took, left in counts.news():
+            for param, took, kept_out in counts.news():
                 if took and param not in self._warned:
                     adopted[param] += took
-                if left:
-                    refused[param] += left
+                if kept_out:
+                    refused[param] += kept_out
         # of an error it may be asked what the weights are now: a step that was taken overwrote them
         left = self._masters.stale(refused) if refused else []
         self._masters.suspect(left)
@@ -265,12 +265,10 @@ class WeightEdits:
             remedy = (
                 "their masters are as before. Write finite ones, or call sync_masters_from_model() "
                 "to take them."
+                if left
+                else "the step was taken from their masters and has overwritten them. Go on, or "
+                "write them again and call sync_masters_from_model() to take them."
             )
-            if not left:
-                remedy = (
-                    "the step was taken from their masters and has overwritten them. Go on, or "
-                    "write them again and call sync_masters_from_model() before step() to take them."
-                )
             raise StageError(
                 f"step(): expected finite numbers where weights were written to, got "
                 f"{sum(refused.values())} that are not in {self._few(refused)}: {remedy}"
