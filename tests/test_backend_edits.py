@@ -98,6 +98,29 @@ def test_one_element_is_found_wherever_it_is(dtype, value, place):
     assert_adopted([weight], [master])
 
 
+@pytest.mark.parametrize(
+    ("dtype", "master", "word", "count"),
+    [
+        (HALF, 1e6, 0x7C00, [0, 1]),  # an infinity that is no clamped weight
+        (BRAIN, 3.4e38, 0x7F80, [0, 1]),
+        (HALF, -1e6, -0x400, [0, 1]),
+        (BRAIN, float.fromhex("-0x1.ffp127"), -0x80, [0, 1]),
+        (HALF, torch.nan, 0, [1, 0]),
+        (BRAIN, torch.nan, -0x8000, [1, 0]),  # a NaN whose bits carry into the sign
+    ],
+)
+@pytest.mark.usefixtures("library")
+def test_what_a_rounding_without_clamps_would_take_for_a_fit(dtype, master, word, count):
+    masters = torch.ones(SPAN)
+    weights = masters.to(dtype)
+    masters[5] = master
+    if master != master:
+        masters.view(torch.int32)[5] = 0x7FFFFFFF
+    weights.view(torch.int16)[5] = word
+    assert expected(weights, masters)[1] == count
+    assert_adopted([weights], [masters])
+
+
 @given(
     masters=st.lists(float32_bits(), min_size=1, max_size=40),
     words=st.lists(st.integers(-(2**15), 2**15 - 1), min_size=40, max_size=40),
