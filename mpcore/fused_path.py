@@ -20,6 +20,7 @@ from mpcore.gradients import StepGradients
 from mpcore.masters import Masters
 from mpcore.step_plan import StepPlan, make_plan
 from mpcore.updates import UpdateRule
+from mpcore.weight_edits import WeightEdits
 from mpcore.writes import Writes
 
 
@@ -33,6 +34,7 @@ class FusedPath:
         backend: Does the passes.
         saturated: 0-d int64, counts weights clamped to the finite maximum.
         writes: Told before the first write.
+        edits: Knows whether an update has to adopt weights that others wrote to.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class FusedPath:
         backend: Backend,
         saturated: Tensor,
         writes: Writes,
+        edits: WeightEdits,
     ) -> None:
         self.inner = inner
         self.rule = rule
@@ -50,6 +53,7 @@ class FusedPath:
         self._backend = backend
         self._saturated = saturated
         self._writes = writes
+        self._edits = edits
         self._plan: StepPlan | None = None
         self._handed_over = -1  # the version of the masters whose state is fit for the other path
 
@@ -113,10 +117,12 @@ class FusedPath:
             grads = [gradients.stored_of(params) for params in part.params]
             here = coefficient.to(part.device, non_blocking=True)
             found_here = found_inf.to(part.device, non_blocking=True)
+            edits = self._edits.begin_update(part.params)
             self._writes.begin()
             self._backend.update_(
                 *(part.plan, grads, here, found_here, saturated),
                 then=move if alone else None,
+                edits=edits,
             )
             part.used()
             moved = moved or (alone and move is not None)

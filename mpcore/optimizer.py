@@ -60,8 +60,7 @@ class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, InnerMethods,
     Raises:
         ArgumentTypeError: `optimizer` or `loss_scale` is something else.
         ArgumentError: It is wrapped already, a parameter is complex, integer or there twice,
-            `backend`, `path` or `on_weight_edit` is unknown, or the step cannot be fused and
-            `path` is "fused".
+            an option is unknown, or the step cannot be fused and `path` is "fused".
         BackendError: The backend asked for cannot run here.
 
     Example:
@@ -115,14 +114,14 @@ class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, InnerMethods,
         """Makes what does not outlive a step, or follows from the rest."""
         self.register_state_dict_pre_hook(_take_over_edits)
         self.register_state_dict_post_hook(_add_section)
-        backend = (self.backend, self._module)
         self._writes = Writes()
         self._climb = None
-        self._paths = Paths(
-            self._path, self.inner, self._masters, backend, self._saturated, self._writes
-        )
         self._edits = WeightEdits(
             self.on_weight_edit, self._masters, self._module, self.param_groups
+        )
+        self._paths = Paths(
+            *(self._path, self.inner, self._masters, (self.backend, self._module)),
+            *(self._saturated, self._writes, self._edits),
         )
         self._stage = Stage(
             self.param_groups,
@@ -160,14 +159,14 @@ class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, InnerMethods,
 
         Raises:
             StageError: The gradients were never scaled. (Checkpoint tools step once over all-zero
-                gradients before training to create state: that is accepted.) Or somebody wrote
-                numbers that are not finite to a weight, or its master came without it: see
-                `sync_masters_from_model`.
+                gradients before training to create state: that is accepted.) Or a master came
+                without its weight: see `sync_masters_from_model`. Or somebody wrote numbers that
+                are not finite to a weight; with "always" that may be told after the step.
             ArgumentError: A gradient is sparse, or a parameter changed its device or dtype.
             LossScaleError: The loss scale is one with `at_min="raise"`. The step has ended.
 
-        An exception before the first write leaves the step before, and `step` may be called again.
-        After one in the midst of writing `step` and `state_dict` raise until a state is loaded.
+        An exception before the first write leaves the step before; after one in the midst of
+        writing `step` and `state_dict` raise until a state is loaded.
         """
         self._check_between_steps("step()")
         self._masters.take_over_edits(self.state, self.param_groups)
@@ -186,7 +185,7 @@ class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, InnerMethods,
             self._paths.initialise_state(zeros)
             return
         collected = self._stage.collect("step()", External.of(self))
-        self._edits.adopt(began=self._began)
+        self._edits.adopt(began=self._began, later=self._paths.in_update(collected))
         if collected.params:
             move = self._stage.moves.of_step(External.of(self))
             self._finish(collected, self._paths.step(collected, move))
@@ -197,7 +196,7 @@ class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, InnerMethods,
     def _step_with_closure(self, closure: Callable[[], Any]) -> Any:
         self._stage.check_whole("step(closure)")
         self._edits.check("step(closure)")
-        self._edits.adopt(began=self._began)
+        self._edits.adopt(began=self._began, later=self._paths.in_update())
         self._stage.begin_closure()
         external = External.of(self)
         any_gradient = False
@@ -205,7 +204,7 @@ class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, InnerMethods,
         def collect() -> StepGradients:
             nonlocal any_gradient
             gradients = self._stage.collect_pass("step(closure)", external)
-            self._edits.adopt(began=self._began)
+            self._edits.adopt(began=self._began, later=self._paths.in_update(gradients))
             any_gradient = any_gradient or bool(gradients.params)
             return gradients
 
@@ -231,6 +230,7 @@ class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, InnerMethods,
     def _finish(self, gradients: StepGradients, moved: bool) -> None:
         self._began = True
         self._stage.finish(gradients, External.of(self), moved=moved)
+        self._edits.hear()  # last: it may raise
 
     @property
     def last_step(self) -> StepResult | None:

@@ -19,6 +19,7 @@ from mpcore.inner_guards import DirectStepGuard
 from mpcore.masters import Groups, Masters
 from mpcore.step_plan import StepPlan
 from mpcore.updates import rule_of
+from mpcore.weight_edits import WeightEdits
 from mpcore.writes import Writes
 
 PATHS = ("auto", "fused", "general")
@@ -157,6 +158,7 @@ class Paths:
         backend: Its name and what does the passes.
         saturated: 0-d int64, counts weights clamped to the finite maximum.
         writes: Told before the first write of a step; whoever finishes the step ends it.
+        edits: Knows whether an update has to adopt weights that others wrote to.
 
     Raises:
         ArgumentError: "fused" was asked for and cannot be taken.
@@ -170,6 +172,7 @@ class Paths:
         backend: tuple[str, Backend],
         saturated: Tensor,
         writes: Writes,
+        edits: WeightEdits,
     ) -> None:
         self._asked = asked
         self._backend, module = backend
@@ -178,7 +181,7 @@ class Paths:
         self.general = GeneralPath(inner, masters, module, saturated, writes)
         self._fused: FusedPath | None = None
         if rule is not None:
-            self._fused = FusedPath(inner, rule, masters, module, saturated, writes)
+            self._fused = FusedPath(inner, rule, masters, module, saturated, writes, edits)
         self._signature: list[Any] = []
         self._chosen: tuple[GroupPath, ...] = ()
         self.current()
@@ -203,6 +206,18 @@ class Paths:
         """Returns how the fused path is likely to update `params`; None: the general path steps."""
         fused = self._now()
         return None if fused is None else fused.likely_plan(params)
+
+    def in_update(self, gradients: StepGradients | None = None) -> list[Tensor]:
+        """Returns the parameters whose weights the backend's update is going to read.
+
+        Args:
+            gradients: What the step takes; None: a closure will tell.
+        """
+        if gradients is not None:
+            return [] if gradients.plan is None else gradients.params
+        if self._now() is None:
+            return []
+        return [param for group in self._inner.param_groups for param in group["params"]]
 
     def step(self, gradients: StepGradients, move: ScaleMove | None) -> bool:
         """Steps or skips; returns whether the loss scale has moved with it."""

@@ -128,9 +128,11 @@ def test_no_loop_of_an_update_computes_one_element_at_a_time(gcc, level):
     command.remove("-shared")
     assembly = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     bodies = dict(re.findall(r"^(\w+):\n(.*?)^\t\.size\t\1,", assembly, re.DOTALL | re.MULTILINE))
+    # arithmetic on one float, and loads and stores of one 16-bit number
+    one = r"\bv?(?:add|sub|mul|div|sqrt|cvt\w+)ss\b.*|\b(?:movw|movzw\w)\b.*"
     for rule, moments in _c_source.STEPS:
         for name in _c_source.loop_names(rule, moments):
             assert re.search(r"\bv?mulps\b", bodies[name]), name
-            # arithmetic on one float, and loads and stores of one 16-bit number
-            one = r"\bv?(?:add|sub|mul|div|sqrt|cvt\w+)ss\b.*|\b(?:movw|movzw\w)\b.*"
             assert re.findall(one, bodies[name]) == [], name
+    for dtype in ("float16", "bfloat16"):  # the look at weights before it
+        assert re.findall(one, bodies[f"all_fit_{dtype}"]) == [], dtype

@@ -37,7 +37,7 @@ class Run:
         dtypes = (torch.float16, torch.bfloat16, torch.float32)
         self.params = [nn.Parameter(values.to(dtype)) for dtype in dtypes]
         inner = torch.optim.AdamW(self.params, lr=0.1, foreach=False if not engine.fused else None)
-        self.optimizer: Any = engine.wrap(inner, RULE)
+        self.optimizer: Any = engine.wrap(inner, RULE, "always" if way == "always" else "adopt")
         self.loss = self.optimizer.add_loss("other", RULE) if way == "losses" else None
         self.way = way
 
@@ -63,6 +63,7 @@ class Run:
 
         ways: dict[str, list[Callable[[], Any]]] = {
             "step": [backward(0)],
+            "always": [backward(0)],
             "clip": [backward(0), lambda: optimizer.clip_grad_norm_(0.5)],
             "unscale": [backward(0), optimizer.unscale_, clip],
             "unscale, clip": [
@@ -120,7 +121,7 @@ class Run:
         return snapshot(self.optimizer), self.optimizer.state_dict()["mpcore"]
 
 
-WAYS = ["step", "clip", "unscale", "unscale, clip", "accumulate", "losses", "closure"]
+WAYS = ["step", "always", "clip", "unscale", "unscale, clip", "accumulate", "losses", "closure"]
 
 
 @pytest.mark.parametrize("way", WAYS)

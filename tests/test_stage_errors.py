@@ -21,13 +21,17 @@ from mpcore_testing.stage_errors.sites import site_of
 from mpcore_testing.stage_errors.world import Row, World
 
 FORM = re.compile(r"^[^:]+: expected .+, got .+[.:] .*[A-Z].+\.$", re.S)
-GENERALS = [engine for engine in ENGINES if not engine.fused]
+
+
+def engines_of(row: Row) -> list[Engine]:
+    """Those that get there."""
+    return [e for e in ENGINES if not (row.general_only if e.fused else row.fused_only)]
 
 
 def cases() -> Iterator[Any]:
     """Every row in its first setting on every engine; in the others on one engine in turn."""
     for place, row in enumerate(ROWS):
-        engines = GENERALS if row.general_only else ENGINES
+        engines = engines_of(row)
         for number, setting in enumerate(row.settings):
             turn = engines[(place + number) % len(engines)]
             for engine in engines:
@@ -73,7 +77,7 @@ def test_every_call_that_a_message_names_as_a_remedy_is_followed(site: str) -> N
     rows = [row for row in ROWS if row.site == site]
     followed = set.union(*(calls_in(row.says) for row in rows))
     for row in rows:
-        world: Any = begun(row, row.settings[0], ENGINES[0])
+        world: Any = begun(row, row.settings[0], engines_of(row)[0])
         with pytest.raises(mpcore.StageError) as error:
             row.provoke(world)
         advice = str(error.value).partition(", got ")[2]

@@ -31,24 +31,29 @@ from mpcore_testing.weight_edits import (
 # ------------------------------------------------------------------ what is adopted
 
 
+RULES = ["adopt", "always"]
+
+
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("edit", EDITS)
 @pytest.mark.parametrize("steps", [0, 2])
 def test_what_was_written_becomes_the_master_and_all_else_keeps_its_digits(
-    engine: Engine, edit: str, steps: int
+    engine: Engine, rule: str, edit: str, steps: int
 ) -> None:
-    training = Training(engine)
+    training = Training(engine, rule)
     training.step(*range(steps))
     EDITS[edit](training)
     equal_after_adoption(training)
 
 
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("edit", EDITS)
 @pytest.mark.parametrize(("inner", "engine"), engine_cases(INNERS))
 def test_steps_go_on_from_it_as_those_of_an_optimizer_with_such_masters(
-    engine: Engine, inner: str, edit: str
+    engine: Engine, inner: str, edit: str, rule: str
 ) -> None:
     """The other one gets masters that nobody of us has compared, by its state."""
-    training, twin = Training(engine, inner=inner), Training(engine, inner=inner)
+    training, twin = Training(engine, rule, inner), Training(engine, inner=inner)
     for one in (training, twin):
         one.step(1, 2)
         torch.manual_seed(1)
@@ -119,8 +124,9 @@ def test_only_step_adopts(engine: Engine) -> None:
     assert same_bits(exact, kept[0])
 
 
-def test_a_step_without_gradients_adopts_too(engine: Engine) -> None:
-    training = Training(engine)
+@pytest.mark.parametrize("rule", RULES)
+def test_a_step_without_gradients_adopts_too(engine: Engine, rule: str) -> None:
+    training = Training(engine, rule)
     training.step(1)
     one_row(training)
     expected = expected_masters(training)
@@ -129,8 +135,9 @@ def test_a_step_without_gradients_adopts_too(engine: Engine) -> None:
     assert same_bits([m.detach() for m in training.masters()], expected)
 
 
-def test_a_weight_without_a_gradient_in_this_step_is_adopted_too(engine: Engine) -> None:
-    training = Training(engine, inner="SGD")
+@pytest.mark.parametrize("rule", RULES)
+def test_a_weight_without_a_gradient_in_this_step_is_adopted_too(engine: Engine, rule: str) -> None:
+    training = Training(engine, rule, "SGD")
     training.step(1)
     one_row(training)
     expected = expected_masters(training)

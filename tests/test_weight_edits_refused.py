@@ -15,7 +15,7 @@ from torch import Tensor, distributed, nn
 from torch.testing._internal.distributed import fake_pg
 
 from mpcore_testing.bits import same_bits
-from mpcore_testing.engines import Engine
+from mpcore_testing.engines import ENGINES, Engine
 from mpcore_testing.snapshots import snapshot
 from mpcore_testing.weight_edits import (
     ADOPTED,
@@ -56,8 +56,11 @@ def test_what_a_closure_writes_is_adopted_at_each_evaluation(engine: Engine) -> 
     assert ours.check_masters() == []
 
 
-def test_an_edit_before_a_step_with_a_closure_that_overflows_is_adopted(engine: Engine) -> None:
-    training = Training(engine)
+@pytest.mark.parametrize("rule", ["adopt", "always"])
+def test_an_edit_before_a_step_with_a_closure_that_overflows_is_adopted(
+    engine: Engine, rule: str
+) -> None:
+    training = Training(engine, rule)
     training.step(1)
     one_row(training)
     expected = expected_masters(training)
@@ -79,8 +82,13 @@ def test_an_edit_before_a_step_with_a_closure_that_overflows_is_adopted(engine: 
 # ------------------------------------------------------------------ what is refused
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("rule", ["adopt", "always"])
+BAD = [torch.nan, torch.inf, -torch.inf]
+#: the others hear of it from the update: test_weight_edits_in_updates.py
+LOOKS_BEFORE = [("adopt", e) for e in ENGINES] + [("always", e) for e in ENGINES if not e.fused]
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize(("rule", "engine"), LOOKS_BEFORE, ids=str)
 def test_numbers_that_are_not_finite_are_refused_until_they_are_mended(
     engine: Engine, rule: str, bad: float
 ) -> None:

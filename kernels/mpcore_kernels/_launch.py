@@ -75,6 +75,7 @@ class Variant:
             _shown(name, value)
             for name, value in self.constants
             if name not in ("CHUNK", "ROUND", "FINISH", "NUMBERS", "COLUMNS")
+            and (name, value) != ("ADOPT", False)
         ]
         return " ".join([self.kernel.__name__.strip("_").removesuffix("_kernel"), *values])
 

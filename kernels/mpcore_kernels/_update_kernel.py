@@ -7,7 +7,8 @@ moments and weight. Two tables on the device tell a program what its chunk is:
     rows[tensor]     -> elements | first program | weight | step | master | moments (three)
 
 Addresses of what is not there are 0. The gradient's address is in a table of its own, because it
-changes from step to step, and the scalars come from `_prepare.py`.
+changes from step to step, and the scalars come from `_prepare.py`. A launch that adopts reads the
+weight as well, and does first what `adopt.py` does.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import torch
 import triton
 import triton.language as tl
 
+from mpcore_kernels._counters import add_to, by_thread, count_edits
 from mpcore_kernels._dtypes import FORMATS, narrow, pointer, saturate, widen
 from mpcore_kernels._launch import Variant
 from mpcore_kernels._table import aligned_pointer, is_aligned
 from mpcore_kernels._tuples import joined, loaded
+from mpcore_kernels.adopt import adopt_block, adopted_by
 from mpcore_kernels.rules import RULES, Rule
 from mpcore_kernels.scale import move_scale
 
@@ -67,19 +70,6 @@ def _values(masters, start, mask, other, offsets, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _count(saturated_ptr, clamped, ALIGNED: tl.constexpr):
-    """Adds the number of clamped values, without any thread waiting for another."""
-    counts = clamped.to(tl.int32)
-    if ALIGNED:
-        # the four neighbours of a wide access belong to one thread
-        counts = tl.sum(tl.reshape(counts, (counts.shape[0] // 4, 4)), axis=1)
-    # relaxed: nothing else is published along with the count
-    tl.atomic_add(
-        saturated_ptr + tl.zeros_like(counts), counts.to(tl.int64), mask=counts != 0, sem="relaxed"
-    )
-
-
-@triton.jit
 def _update_block(
     grad,
     weight,
@@ -89,9 +79,11 @@ def _update_block(
     coefficient,
     scalars,
     saturated_ptr,
+    edits_ptr,
     APPLY: tl.constexpr,
     GRAD: tl.constexpr,
     WEIGHT: tl.constexpr,
+    ADOPT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Updates `count` of BLOCK elements from `start` on (None: all, at aligned addresses).
@@ -104,8 +96,14 @@ def _update_block(
     other = None if count is None else 0
     bits = tl.load(_at(grad, start, GRAD, aligned) + offsets, mask=mask, other=other)
     values = _values(masters, start, mask, other, offsets, aligned)
+    master = values[0]
+    if ADOPT:
+        written = tl.load(_at(weight, start, WEIGHT, aligned) + offsets, mask=mask, other=other)
+        held, changed = adopted_by(narrow(master, tl.float32), written, WEIGHT, tl.float32)
+        master = widen(held, tl.float32)
+        edits = by_thread(changed, aligned)
     x = widen(bits, GRAD) * coefficient * scalars[0]
-    param, moments = APPLY(x, values[0], values[1:], scalars)
+    param, moments = APPLY(x, master, values[1:], scalars)
     updated = joined((param,), moments)
     for i in tl.static_range(len(masters)):
         held_ptr = _at(masters[i], start, tl.float32, aligned) + offsets
@@ -113,7 +111,10 @@ def _update_block(
     if WEIGHT is not None:
         rounded, clamped = saturate(param, WEIGHT)
         tl.store(_at(weight, start, WEIGHT, aligned) + offsets, narrow(rounded, WEIGHT), mask=mask)
-        _count(saturated_ptr, clamped if count is None else clamped & mask, aligned)
+        clamped = clamped if count is None else clamped & mask
+        add_to(saturated_ptr, by_thread(clamped.to(tl.int32), aligned))
+    if ADOPT:
+        count_edits(edits_ptr, edits)
 
 
 @triton.jit
@@ -124,11 +125,13 @@ def _update_chunk(
     scalars_ptr,
     coefficient_ptr,
     saturated_ptr,
+    edits_ptr,
     APPLY: tl.constexpr,
     GRAD: tl.constexpr,
     WEIGHT: tl.constexpr,
     MOMENTS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ADOPT: tl.constexpr,
     CHUNK: tl.constexpr,
     ROUND: tl.constexpr,
 ):
@@ -145,6 +148,7 @@ def _update_chunk(
     scalars_ptr += tensor * (COLUMNS + 1)
     scalars = loaded(scalars_ptr, COLUMNS)
     coefficient = tl.load(coefficient_ptr)
+    edits_ptr += 2 * tensor
     if (step != 0) & (start == 0):
         tl.store(step.to(tl.pointer_type(tl.float32)), tl.load(scalars_ptr + COLUMNS))
     aligned = is_aligned(grad, GRAD, tl.float32) & (start + CHUNK <= size)
@@ -154,16 +158,43 @@ def _update_chunk(
         aligned = aligned & is_aligned(weight, WEIGHT, tl.float32)
     if aligned:
         _update_block(
-            *(grad, weight, masters, start, None, coefficient, scalars, saturated_ptr),
-            *(APPLY, GRAD, WEIGHT, CHUNK),
+            *(grad, weight, masters, start, None, coefficient, scalars, saturated_ptr, edits_ptr),
+            *(APPLY, GRAD, WEIGHT, ADOPT, CHUNK),
         )
     else:
         count = tl.minimum(size - start, CHUNK).to(tl.int32)
         for at in range(0, count, ROUND):
             _update_block(
                 *(grad, weight, masters, start + at, count - at),
-                *(coefficient, scalars, saturated_ptr, APPLY, GRAD, WEIGHT, ROUND),
+                *(coefficient, scalars, saturated_ptr, edits_ptr),
+                *(APPLY, GRAD, WEIGHT, ADOPT, ROUND),
             )
+
+
+@triton.jit
+def _adopt_chunk(
+    rows_ptr,
+    owners_ptr,
+    edits_ptr,
+    WEIGHT: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROUND: tl.constexpr,
+):
+    """Adopts the weights of the chunk of this program: what is left of a step that is skipped."""
+    program = tl.program_id(0)
+    tensor = tl.load(owners_ptr + program)
+    row_ptr = rows_ptr + tensor * _ROW
+    start = (program - tl.load(row_ptr + 1)) * CHUNK
+    count = tl.minimum(tl.load(row_ptr) - start, CHUNK).to(tl.int32)
+    weight_ptr = pointer(tl.load(row_ptr + 2), WEIGHT) + start
+    master_ptr = pointer(tl.load(row_ptr + 4), tl.float32) + start
+    for at in range(0, count, ROUND):
+        held, changed = adopt_block(
+            *(weight_ptr + at, master_ptr + at, count - at, WEIGHT, tl.float32, ROUND)
+        )
+        # nothing has changed past the tensor's end
+        tl.store(master_ptr + at + tl.arange(0, ROUND), held, mask=changed != 0)
+        count_edits(edits_ptr + 2 * tensor, changed)
 
 
 @triton.jit(
@@ -176,6 +207,7 @@ def _update_chunk(
         "coefficient_ptr",
         "found_inf_ptr",
         "saturated_ptr",
+        "edits_ptr",
         "scale_ptr",
         "growth_tracker_ptr",
         "overflows_left_ptr",
@@ -190,6 +222,7 @@ def _update_kernel(
     coefficient_ptr,  # *f32  []            in
     found_inf_ptr,  # *i32  []            in
     saturated_ptr,  # *i64  []            in/out, added to
+    edits_ptr,  # *i64  [tensors, 2]  in/out, added to: adopted, refused; only with ADOPT
     moves,  # i32                   not 0: the loss scale moves too
     scale_ptr,  # *f32  []  in/out, and so on: scale.py
     growth_tracker_ptr,  # *i32  []
@@ -209,6 +242,7 @@ def _update_kernel(
     WEIGHT: tl.constexpr,  # f16 | bf16 | None, what the weights hold
     MOMENTS: tl.constexpr,  # moments of each tensor, 0 to 3
     COLUMNS: tl.constexpr,  # scalars of each tensor, its step count not included
+    ADOPT: tl.constexpr,  # whether weights that others wrote to become masters first
     CHUNK: tl.constexpr,
     ROUND: tl.constexpr,  # what is masked at a time
 ):
@@ -217,20 +251,25 @@ def _update_kernel(
     Grid:     (chunks,); a program owns elements [start, start + CHUNK) of one tensor, the one that
               starts at 0 its step count, and program 0 the loss scale and its counters.
     Masks:    full chunks at aligned addresses have none. The others go in rounds, in which lanes
-              at or past the tensor's end load +0, store nothing and count nothing.
+              at or past the tensor's end load +0, store nothing and count nothing. So does a step
+              that only adopts, because it is skipped, in all of its chunks.
     Numerics: load -> FP32 (exact) -> two FP32 multiplies -> the rule -> store; the weight is the
               parameter rounded to nearest even, clamped. Contraction off, divisions and roots
               rounded to nearest even.
     Order:    programs are independent: what one writes, no other one reads. Step counts are
-              written from the prepared scalars and read by nobody here. The count of clamped
-              values is a sum of integers, so its order cannot be seen.
+              written from the prepared scalars and read by nobody here. The counts of clamped,
+              adopted and refused values are sums of integers, so their order cannot be seen.
     """
     if tl.load(found_inf_ptr) == 0:
         _update_chunk(
             *(rows_ptr, owners_ptr, grads_ptr, scalars_ptr, coefficient_ptr, saturated_ptr),
-            *(APPLY, GRAD, WEIGHT, MOMENTS, COLUMNS, CHUNK, ROUND),
+            *(edits_ptr, APPLY, GRAD, WEIGHT, MOMENTS, COLUMNS, ADOPT, CHUNK, ROUND),
         )
-    # last: loads after a store are slower on AMD
+    # behind the update: loads after a store are slower on AMD
+    if ADOPT:  # noqa: SIM102 - which the compiler decides
+        if tl.load(found_inf_ptr) != 0:
+            _adopt_chunk(rows_ptr, owners_ptr, edits_ptr, WEIGHT, CHUNK, ROUND)
+    # last, for the same reason
     if (tl.program_id(0) == 0) & (moves != 0):
         move_scale(
             *(scale_ptr, growth_tracker_ptr, overflows_left_ptr, counters_ptr),
@@ -239,13 +278,30 @@ def _update_kernel(
         )
 
 
-def variant(rule: Rule, moments: int, grad: torch.dtype, weight: torch.dtype | None) -> Variant:
-    """Returns how the kernel is launched on a batch with this many moments, of these dtypes."""
+def variant(
+    rule: Rule,
+    moments: int,
+    grad: torch.dtype,
+    weight: torch.dtype | None,
+    adopt: bool,
+) -> Variant:
+    """Returns how the kernel is launched on a batch with this many moments, of these dtypes.
+
+    Args:
+        rule: What computes an element.
+        moments: How many each tensor has.
+        grad: What gradients hold.
+        weight: What weights hold; None: the masters are the weights.
+        adopt: Whether weights that others wrote to become masters first.
+    """
     held = (torch.float32,) * (1 + moments)
+    weights = () if weight is None else (weight,)
+    # one for each wide access, with warps of 32
+    additions = CHUNK // (WARPS * 32 * 4)
     return Variant(
         kernel=_update_kernel,
         arguments=(
-            *("*i64", "*i64", "*i64", "*fp32", "*fp32", "*i32", "*i64", "i32"),
+            *("*i64", "*i64", "*i64", "*fp32", "*fp32", "*i32", "*i64", "*i64", "i32"),
             *("*fp32", "*i32", "*i32", "*i64"),
             *("fp32", "fp32", "i32", "fp32", "fp32", "i32", "i32", "i32", "i32"),
         ),
@@ -255,27 +311,29 @@ def variant(rule: Rule, moments: int, grad: torch.dtype, weight: torch.dtype | N
             ("WEIGHT", None if weight is None else FORMATS[weight]),
             ("MOMENTS", moments),
             ("COLUMNS", rule.columns),
+            ("ADOPT", adopt),
             ("CHUNK", CHUNK),
             ("ROUND", ROUND),
         ),
         num_warps=WARPS,
         # every operation of a rule is rounded by itself, on every device
         enable_fp_fusion=False,
-        reads=(grad, *held),
-        writes=held if weight is None else (*held, weight),
+        reads=(grad, *held, *(weights if adopt else ())),
+        writes=(*held, *weights),
         chunk=CHUNK,
         # a tensor's first chunk writes its step count; the first program of all, the loss scale
         results=(torch.float32, *_SCALE),
-        # one for each wide access, with warps of 32
-        additions=0 if weight is None else CHUNK // (WARPS * 32 * 4),
+        # clamped; adopted and refused
+        additions=len(weights) * (3 if adopt else 1) * additions,
     )
 
 
 def variants() -> list[Variant]:
     """Returns every variant that `update_` can use."""
     return [
-        variant(rule, moments, grad, weight)
+        variant(rule, moments, grad, weight, adopt)
         for rule in RULES.values()
         for moments in rule.counts_steps
         for grad, weight in COMBINATIONS
+        for adopt in ((False,) if weight is None else (False, True))
     ]

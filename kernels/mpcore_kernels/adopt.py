@@ -23,6 +23,7 @@ from mpcore_kernels._checks import (
     check_state,
     check_tensors,
 )
+from mpcore_kernels._counters import REFUSED
 from mpcore_kernels._dtypes import (
     FORMATS,
     exponent_mask,
@@ -47,23 +48,14 @@ from mpcore_kernels._table import (
 )
 
 _HALVES = (torch.float16, torch.bfloat16)
-# a program counts both kinds in one number: at most CHUNK elements of each
-_REFUSED = tl.constexpr(2**16)
 
 
 @triton.jit
-def _adopt_block(
-    weight_ptr, master_ptr, count, WEIGHT: tl.constexpr, MASTER: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Returns the masters of the first `count` of BLOCK elements (None: all), and what changed.
+def adopted_by(bits, weight, WEIGHT: tl.constexpr, MASTER: tl.constexpr):
+    """Returns the bits of masters once the bits of weights are adopted, and what changed.
 
-    That is 1 where an element was adopted, `_REFUSED` where it was not because it is not finite.
+    That is 1 where an element was adopted, `REFUSED` where it was not because it is not finite.
     """
-    offsets = tl.arange(0, BLOCK)
-    mask = None if count is None else offsets < count
-    other = None if count is None else 0
-    weight = tl.load(weight_ptr + offsets, mask=mask, other=other)
-    bits = tl.load(master_ptr + offsets, mask=mask, other=other)
     rounded, _ = saturate(widen(bits, MASTER), WEIGHT)
     expected = narrow(rounded, WEIGHT)
     infinity: tl.constexpr = exponent_mask(WEIGHT)
@@ -74,7 +66,20 @@ def _adopt_block(
     refused = differs & is_nonfinite(weight, WEIGHT)
     adopted = differs & (refused == 0)
     master = tl.where(adopted, narrow(widen(weight, WEIGHT), MASTER), bits)
-    return master, adopted.to(tl.int32) + refused.to(tl.int32) * _REFUSED
+    return master, adopted.to(tl.int32) + refused.to(tl.int32) * REFUSED
+
+
+@triton.jit
+def adopt_block(
+    weight_ptr, master_ptr, count, WEIGHT: tl.constexpr, MASTER: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Returns what `adopted_by` does of the first `count` of BLOCK elements (None: all)."""
+    offsets = tl.arange(0, BLOCK)
+    mask = None if count is None else offsets < count
+    other = None if count is None else 0
+    weight = tl.load(weight_ptr + offsets, mask=mask, other=other)
+    bits = tl.load(master_ptr + offsets, mask=mask, other=other)
+    return adopted_by(bits, weight, WEIGHT, MASTER)
 
 
 @triton.jit(do_not_specialize_on_alignment=["entries_ptr", "owners_ptr", "counts_ptr"])
@@ -104,7 +109,7 @@ def _adopt_kernel(
     if aligned & (start + CHUNK <= size):
         weight_ptr = aligned_pointer(weight, start, WEIGHT, MASTER)
         master_ptr = aligned_pointer(master, start, MASTER, WEIGHT)
-        held, changed = _adopt_block(weight_ptr, master_ptr, None, WEIGHT, MASTER, CHUNK)
+        held, changed = adopt_block(weight_ptr, master_ptr, None, WEIGHT, MASTER, CHUNK)
         found = tl.sum(changed, axis=0)
         if found != 0:
             tl.store(master_ptr + tl.arange(0, CHUNK), held)
@@ -114,7 +119,7 @@ def _adopt_kernel(
         count = tl.minimum(size - start, CHUNK).to(tl.int32)
         lanes = tl.zeros((ROUND,), tl.int32)
         for at in range(0, count, ROUND):
-            held, changed = _adopt_block(
+            held, changed = adopt_block(
                 weight_ptr + at, master_ptr + at, count - at, WEIGHT, MASTER, ROUND
             )
             offsets = tl.arange(0, ROUND)
@@ -124,8 +129,8 @@ def _adopt_kernel(
     if found != 0:
         # relaxed: nothing else is published along with the counts
         counter = counts_ptr + 2 * index
-        tl.atomic_add(counter, (found % _REFUSED).to(tl.int64), sem="relaxed")
-        tl.atomic_add(counter + 1, (found // _REFUSED).to(tl.int64), sem="relaxed")
+        tl.atomic_add(counter, (found % REFUSED).to(tl.int64), sem="relaxed")
+        tl.atomic_add(counter + 1, (found // REFUSED).to(tl.int64), sem="relaxed")
 
 
 def variant(source: torch.dtype, destination: torch.dtype) -> Variant:

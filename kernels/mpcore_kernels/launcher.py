@@ -112,9 +112,10 @@ class Launcher:
         found_inf: Tensor,
         saturated: Tensor,
         then: ScaleMove | None = None,
+        edits: Tensor | None = None,
     ) -> None:
         """See `mpcore_kernels.update_`; no host sync."""
-        update_(plan, grads, coefficient, found_inf, saturated, then)
+        update_(plan, grads, coefficient, found_inf, saturated, then, edits)
 
     def update_scale_(self, move: ScaleMove, found_inf: Tensor) -> None:
         """See `mpcore_kernels.update_scale_`; no host sync."""

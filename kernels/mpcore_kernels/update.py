@@ -1,11 +1,13 @@
 """Fused updates: one pass over gradient, master, moments and weight, for all tensors at once.
 
     x = float32(grad) * coefficient       unscaled and clipped in one multiply
+    p = weight where it is not rounded p  if asked for, element by element: see `adopt_`
     g = x * sign                          -1 where the optimizer maximizes
     p, moments = rule(g, p, moments)      see `mpcore_kernels.rules`
     weight = round(clamp(p))              to nearest even, as `cast_into`
 
-All of it only if `found_inf` is 0; nothing changes otherwise, step counts included. A step is
+All of it only if `found_inf` is 0; nothing but the second line otherwise, and step counts stay. A
+step is
 
     plan = plan_update(...)               once
     found = inspect(grads, ..., plan=plan, hyper=hyper)
@@ -136,6 +138,7 @@ def update_(
     found_inf: Tensor,
     saturated: Tensor,
     then: ScaleMove | None = None,
+    edits: Tensor | None = None,
 ) -> None:
     """Updates masters, moments, step counts and weights unless `found_inf` is set; no host sync.
 
@@ -148,9 +151,13 @@ def update_(
             strides; all of a list are float32, or all of the dtype of the weights. Not written.
             They may share memory with each other, and with nothing that is written.
         coefficient: `[]`, float32. The factor that unscales and clips.
-        found_inf: `[]`, int32. If not 0, nothing of the batches changes.
+        found_inf: `[]`, int32. If not 0, nothing of the batches changes but by `edits`.
         saturated: `[]`, int64. The number of weights that were clamped is added to it.
         then: How the loss scale moves after this step, also if it is skipped; no launch of its own.
+        edits: `[weights, 2]`, int64, contiguous, a row for each weight of all batches. Before it is
+            updated, also if the step is skipped, a weight that somebody else wrote to becomes its
+            master, element by element, and is counted as by `adopt_`; no launch of its own. None:
+            weights are not read.
 
     Raises:
         TypeError: If an argument that should be a tensor or an integer is none.
@@ -179,6 +186,7 @@ def update_(
     check_device(_update_kernel._update_kernel, device)
     check_state("found_inf", found_inf, torch.int32, (), device)
     check_state("saturated", saturated, torch.int64, (), device)
+    rows = _rows_of(plan, edits, device)
     move = _arguments(then, coefficient, found_inf, saturated)
     if plan.tensors and plan.device != device:
         raise ValueError(f"coefficient: expected a tensor on {plan.device}, got {device}.")
@@ -190,22 +198,43 @@ def update_(
         )
     plan.prepared = False
     launches = [
-        (part, dtype, table)
-        for part, dtype, table in zip(plan.parts, dtypes, addresses, strict=True)
+        (part, dtype, table, counts)
+        for part, dtype, table, counts in zip(plan.parts, dtypes, addresses, rows, strict=True)
         if part.owners.numel()
     ]
-    for left, (part, dtype, table) in enumerate(launches, start=1 - len(launches)):
+    for left, (part, dtype, table, counts) in enumerate(launches, start=1 - len(launches)):
         moves = int(then is not None and left == 0)
-        _update_kernel.variant(plan.rule, len(part.batch.moments), dtype, part.weight).launch(
+        variant = _update_kernel.variant(
+            *(plan.rule, len(part.batch.moments), dtype, part.weight, counts is not None)
+        )
+        variant.launch(
             part.owners.numel(),
             *(part.rows, part.owners, table, plan.scalars[part.place]),
-            *(coefficient, found_inf, saturated, moves, *move),
+            # what is not looked at still has to be of the right type
+            *(coefficient, found_inf, saturated, saturated if counts is None else counts),
+            *(moves, *move),
         )
     torch.autograd.graph.increment_version([*plan.written, saturated])
+    if edits is not None:
+        mark_written(edits)
     if then is not None and launches:
         mark_written(*move[:4])
     elif then is not None:
         scale.variant().launch(1, *move[:4], found_inf, *move[4:])
+
+
+def _rows_of(plan: Plan, edits: Tensor | None, device: torch.device) -> list[Tensor | None]:
+    """Returns the counters of each batch, None where nobody looks or there are no weights.
+
+    Raises:
+        TypeError, ValueError: If `edits` is not what `update_` documents.
+    """
+    if edits is None:
+        return [None] * len(plan.parts)
+    sizes = [0 if part.weight is None else len(part.batch.masters) for part in plan.parts]
+    check_state("edits", edits, torch.int64, (sum(sizes), 2), device)
+    parts = zip(plan.parts, edits.split(sizes), strict=True)
+    return [None if part.weight is None else rows for part, rows in parts]
 
 
 def _arguments(

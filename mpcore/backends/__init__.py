@@ -92,6 +92,7 @@ class Backend(Protocol):
         found_inf: Tensor,
         saturated: Tensor,
         then: ScaleMove | None = None,
+        edits: Tensor | None = None,
     ) -> None:
         """Updates masters, moments and weights unless `found_inf` is set; then moves the scale."""
 

@@ -12,6 +12,7 @@ from mpcore._bulk import have_shapes
 from mpcore._checks import SIXTEEN_BIT
 from mpcore.backends import _update
 from mpcore.backends._blocks import all_in_memory_order
+from mpcore.backends._c_adopt import adopt_
 from mpcore.backends._c_compiler import passes
 from mpcore.backends._c_scale import update_scale_
 from mpcore.backends._c_source import STEPS
@@ -74,25 +75,32 @@ def update_(
     found_inf: Tensor,
     saturated: Tensor,
     then: ScaleMove | None = None,
+    edits: Tensor | None = None,
 ) -> None:
     """Updates in one pass over memory; CPU tensors, see `reference`.
 
     Bitwise `mpcore.backends.reference.update_`, which documents the arguments.
 
     Raises:
-        ArgumentError: A gradient is missing, or of another shape or dtype.
+        ArgumentError: A gradient is missing, or of another shape or dtype, or `edits` is.
         BackendError: The compiler refused.
         StageError: The plan is not prepared.
     """
     checked = zip(plan.batches, plan.shapes, grads, strict=True)
     flat = [_checked(batch, shapes, here) for batch, shapes, here in checked]
+    rows_of_edits = _update.split_edits(plan.batches, edits)
     pass_over = passes().update  # before anything is written: a compiler may refuse
     scalars = _update.take_scalars(plan)
-    if not bool(found_inf):
+    if bool(found_inf):
+        _update.adopt_all(plan.batches, rows_of_edits, adopt_)
+    else:
         for index, here in enumerate(flat):
             if plan.counters[index]:
                 torch._foreach_add_(plan.counters[index], 1)
-            work = _shared_work(plan, index, len(here), scalars[index], coefficient, saturated)
+            work = _shared_work(
+                *(plan, index, len(here), scalars[index]),
+                *(coefficient, saturated, rows_of_edits[index]),
+            )
             for dtype, cut, addresses in by_dtype(here, plan.tables[index].cut):
                 work.take_up(dtype, cut, addresses)
                 run(pass_over, work)
@@ -125,6 +133,7 @@ def _shared_work(
     scalars: Tensor,
     coefficient: Tensor,
     saturated: Tensor,
+    edits: Tensor | None,
 ) -> Work:
     """Returns what all dtypes of a batch share."""
     weights, count = plan.batches[index].weights, len(plan.batches[index].moments)
@@ -138,9 +147,10 @@ def _shared_work(
         step=STEPS.index((plan.rule.name, count)),
         scalars=scalars.data_ptr(),
         saturated=saturated.data_ptr(),
+        edits=None if edits is None else edits.data_ptr(),
         tensors=tensors,
         coefficient=float(coefficient),
         streaming=plan.elements >= _STREAMING,
     )
-    work.keep(table.addresses, scalars, saturated)
+    work.keep(table.addresses, scalars, saturated, *(() if edits is None else (edits,)))
     return work

@@ -121,7 +121,7 @@ class Work(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("next", "count")),
         *((name, ctypes.c_void_p) for name in ("chunks", "grads", "sums", "counts")),
         *((name, ctypes.c_void_p) for name in ("masters", "moments")),
-        *((name, ctypes.c_void_p) for name in ("weights", "scalars", "saturated")),
+        *((name, ctypes.c_void_p) for name in ("weights", "scalars", "saturated", "edits")),
         ("tensors", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("step", "grad_dtype", "weight_dtype")),
         ("coefficient", ctypes.c_float),

@@ -31,7 +31,7 @@ from mpcore.backends._blocks import (
     new_scratch,
     none_reaches,
 )
-from mpcore.backends._cast import cast_into
+from mpcore.backends._cast import adopt_, cast_into
 from mpcore.backends._scale import ScaleMove, update_scale_
 from mpcore.updates import Batch, Hyper, UpdateRule
 
@@ -124,6 +124,7 @@ def update_(
     found_inf: Tensor,
     saturated: Tensor,
     then: ScaleMove | None = None,
+    edits: Tensor | None = None,
 ) -> None:
     """Updates masters, moments, step counts and weights unless `found_inf` is set; CPU tensors.
 
@@ -134,8 +135,11 @@ def update_(
         found_inf: See there.
         saturated: See there.
         then: See there.
+        edits: See there.
     """
+    rows_of_edits = _update.split_edits(plan.batches, edits)
     scalars = _update.take_scalars(plan)
+    _update.adopt_all(plan.batches, rows_of_edits, adopt_)
     if not bool(found_inf):
         scratch = new_scratch([plan.elements])
         for index, (batch, groups) in enumerate(zip(plan.batches, plan.groups, strict=True)):

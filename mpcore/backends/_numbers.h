@@ -88,33 +88,36 @@ INLINE uint16_t nearest(int dtype, uint32_t bits) {
     return dtype == FLOAT16 ? nearest_float16(bits) : nearest_bfloat16(bits);
 }
 
-/* These two round anything. A finite value that would round to infinity becomes the largest finite one
- * with its sign. They return how many did. */
+/* These round anything. A finite value that would round to infinity becomes the largest finite one with
+ * its sign, and is counted. */
+
+INLINE uint16_t clamped_bfloat16(uint32_t bits, uint32_t *count) {
+    uint32_t magnitude = bits & 0x7fffffffu;
+    uint32_t over = mask_of(magnitude >= CLAMPED(BFLOAT16)) & mask_of(magnitude < 0x7f800000u);
+    uint32_t rounded = choose(over, 0x7f7fu, nearest_bfloat16(magnitude));
+    rounded = choose(mask_of(magnitude > 0x7f800000u), 0x7fc0u, rounded);
+    *count += over & 1;
+    return (uint16_t)(rounded | ((bits >> 16) & 0x8000u));
+}
+
+INLINE uint16_t clamped_float16(uint32_t bits, uint32_t *count) {
+    uint32_t magnitude = bits & 0x7fffffffu;
+    uint32_t over = mask_of(magnitude >= CLAMPED(FLOAT16)), bad = mask_of(magnitude >= 0x7f800000u);
+    uint32_t rounded = choose(over, 0x7bffu, nearest_float16(magnitude));
+    rounded = choose(bad, 0x7c00u, rounded) | (mask_of(magnitude > 0x7f800000u) & 0x0200u);
+    *count += over & ~bad & 1;
+    return (uint16_t)(rounded | ((bits >> 16) & 0x8000u));
+}
 
 LOOP int64_t narrow_bfloat16(const float *restrict from, uint16_t *restrict to, int64_t n) {
     uint32_t clamped = 0;
-    for (int64_t i = 0; i < n; i++) {
-        uint32_t bits = bits_of(from[i]), magnitude = bits & 0x7fffffffu;
-        uint32_t over = mask_of(magnitude >= CLAMPED(BFLOAT16)) & mask_of(magnitude < 0x7f800000u);
-        uint32_t nan = mask_of(magnitude > 0x7f800000u);
-        uint32_t rounded = choose(over, 0x7f7fu, nearest_bfloat16(magnitude));
-        rounded = choose(nan, 0x7fc0u, rounded);
-        clamped += over & 1;
-        to[i] = (uint16_t)(rounded | ((bits >> 16) & 0x8000u));
-    }
+    for (int64_t i = 0; i < n; i++) to[i] = clamped_bfloat16(bits_of(from[i]), &clamped);
     return clamped;
 }
 
 LOOP int64_t narrow_float16(const float *restrict from, uint16_t *restrict to, int64_t n) {
     uint32_t clamped = 0;
-    for (int64_t i = 0; i < n; i++) {
-        uint32_t bits = bits_of(from[i]), magnitude = bits & 0x7fffffffu;
-        uint32_t over = mask_of(magnitude >= CLAMPED(FLOAT16)), bad = mask_of(magnitude >= 0x7f800000u);
-        uint32_t rounded = choose(over, 0x7bffu, nearest_float16(magnitude));
-        rounded = choose(bad, 0x7c00u, rounded) | (mask_of(magnitude > 0x7f800000u) & 0x0200u);
-        clamped += over & ~bad & 1;
-        to[i] = (uint16_t)(rounded | ((bits >> 16) & 0x8000u));
-    }
+    for (int64_t i = 0; i < n; i++) to[i] = clamped_float16(bits_of(from[i]), &clamped);
     return clamped;
 }
 

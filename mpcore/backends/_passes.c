@@ -26,6 +26,7 @@ typedef struct {
     uint16_t *const *weights; /* of `weight_dtype`; NULL: the masters are the weights */
     const float *scalars;     /* [tensors][columns] */
     int64_t *saturated;
+    int64_t *edits; /* [tensors][2], of `adopt`, and of `update` unless it is NULL */
     int64_t tensors;
     int32_t step; /* its place in STEPS */
     int32_t grad_dtype, weight_dtype;
@@ -158,6 +159,7 @@ static double power(double base, double exponent) {
     return result;
 }
 
+#include "_adopt.h"
 #include "_loop.h"
 
 /* Fills the scalars of tensors, [tensors][columns], for their next update.
@@ -217,6 +219,29 @@ void move_scale(const move_t *move, int32_t bad) {
 /* Elements after which the largest weight is looked at. */
 #define SPAN 4096
 
+/* Makes weights that others wrote to masters: elements `at` to `at + n` of a tensor, at most SPAN. */
+static void adopt_span(const work_t *work, int64_t tensor, int64_t at, int64_t n) {
+    float *master = work->masters[tensor] + at;
+    const uint16_t *weight = work->weights[tensor] + at;
+    const int narrow = work->weight_dtype == FLOAT16;
+    const int64_t whole = n - n % LANES;
+    const int fits = (narrow ? all_fit_float16 : all_fit_bfloat16)(master, weight, whole);
+    const int64_t first = fits ? whole : 0;
+    uint32_t counts[2] = {0};
+    (narrow ? adopt_float16 : adopt_bfloat16)(weight + first, master + first, n - first, counts);
+    for (int i = 0; i < 2; i++)
+        if (counts[i]) __atomic_fetch_add(work->edits + 2 * tensor + i, counts[i], __ATOMIC_RELAXED);
+}
+
+/* Makes weights that others wrote to masters, chunk by chunk. */
+void adopt(work_t *work) {
+    for (int64_t k; (k = take(work)) < work->count;) {
+        const chunk_t chunk = work->chunks[k];
+        for (int64_t at = chunk.start; at < chunk.stop; at += SPAN)
+            adopt_span(work, chunk.tensor, at, chunk.stop - at < SPAN ? chunk.stop - at : SPAN);
+    }
+}
+
 /* Updates elements `at` to `at + n` of a tensor, at most SPAN; returns how many weights were clamped. */
 static int64_t update_span(const work_t *work, int64_t tensor, int64_t at, int64_t n) {
     const int step = work->step, moments = MOMENTS[step], dtype = work->weight_dtype;
@@ -238,13 +263,15 @@ static int64_t update_span(const work_t *work, int64_t tensor, int64_t at, int64
     return (dtype == FLOAT16 ? narrow_float16 : narrow_bfloat16)(span.master, span.weight, n);
 }
 
-/* Updates chunks of masters, moments and weights; counts the weights that were clamped. */
+/* Updates chunks of masters, moments and weights; counts the weights that were clamped. Before, weights
+ * that others wrote to become masters if `edits` asks for it: the update finds both in the cache. */
 void update(work_t *work) {
     int64_t clamped = 0;
     for (int64_t k; (k = take(work)) < work->count;) {
         const chunk_t chunk = work->chunks[k];
         for (int64_t at = chunk.start; at < chunk.stop; at += SPAN) {
             const int64_t n = chunk.stop - at < SPAN ? chunk.stop - at : SPAN;
+            if (work->edits) adopt_span(work, chunk.tensor, at, n);
             clamped += update_span(work, chunk.tensor, at, n);
         }
     }

@@ -1,6 +1,7 @@
 """`plan_update`, `prepare_` and `update_` of the reference backend: fused updates in plain PyTorch.
 
     x = float32(grad) * coefficient       unscaled and clipped in one multiply
+    p = w where w is not rounded p        if asked for: weights that others wrote to, as `adopt_`
     g = x * sign                          sign: -1 where the optimizer maximizes
     p, moments = rule.apply(g, p, ...)    see `mpcore.updates`
     w = rounded and clamped p             as `cast_into`
@@ -10,14 +11,14 @@ One tensor after the other, with full-size temporaries: this is the oracle, not 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from mpcore.backends._cast import cast_into
+from mpcore.backends._cast import adopt_, cast_into
 from mpcore.backends._scale import ScaleMove, update_scale_
 from mpcore.errors import ArgumentError, StageError
 from mpcore.updates import RULES, Batch, Hyper, UpdateRule
@@ -119,6 +120,7 @@ def update_(
     found_inf: Tensor,
     saturated: Tensor,
     then: ScaleMove | None = None,
+    edits: Tensor | None = None,
 ) -> None:
     """Updates masters, moments, step counts and weights unless `found_inf` is set; no host sync.
 
@@ -127,14 +129,21 @@ def update_(
         grads: A list for each batch, in the order of its masters: 16-bit or float32, left as they
             are. Float32 gradients are multiplied by `coefficient` like all others.
         coefficient: 0-d float32: 1 / loss_scale, times the clip.
-        found_inf: 0-d int32. Non-zero means that nothing in the batches changes.
+        found_inf: 0-d int32. Non-zero means that nothing in the batches changes, but for masters
+            by `edits`.
         saturated: 0-d int64. The number of clamped weights is added to it.
         then: How the loss scale moves after the update, which also happens in a skipped step.
+        edits: int64 `[weights, 2]`, a row for each 16-bit weight of all batches. Before it is
+            updated, also in a skipped step, a weight that somebody else wrote to becomes its
+            master, element by element, and is counted: see `adopt_`. None: nobody looks at weights.
 
     Raises:
+        ArgumentError: `edits` is another tensor than that.
         StageError: The plan is not prepared.
     """
+    rows_of_edits = split_edits(plan.batches, edits)
     scalars = take_scalars(plan)
+    adopt_all(plan.batches, rows_of_edits, adopt_)
     keep = found_inf != 0
     for batch, batch_grads, rows in zip(plan.batches, grads, scalars, strict=True):
         columns = [row.unbind() for row in rows.unbind()]
@@ -152,6 +161,42 @@ def update_(
             cast_into(batch.masters, batch.weights, found_inf, saturated)
     if then is not None:
         update_scale_(then, found_inf)
+
+
+def split_edits(batches: Sequence[Batch], edits: Tensor | None) -> list[Tensor | None]:
+    """Returns the rows of `edits` of each batch, None where nobody looks or there are no weights.
+
+    Raises:
+        ArgumentError: It is not int64 `[weights, 2]`, contiguous.
+    """
+    if edits is None:
+        return [None] * len(batches)
+    sizes = [0 if batch.weights is None else len(batch.weights) for batch in batches]
+    shape = (sum(sizes), 2)
+    if edits.shape != shape or edits.dtype != torch.int64 or not edits.is_contiguous():
+        raise ArgumentError(
+            f"edits: expected int64 {list(shape)}, contiguous, a row for each 16-bit weight, got "
+            f"{edits.dtype} {list(edits.shape)}."
+        )
+    parts = zip(batches, torch.split(edits, sizes), strict=True)
+    return [None if batch.weights is None else rows for batch, rows in parts]
+
+
+def adopt_all(
+    batches: Sequence[Batch],
+    rows: Sequence[Tensor | None],
+    adopt: Callable[[Sequence[Tensor], Sequence[Tensor], Tensor], None],
+) -> None:
+    """Makes weights that others wrote to masters, in a pass of its own.
+
+    Args:
+        batches: Whose weights.
+        rows: From `split_edits`.
+        adopt: `adopt_` of a backend.
+    """
+    for batch, counts in zip(batches, rows, strict=True):
+        if batch.weights is not None and counts is not None:
+            adopt(batch.weights, batch.masters, counts)
 
 
 def take_scalars(plan: Plan) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """The compiled CPU backend: C that is written from the rules; what "auto" takes on a CPU.
 
     unscale, cast, widen    the cpu backend's
-    adopt                   the reference backend's
+    adopt                   the bits of the reference backend       `_c_adopt.py`
     inspect                 its flags; norms within 1e-6            `_c_inspection.py`
     prepare, update         the bits of the reference backend       `_c_scalars.py`, `_c_update.py`
     the scale's move        likewise                                `_c_scale.py`
@@ -18,11 +18,12 @@ this one by name compiles it in the first step, in about a second, once per proc
 
 from __future__ import annotations
 
+from mpcore.backends._c_adopt import adopt_
 from mpcore.backends._c_inspection import inspect
 from mpcore.backends._c_scalars import prepare_
 from mpcore.backends._c_scale import update_scale_
 from mpcore.backends._c_update import plan_update, update_
-from mpcore.backends._cast import adopt_, widen_into
+from mpcore.backends._cast import widen_into
 from mpcore.backends.cpu import cast_into, unscale_, unscale_into
 
 __all__ = [

@@ -94,6 +94,7 @@ class NoKernels:
         found_inf: Tensor,
         saturated: Tensor,
         then: Any = None,
+        edits: Any = None,
     ) -> None:
         """Does nothing."""
 

@@ -5,10 +5,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from mpcore.backends import cpu, reference
+from mpcore.backends import compiled, reference
 
 from mpcore_kernels import Launcher, adopt_
 from mpcore_kernels._table import CHUNK, ROUND
+from mpcore_testing.adoptions import expected, near, rounded
 from mpcore_testing.kernels import (
     HALVES,
     SIZES,
@@ -19,33 +20,6 @@ from mpcore_testing.kernels import (
     rounding_boundaries,
 )
 from mpcore_testing.strategies import tensors
-
-LARGEST = {torch.float16: 65504.0, torch.bfloat16: (2.0**8 - 1) * 2.0**120}
-
-
-def rounded(master, dtype):
-    """The 16-bit patterns of float32 values: to nearest even, finite ones clamped."""
-    values = master.numpy()
-    with np.errstate(over="ignore"):
-        limited = np.where(
-            np.isfinite(values), np.clip(values, -LARGEST[dtype], LARGEST[dtype]), values
-        )
-    if dtype == torch.float16:
-        return limited.astype(np.float16).view(np.uint16)
-    bits = limited.view(np.uint32).astype(np.uint64)
-    nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    return np.where(np.isnan(values), np.uint16(0x7FC0), nearest)
-
-
-def expected(weight, master):
-    """The masters that there have to be, and how many elements were adopted and refused."""
-    bits, wide = weight.view(torch.int16).numpy().view(np.uint16), weight.float().numpy()
-    held = master.numpy()
-    both_nan = np.isnan(wide) & np.isnan(held)
-    differs = (rounded(master, weight.dtype) != bits) & ~both_nan
-    adopted = differs & np.isfinite(wide)
-    counts = [int(adopted.sum()), int((differs & ~np.isfinite(wide)).sum())]
-    return torch.from_numpy(np.where(adopted, wide, held)), counts
 
 
 def assert_adopted(weights, masters, device, offsets=None, master_offsets=None, run=adopt_):
@@ -65,15 +39,10 @@ def assert_adopted(weights, masters, device, offsets=None, master_offsets=None, 
         assert [count - 2**40 for count in found] == wanted
 
 
-def near(weight, seed):
-    """Masters of which about half round to their weights, and others by a last place."""
-    noise = random_bits(weight.numel(), torch.float32, seed).view(torch.int32)
-    shift = 13 if weight.dtype == torch.float16 else 16
-    jitter = (noise % (1 << shift)) - (1 << (shift - 1))
-    return (weight.float().view(torch.int32) + jitter).view(torch.float32)
+RUNS = {"kernel": adopt_, "reference": reference.adopt_, "compiled": compiled.adopt_}
 
 
-@pytest.fixture(params=[adopt_, reference.adopt_, cpu.adopt_], ids=["kernel", "reference", "cpu"])
+@pytest.fixture(params=RUNS.values(), ids=RUNS)
 def run(request):
     """The kernel, and the backends that it has to agree with: all against NumPy."""
     return request.param

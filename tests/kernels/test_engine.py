@@ -32,6 +32,29 @@ def test_training_on_the_kernels_has_the_bits_of_the_reference_backend(
     assert (ours.steps, ours.skipped_steps) == (7, len(OVERFLOWS))
 
 
+@pytest.mark.filterwarnings("ignore:.*were written to by others")
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_training_whose_weights_are_written_to_has_the_bits_of_the_reference_backend(name, device):
+    runs = [
+        Training(OPTIMIZERS[name], HALVES[0], b, float32=True, device=device, rule="always")
+        for b in ("triton", "reference")
+    ]
+    for number in range(6):
+        for run in runs:
+            run.load(number)
+            run.params[0].data[0, number % 3] = number
+            run.params[1].data[700 * number] = -number
+            if number == 3:
+                run.params[0].grad = None  # which no update reads then
+            run.step()
+        assert runs[0].optimizer.last_step.skipped == (number in OVERFLOWS)
+        for actual, expected in zip(runs[0].tensors(), runs[1].tensors(), strict=True):
+            assert_same_bits(actual, expected)
+        if number in OVERFLOWS:
+            assert runs[0].optimizer.state[runs[0].params[1]]["master"][700 * number] == -number
+    assert runs[0].optimizer.check_masters() == []
+
+
 class Launches(TorchDispatchMode):
     """Whatever would be launched on a GPU: kernels, and operations of torch that do work there."""
 
@@ -73,10 +96,12 @@ class Launches(TorchDispatchMode):
 
 @pytest.mark.parametrize("max_norm", [None, 0.5])
 @pytest.mark.parametrize(("float32", "launches"), [(False, 3), (True, 5)])
+@pytest.mark.parametrize("rule", ["adopt", "always"])
 def test_a_step_takes_three_launches_and_five_with_float32_weights(
-    float32, launches, max_norm, monkeypatch, device
+    rule, float32, launches, max_norm, monkeypatch, device
 ):
-    run = Training(OPTIMIZERS["AdamW"], torch.float16, "triton", float32=float32, device=device)
+    make = OPTIMIZERS["AdamW"]
+    run = Training(make, torch.float16, "triton", float32=float32, device=device, rule=rule)
     with Launches(monkeypatch) as launched:
         for number in range(3):
             run.load(number, in_place=number > 0)

@@ -111,7 +111,7 @@ def test_the_scale_moves_in_the_last_launch(device, monkeypatch):
 
     def recorded(variant, programs, *arguments):
         if variant.name.startswith("update"):
-            moves, *state = arguments[7:13]
+            moves, *state = arguments[8:14]
             assert all(a is b for a, b in zip(state, vars(move).values(), strict=False))
             found.append(moves)
         launch(variant, programs, *arguments)

@@ -34,6 +34,10 @@ def call_every_update(device):
             grads = [zeros([grad], device)]
             counter = scalar(torch.int64, device)
             mpcore_kernels.update_(plan, grads, one, found_inf, counter)
+            if weight is not None:
+                mpcore_kernels.prepare_(plan, hyper)
+                edits = torch.zeros(1, 2, dtype=torch.int64, device=device)
+                mpcore_kernels.update_(plan, grads, one, found_inf, counter, edits=edits)
 
 
 def call_every_launcher(device):

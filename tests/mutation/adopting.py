@@ -20,8 +20,8 @@ ADOPT = mutants(
     ),
     (
         "adopted and refused are counted in each other's place",
-        "adopted.to(tl.int32) + refused.to(tl.int32) * _REFUSED",
-        "adopted.to(tl.int32) * _REFUSED + refused.to(tl.int32)",
+        "adopted.to(tl.int32) + refused.to(tl.int32) * REFUSED",
+        "adopted.to(tl.int32) * REFUSED + refused.to(tl.int32)",
     ),
     (
         "the masked store is one too short",

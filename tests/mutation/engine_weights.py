@@ -4,11 +4,11 @@ from mutant import engine_mutants
 
 _LOADED = "(loaded and not set(link.loaded) - {sharing})"
 _LATE_STEP = """collected = self._stage.collect("step()", External.of(self))
-        self._edits.adopt(began=self._began)"""
+        self._edits.adopt(began=self._began, later=self._paths.in_update(collected))"""
 _CLOSURE = """self._edits.check("step(closure)")
-        self._edits.adopt(began=self._began)"""
+        self._edits.adopt(began=self._began, later=self._paths.in_update())"""
 _EVALUATION = """gradients = self._stage.collect_pass("step(closure)", external)
-            self._edits.adopt(began=self._began)"""
+            self._edits.adopt(began=self._began, later=self._paths.in_update(gradients))"""
 
 ADOPT = [
     *engine_mutants(
@@ -53,13 +53,29 @@ ADOPT = [
 EDITS = [
     *engine_mutants(
         "weight_edits.py",
+        ("test_weight_edits_in_updates.py",),
+        (
+            "an update looks at no weight",
+            'if self._rule != "always":\n            return None',
+            "if self._rule:\n            return None",
+        ),
+        ("a pass looks at what an update reads", "set(map(id, later))", "set[int]()"),
+        ("what old plans counted is forgotten", "if not c.is_over]", "if c is None]"),
+        (
+            "what was overwritten is told as if it were there",
+            "self._masters.stale(refused) if refused else []",
+            "list(refused)",
+        ),
+    ),
+    *engine_mutants(
+        "weight_edits.py",
         ("test_weight_edits_refused.py",),
         (
             '"always" looks as seldom as "adopt"',
-            'if self._rule == "always" else masters.written()',
-            "if not self._rule else masters.written()",
+            'if self._rule != "always":\n            return self._masters.written()',
+            "if self._rule:\n            return self._masters.written()",
         ),
-        ("what was refused counts as fitting", "self._masters.suspect(refused)", "pass"),
+        ("what was refused counts as fitting", "self._masters.suspect(left)", "pass"),
         ("counts are told again", "        self._known = now\n", ""),
         (
             "ranks may start from different masters",
@@ -68,8 +84,8 @@ EDITS = [
         ),
         (
             "refused elements are not told of",
-            "                if left:",
-            "                if took and left:",
+            "                if kept_out:",
+            "                if took and kept_out:",
         ),
     ),
     *engine_mutants(
@@ -97,6 +113,24 @@ EDITS = [
         ("test_weight_edits_refused.py",),
         ("a step with a closure adopts nothing before it", _CLOSURE, _CLOSURE.splitlines()[0]),
         ("what a closure writes is not adopted", _EVALUATION, _EVALUATION.splitlines()[0]),
+    ),
+    *engine_mutants(
+        "optimizer.py",
+        ("test_weight_edits_in_updates.py",),
+        ("what an update refused is told in a later step", "self._edits.hear()", "pass"),
+    ),
+    *engine_mutants(
+        "paths.py",
+        ("test_weight_edits_in_updates.py",),
+        (
+            "a closure is preceded by a pass",
+            """if self._now() is None:
+            return []
+        return [param""",
+            """if self._now() is not self:
+            return []
+        return [param""",
+        ),
     ),
     *engine_mutants(
         "optimizer.py",

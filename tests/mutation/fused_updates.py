@@ -13,7 +13,11 @@ _KERNEL = mutants(
     ("mask one too long", "offsets < count", "offsets <= count"),
     ("mask one too short", "offsets < count", "offsets < count - 1"),
     ("every chunk counts as full", "(start + CHUNK <= size)", "(start < size)"),
-    ("only the first round is updated", "range(0, count, ROUND)", "range(0, ROUND, ROUND)"),
+    (
+        "only the first round is updated",
+        "range(0, count, ROUND):\n            _update",
+        "range(0, ROUND, ROUND):\n            _update",
+    ),
     ("the sign is forgotten", "coefficient * scalars[0]", "coefficient"),
     (
         "moments are stored in another order",
@@ -21,11 +25,6 @@ _KERNEL = mutants(
         "joined(moments, (param,))",
     ),
     ("what is clamped is not stored", "narrow(rounded, WEIGHT)", "narrow(param, WEIGHT)"),
-    (
-        "one of four clamped neighbours is counted",
-        "tl.sum(tl.reshape(counts",
-        "tl.max(tl.reshape(counts",
-    ),
     ("no step count is written", "(step != 0) & (start == 0)", "(step != 0) & (start == 1)"),
     ("the scalars of another tensor", "tensor * (COLUMNS + 1)", "tensor * COLUMNS"),
     (
@@ -45,6 +44,65 @@ _KERNEL = mutants(
     ),
     ("the scale moves in every program", "(tl.program_id(0) == 0) & (moves", "(moves"),
 )
+_EDITS = [
+    *mutants(
+        "_update_kernel.py",
+        ("test_update_edits.py",),
+        ("what is adopted is not updated", "APPLY(x, master, ", "APPLY(x, values[0], "),
+        (
+            "a skipped step does not adopt",
+            "tl.load(found_inf_ptr) != 0",
+            "tl.load(found_inf_ptr) == 2",
+        ),
+        ("edits are counted for the first tensor", "edits_ptr += 2 * tensor", "edits_ptr += 0"),
+        (
+            "edits of skipped steps are counted for the first tensor",
+            "count_edits(edits_ptr + 2 * tensor, changed)",
+            "count_edits(edits_ptr, changed)",
+        ),
+        (
+            "a skipped step adopts the first round alone",
+            "for at in range(0, count, ROUND):\n        held",
+            "for at in range(0, ROUND, ROUND):\n        held",
+        ),
+        ("a skipped step stores nothing", "held, mask=changed != 0", "held, mask=changed < 0"),
+        (
+            "a skipped step stores past the end",
+            "held, mask=changed != 0",
+            "held, mask=changed >= 0",
+        ),
+    ),
+    *mutants(
+        "_counters.py",
+        ("test_update_skips.py", "test_update_edits.py"),
+        (
+            "one of four counted neighbours is added",
+            "tl.sum(tl.reshape(counts",
+            "tl.max(tl.reshape(counts",
+        ),
+        (
+            "refused elements are not counted",
+            "edits_ptr + 1, counts >> 16",
+            "edits_ptr + 1, counts * 0",
+        ),
+        ("refused ones count as adopted", "counts & (REFUSED - 1)", "counts"),
+    ),
+    *mutants(
+        "update.py",
+        ("test_update_edits.py",),
+        ("autograd is not told of edits", "mark_written(edits)", "pass"),
+        (
+            "float32 parameters have rows",
+            "[0 if part.weight is None else len(part.batch.masters)",
+            "[len(part.batch.masters)",
+        ),
+        (
+            "counters are not looked at",
+            'check_state("edits", edits, ',
+            'check_state("edits", edits) if 0 else (',
+        ),
+    ),
+]
 _PREPARE = mutants(
     "_prepare.py",
     ("test_update.py", "test_update_plan.py"),
@@ -130,11 +188,6 @@ _PLAN = [
 _MACHINE_CODE = mutants(
     "_update_kernel.py",
     ("audit update adam fp16 fp16",),
-    (
-        "threads wait to count",
-        "counts = tl.sum(tl.reshape(counts, (counts.shape[0] // 4, 4)), axis=1)",
-        "counts = tl.zeros_like(counts) + tl.sum(counts, axis=0)",
-    ),
     ("masked rounds as long as chunks", "ROUND = 512", "ROUND = 2048"),
     (
         "the gradient is read twice",
@@ -142,9 +195,21 @@ _MACHINE_CODE = mutants(
         _TWICE,
     ),
 )
+_WAITING = mutants(
+    "_counters.py",
+    ("audit update adam fp16 fp16",),
+    (
+        "threads wait to count",
+        "return tl.sum(tl.reshape(counts, (counts.shape[0] // 4, 4)), axis=1)",
+        "return tl.zeros_like(counts) + tl.sum(counts, axis=0)",
+    ),
+)
 _CONTRACTION = mutants(
     "_update_kernel.py",
     ("test_variants.py",),
     ("rules are contracted", "enable_fp_fusion=False", "enable_fp_fusion=True"),
 )
-UPDATES = [*_KERNEL, *_PREPARE, *_RULES, *_PLAN, *_CONTRACTION, *_MACHINE_CODE]
+UPDATES = [
+    *(*_KERNEL, *_EDITS, *_PREPARE, *_RULES, *_PLAN, *_CONTRACTION),
+    *(*_MACHINE_CODE, *_WAITING),
+]

@@ -23,9 +23,10 @@ class Training:
         backend: The name of one.
         float32: Whether there is a third weight.
         device: Of the weights.
+        rule: For weights that others write to.
     """
 
-    def __init__(self, build, dtype, backend, *, float32, device):
+    def __init__(self, build, dtype, backend, *, float32, device, rule="adopt"):
         generator = torch.Generator().manual_seed(0)
         shapes = [(5, 3), (4099,), *([(7,)] if float32 else [])]
         values = [torch.randn(shape, generator=generator) for shape in shapes]
@@ -40,6 +41,7 @@ class Training:
             mpcore.DynamicLossScale(init=256.0, growth_interval=2),
             backend=backend,
             path="fused",
+            on_weight_edit=rule,
         )
         self.loss = torch.ones((), device=device)
 

@@ -6,6 +6,7 @@ import importlib
 
 import torch
 
+from mpcore_testing.adoptions import adopt
 from mpcore_testing.batches import FULL, Hyper, scalar
 from mpcore_testing.kernels import assert_same_bits
 from mpcore_testing.updates import assert_same_batches, update
@@ -32,18 +33,27 @@ class Twin:
         self.saturated = scalar(1000, torch.int64, device)
         self.clamped = 1000
 
-    def step(self, grads, hyper, coefficient=0.37, found_inf=0, then=None):
+    def step(self, grads, hyper, coefficient=0.37, found_inf=0, then=None, edits=None):
         """Updates both and fails unless they agree bitwise; `grads` are on the CPU."""
         self.backend.prepare_(self.plan, self.hyper_on_device(hyper))
-        self.update(grads, coefficient, found_inf, then)
+        self.update(grads, coefficient, found_inf, then, edits)
         self.follow(grads, hyper, coefficient, found_inf)
+
+    def step_after_edits(self, grads, hyper, found_inf=0):
+        """The same if others may have written to weights; returns what has to be counted of it."""
+        counts = adopt(self.expected)
+        before = 2**40 + torch.arange(counts.numel()).view(counts.shape)
+        edits = before.clone().to(self.device)
+        self.step(grads, hyper, found_inf=found_inf, edits=edits)
+        assert (edits.cpu() - before).tolist() == counts.tolist()
+        return counts
 
     def hyper_on_device(self, hyper):
         return Hyper(
             hyper.numbers, tuple(None if lr is None else lr.to(self.device) for lr in hyper.lrs)
         )
 
-    def update(self, grads, coefficient, found_inf=0, then=None):
+    def update(self, grads, coefficient, found_inf=0, then=None, edits=None):
         """Updates what is on the device; the plan must be prepared."""
         placed = [[_copy(grad, self.device) for grad in batch] for batch in grads]
         self.backend.update_(
@@ -53,6 +63,7 @@ class Twin:
             scalar(found_inf, torch.int32, self.device),
             self.saturated,
             then,
+            edits,
         )
         for one, other in zip(placed, grads, strict=True):
             for a, e in zip(one, other, strict=True):

@@ -17,6 +17,7 @@ from mpcore_testing.stage_errors.world import (
     CLOSURE,
     MODEL,
     OWN,
+    TWO,
     Do,
     Row,
     World,
@@ -24,7 +25,7 @@ from mpcore_testing.stage_errors.world import (
 )
 
 UNFIT = "weight_edits.py WeightEdits._check_fit 1"
-REFUSED = "weight_edits.py WeightEdits._hear 1"
+REFUSED = "weight_edits.py WeightEdits.hear 1"
 
 
 @torch.no_grad()
@@ -40,6 +41,28 @@ def put_back(world: World) -> None:
 
 def spoilt(world: World) -> None:
     edited(world, torch.nan)
+
+
+def spoilt_behind(world: World) -> None:
+    """Written once the gradients are there, so that they are finite."""
+    passed(world)
+    spoilt(world)
+    world.finish()
+
+
+def overflown(world: World) -> None:
+    """A step that is skipped, as one through a weight that is not finite is."""
+    world.zero()
+    world.optimizer.backward(world.loss(2, torch.inf))
+    world.optimizer.step()
+
+
+def closed(world: World) -> None:
+    """What the error has kept the loop from: the scaler's update, the second optimizer's step."""
+    if world.scaler is not None:
+        world.scaler.update()
+    if world.setting == TWO:
+        world.second()
 
 
 def loaded_alone(world: World) -> None:
@@ -132,5 +155,34 @@ WEIGHTS = [
         *(REFUSED, (*EVERY, CLOSURE), then(spoilt, second_step)),
         "or call sync_masters_from_model() to take them",
         *(then(synced(), second_step), then(spoilt, synced(), second_step)),
+    ),
+    # found in the update: the step is over, and was skipped or has overwritten what was written
+    Row(
+        "not finite, always: write",
+        *(REFUSED, (OWN, MODEL), then(spoilt, second_step), "Write finite ones"),
+        *(then(put_back, second_step), then(overflown, second_step), {"rule": "always"}),
+        fused_only=True,
+    ),
+    Row(
+        "not finite, always: take",
+        *(REFUSED, (OWN, MODEL), then(spoilt, second_step)),
+        "or call sync_masters_from_model() to take them",
+        *(then(synced(), second_step), then(overflown, spoilt, synced(), second_step)),
+        {"rule": "always"},
+        fused_only=True,
+    ),
+    Row(
+        "not finite, always, overwritten: go on",
+        *(REFUSED, (*EVERY,), spoilt_behind, "has overwritten them. Go on"),
+        *(closed, second_step, {"rule": "always"}),
+        fused_only=True,
+    ),
+    Row(
+        "not finite, always, overwritten: take",
+        *(REFUSED, (OWN, MODEL), spoilt_behind),
+        "write them again and call sync_masters_from_model() to take them",
+        *(then(spoilt, synced(), second_step), then(second_step, spoilt, synced(), second_step)),
+        {"rule": "always"},
+        fused_only=True,
     ),
 ]

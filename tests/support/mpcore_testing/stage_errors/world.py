@@ -186,6 +186,7 @@ class Row:
         options: How the training is made.
         begun: Whether a step comes first.
         general_only: Whether a fused step cannot get there.
+        fused_only: Whether the general path cannot.
     """
 
     name: str
@@ -198,3 +199,4 @@ class Row:
     options: dict[str, Any] = field(default_factory=dict)
     begun: bool = True
     general_only: bool = False
+    fused_only: bool = False
