@@ -8,11 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mpcore.backends import _cpu_inspection, _inspection, _update
+from mpcore.backends import _cpu_inspection, _inspection
 from mpcore.backends._blocks import all_in_memory_order
 from mpcore.backends._c_compiler import declared, passes
 from mpcore.backends._c_scalars import prepare_
 from mpcore.backends._c_statistics import with_statistics
+from mpcore.backends._c_update import Plan
 from mpcore.backends._c_work import Work, by_dtype, cut_chunks, run
 from mpcore.backends._inspection import Inspection
 from mpcore.gradient_set import GradientSet
@@ -23,7 +24,6 @@ _ARGUMENTS = (_POINTER, _POINTER, ctypes.c_int64, ctypes.c_double, _POINTER, _PO
 _BOUNDS = (ctypes.c_double * 4)(*_cpu_inspection.BOUNDS)
 
 
-@torch.no_grad()
 def inspect(
     grads: Sequence[Tensor],
     coefficient: Tensor,
@@ -31,7 +31,7 @@ def inspect(
     *,
     inverted: bool = False,
     statistics: bool = False,
-    plan: _update.Plan | None = None,
+    plan: Plan | None = None,
     hyper: Hyper | None = None,
 ) -> Inspection:
     """Finds overflow, norms and the clip; CPU tensors.

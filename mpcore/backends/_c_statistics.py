@@ -17,6 +17,7 @@ from mpcore.backends._inspection import Inspection
 _FIRST_NORMAL = {torch.float16: 113, torch.bfloat16: 1, torch.float32: 1}
 
 
+@torch.no_grad()
 def with_statistics(found: Inspection, flat: Sequence[Tensor], coefficient: Tensor) -> Inspection:
     """Returns an inspection with `counts`, `histogram` and `largest`, bitwise the reference's.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,12 +35,14 @@ class Plan(_update.Plan):
         tables: Per batch masters, then weights if there are any, then moments.
         counters: Per batch what counts its steps.
         shapes: Per batch those of its masters.
+        groups: Per batch the param group of each tensor, as C has an array of integers.
         elements: Of all masters together.
     """
 
     tables: list[Table]
     counters: list[list[Tensor]]
     shapes: list[list[torch.Size]]
+    groups: list[array[int]]
     elements: int
 
 
@@ -57,6 +60,7 @@ def plan_update(rule: str, batches: Sequence[Batch]) -> Plan:
         tables=tables,
         counters=counters,
         shapes=shapes,
+        groups=[array("q", batch.groups) for batch in plan.batches],
         elements=elements,
     )
 

@@ -77,6 +77,7 @@ def inspect(
     return replace(found, largest=seen.largest, counts=seen.counts, histogram=seen.histogram)
 
 
+@torch.no_grad()
 def conclude(
     flat: Sequence[Tensor], chunks: Tensor, sums: Tensor, coefficient: Tensor, limit: float
 ) -> Inspection:
