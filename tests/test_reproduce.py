@@ -147,6 +147,13 @@ def run_command(*arguments: Any) -> Any:
     return CliRunner().invoke(app, ["reproduce", *map(str, arguments)])
 
 
+@pytest.fixture
+def short_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sums of ten thousand steps are judged above: commands make some of ten."""
+    monkeypatch.setattr(lost_updates, "STEPS", 10)
+
+
+@pytest.mark.usefixtures("short_sums")
 def test_the_command_prints_tables_and_writes_markdown(tmp_path: Path) -> None:
     output = tmp_path / "tables.md"
     result = run_command("--quick", "--seeds", 1, "--output", output)
@@ -159,6 +166,7 @@ def test_the_command_prints_tables_and_writes_markdown(tmp_path: Path) -> None:
     assert "| FP16 + masters + scaling |" in text
 
 
+@pytest.mark.usefixtures("short_sums")
 def test_the_command_runs_what_it_is_asked_for() -> None:
     result = run_command("lost-updates")
     assert result.exit_code == 0
