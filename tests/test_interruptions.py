@@ -7,7 +7,6 @@ the run in which nothing failed.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import nn
 from mpcore_testing.bits import same_bits
 from mpcore_testing.engines import ENGINES, Engine
 from mpcore_testing.failing import Failing
-from mpcore_testing.snapshots import snapshot
+from mpcore_testing.snapshots import copied, snapshot
 
 RULE = mpcore.DynamicLossScale(init=2.0**6, growth_interval=2)
 OVERFLOWS = 1  # the iteration that has one
@@ -77,8 +76,7 @@ class Run:
         return [*ways[self.way], optimizer.step]
 
     def saved(self) -> Any:
-        values = [p.detach().clone() for p in self.params]
-        return copy.deepcopy((self.optimizer.state_dict(), values))
+        return copied((self.optimizer.state_dict(), self.params))
 
     def load(self, saved: Any) -> None:
         self.optimizer.load_state_dict(saved[0])
