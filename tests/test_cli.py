@@ -121,7 +121,7 @@ MISSING = [
 #: one interpreter imports torch, and a fork of it runs each command
 WITHOUT = f"""
 import os, sys
-import torch
+import mpcore
 
 for package, _, command in {MISSING}:
     if not os.fork():

@@ -19,6 +19,7 @@ from torch import nn
 from mpcore_testing.bits import same_bits
 from mpcore_testing.engines import ENGINES, Engine
 from mpcore_testing.failing import Failing
+from mpcore_testing.lengths import each_in_turn
 from mpcore_testing.snapshots import copied, snapshot
 
 RULE = mpcore.DynamicLossScale(init=2.0**6, growth_interval=2)
@@ -121,11 +122,13 @@ class Run:
 WAYS = ["step", "clip", "unscale", "unscale, clip", "accumulate", "losses", "closure"]
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("engine", ENGINES, ids=str)
-@pytest.mark.parametrize(("when", "error"), [("before", MemoryError), ("after", KeyboardInterrupt)])
+CASES = [pytest.param(engine, way, id=f"{engine}-{way}") for engine in ENGINES for way in WAYS]
+ERRORS = {"before": MemoryError, "after": KeyboardInterrupt}
+
+
+@pytest.mark.parametrize(("engine", "way", "when"), each_in_turn(CASES, list(ERRORS)))
 def test_an_exception_at_any_call_of_the_backend_corrupts_nothing(
-    engine: Engine, way: str, when: str, error: Any, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, way: str, when: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clean = Run(engine, way, monkeypatch)
     expected = clean.train()
@@ -133,7 +136,7 @@ def test_an_exception_at_any_call_of_the_backend_corrupts_nothing(
     assert clean.backend.calls > 5
     for number in range(clean.backend.calls):
         run = Run(engine, way, monkeypatch)
-        run.backend.arm(number, when, error)
+        run.backend.arm(number, when, ERRORS[when])
         assert same_bits(run.train(), expected), number
         assert run.backend.calls > number
 

@@ -1,4 +1,6 @@
-"""Compiles every kernel and prints what its intermediate code promises and masks, as JSON.
+"""Compiles every kernel and prints its audit and what its intermediate code promises, as JSON.
+
+The audit is of all variants for one GPU, and of one variant of each kernel for another maker's.
 
 Run by test_compile.py in a process of its own, in which the kernels are not interpreted.
 """
@@ -6,13 +8,30 @@ Run by test_compile.py in a process of its own, in which the kernels are not int
 import json
 import re
 import sys
+from dataclasses import asdict
 
 import torch
 import triton
 
 import mpcore_kernels
+from mpcore_kernels._facts import examine
 from mpcore_kernels._variants import variants
-from mpcore_kernels.audit import TARGETS
+from mpcore_kernels.audit import TARGETS, _plain, row, target_name
+
+FORMATS = re.compile(r" (fp16|bf16|fp32|WEIGHT=None)\b")
+
+
+def audit():
+    """The rows of `audit --json`: every variant on sm_90, the first of each kernel on gfx942."""
+    targets = {target_name(target): target for target in TARGETS}
+    rows, seen = [], set()
+    for variant in variants():
+        kernel = FORMATS.sub("", variant.name)
+        for name in ("sm_90", "gfx942") if kernel not in seen else ("sm_90",):
+            found = examine(variant, targets[name])
+            rows.append({**row(variant, found), "facts": _plain(asdict(found))})
+        seen.add(kernel)
+    return rows
 
 
 def facts(variant):
@@ -43,4 +62,5 @@ def refusal():
 
 if __name__ == "__main__":
     chunked = [variant for variant in variants() if variant.chunk]
-    json.dump({"compiled": [*map(facts, chunked)], "refusal": refusal()}, sys.stdout)
+    compiled = [*map(facts, chunked)]
+    json.dump({"rows": audit(), "compiled": compiled, "refusal": refusal()}, sys.stdout)
