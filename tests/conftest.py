@@ -1,6 +1,7 @@
 """What must be settled before any test module is imported."""
 
 import gc
+import importlib
 import os
 
 import pytest
@@ -34,6 +35,7 @@ def engine(request):
 
 def pytest_collection_finish(session):
     """Spares the garbage collector what lives as long as the run: libraries, and all tests."""
+    importlib.import_module("torch._dynamo")  # the largest one; any optimizer of torch imports it
     gc.collect()
     gc.freeze()
 

@@ -9,6 +9,8 @@ import pytest
 from mpcore.cli import app
 from typer.testing import CliRunner
 
+from mpcore_testing.benchmarks import one_measurement  # noqa: F401 - for all tests here
+
 TINY = ("--shapes", "500,4099", "--rounds", "2", "--threads", "1", "--backend", "reference")
 
 

@@ -13,6 +13,8 @@ from mpcore.bench import contenders, peers, report
 from mpcore.bench.experiment import BenchSettings, run_bench
 from mpcore.bench.shapes import ParameterList
 
+from mpcore_testing.benchmarks import one_measurement  # noqa: F401 - for all tests here
+
 CPU = torch.device("cpu")
 SMALL = ParameterList("small", ((7, 13), (4099,)))
 

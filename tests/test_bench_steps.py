@@ -24,6 +24,8 @@ from mpcore.bench.shapes import ParameterList
 from mpcore.bench.timing import Times
 from mpcore.errors import ArgumentError
 
+from mpcore_testing.benchmarks import one_measurement  # noqa: F401 - for all tests here
+
 CPU = torch.device("cpu")
 # remainders of vectors, of chunks, and a scalar
 MIXED = ParameterList("mixed", ((7, 13), (1,), (4099,), (64, 65), ()))

@@ -1,6 +1,7 @@
 """The C of the compiled backend: conversions, what rules become, and the compiler."""
 
 import ctypes
+import functools
 
 import mpcore
 import pytest
@@ -18,7 +19,8 @@ from mpcore_testing.rounding import edge_masters, round_by_hand
 def test_every_16_bit_gradient_is_widened_exactly(dtype, portable):
     patterns = all_patterns(dtype)
     wide = torch.empty(2**16)
-    converted("widen", dtype, portable)(patterns.data_ptr(), wide.data_ptr(), 2**16)
+    widen = conversions(portable)[f"widen_{str(dtype).removeprefix('torch.')}"]
+    widen(patterns.data_ptr(), wide.data_ptr(), 2**16)
     assert_same_bits(wide, patterns.float())
 
 
@@ -28,28 +30,35 @@ def test_masters_at_every_edge_are_rounded_and_counted(dtype, portable):
     masters = edge_masters(dtype)
     expected, clamped = round_by_hand(masters, dtype)
     weights = torch.empty(len(masters), dtype=dtype)
-    narrow = converted("narrow", dtype, portable)
+    narrow = conversions(portable)[f"narrow_{str(dtype).removeprefix('torch.')}"]
     assert narrow(masters.data_ptr(), weights.data_ptr(), len(masters)) == clamped > 0
     # the oracle is for numbers
     expected = torch.where(masters.isnan(), torch.nan, expected.view(dtype))
     assert_same_bits(weights, expected)
 
 
-def converted(name, dtype, portable):
-    """A conversion of `_numbers.h`, with the processor's instructions for it or without."""
+@functools.cache
+def conversions(portable):
+    """Those of `_numbers.h`, with the processor's instructions for them or without."""
+    names = [f"{way}_{str(dtype).removeprefix('torch.')}" for way in SIGNATURES for dtype in HALVES]
     source = "#define PORTABLE\n" if portable else ""
-    source += f'#include "{_c_command.SOURCE}"\n'
-    function = f"{name}_{str(dtype).removeprefix('torch.')}"
-    types = ("uint16_t", "float") if name == "widen" else ("float", "uint16_t")
-    result = "return " if name == "narrow" else ""
-    source += (
-        f"{'int64_t' if result else 'void'} exported(const {types[0]} *from, {types[1]} *to, "
-        f"int64_t n) {{ {result}{function}(from, to, n); }}\n"
-    )
-    exported = _c_compiler.load(source).exported
-    exported.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64]
-    exported.restype = ctypes.c_int64 if result else None
-    return exported
+    source += f'#include "{_c_command.SOURCE.with_name("_numbers.h")}"\n'
+    for name in names:
+        source += SIGNATURES[name.split("_")[0]].format(name)
+    library = _c_compiler.load(source)
+    found = {name: getattr(library, f"exported_{name}") for name in names}
+    for name, function in found.items():
+        function.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64]
+        function.restype = ctypes.c_int64 if name.startswith("narrow") else None
+    return found
+
+
+SIGNATURES = {
+    "widen": "void exported_{0}(const uint16_t *from, float *to, int64_t n) "
+    "{{ {0}(from, to, n); }}\n",
+    "narrow": "int64_t exported_{0}(const float *from, uint16_t *to, int64_t n) "
+    "{{ return {0}(from, to, n); }}\n",
+}
 
 
 def test_a_missing_compiler_is_named_when_the_optimizer_is_made(monkeypatch, tmp_path):
@@ -144,6 +153,15 @@ def test_a_library_is_for_one_source_and_for_this_processor_or_lesser_ones(monke
     assert _c_command.find_built("NEON") is None
 
 
+@pytest.fixture
+def small_source(monkeypatch, tmp_path):
+    """Another source, for tests of what becomes of libraries: the real one takes seconds."""
+    source = tmp_path / "small.c"
+    source.write_text("int one(void) { return 1; }\n")
+    monkeypatch.setattr(_c_command, "SOURCE", source)
+
+
+@pytest.mark.usefixtures("small_source")
 def test_building_again_replaces_what_was_built_unless_nothing_works(monkeypatch, tmp_path):
     folder = tmp_path / "built"
     monkeypatch.setattr(_c_command, "BUILT", folder)
@@ -156,6 +174,7 @@ def test_building_again_replaces_what_was_built_unless_nothing_works(monkeypatch
     assert sorted(folder.iterdir()) == sorted(first)
 
 
+@pytest.mark.usefixtures("small_source")
 def test_a_compiler_that_cannot_be_run_is_passed_over(monkeypatch, tmp_path):
     broken = tmp_path / "cc"
     broken.write_bytes(b"")

@@ -14,8 +14,9 @@ import mpcore
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
+
+from mpcore_testing.ranks import run_ranks
 
 SCALE = 2.0**6
 WAYS = ("zero_grad", "zero_grad(False)", "None", "nothing")
@@ -53,7 +54,7 @@ def train(unscales: bool, view: bool, static: bool, no_sync: bool, way: str) -> 
     return [optimizer.state[p]["master"].tolist() for p in model.parameters()]
 
 
-def work(rank: int, port: int, folder: str) -> None:
+def work(rank: int, port: str, folder: str) -> None:
     """One rank: every combination, unscaled and not."""
     torch.set_num_threads(1)
     # what DDP writes at the end of a pass is no clip
@@ -73,7 +74,7 @@ def test_ddp_trains_on_after_gradients_were_shown(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(work, args=(port, str(tmp_path)), nprocs=2)
+    run_ranks(__file__, port, tmp_path)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second
     assert len(first) == 32

@@ -8,9 +8,11 @@ from typing import Any
 import mpcore
 import pytest
 import torch
-from torch import distributed, multiprocessing, nn
+from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from mpcore_testing.ranks import run_ranks
 
 INF = float("inf")
 pytestmark = pytest.mark.skipif(
@@ -122,7 +124,7 @@ def work(rank: int, folder: str) -> None:
 
 
 def test_ranks_agree_whoever_overflows_and_step_as_one(tmp_path: Path) -> None:
-    multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
+    run_ranks(__file__, tmp_path)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
     for _, scales in ranks:  # 2^(16 - 2) over the power of two above 2^-6
         assert scales == [2.0**19] * 2

@@ -7,7 +7,6 @@ the run in which nothing failed.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +19,8 @@ from torch import nn
 from mpcore_testing.bits import same_bits
 from mpcore_testing.engines import ENGINES, Engine
 from mpcore_testing.failing import Failing
-from mpcore_testing.snapshots import snapshot
+from mpcore_testing.lengths import each_in_turn
+from mpcore_testing.snapshots import copied, snapshot
 
 RULE = mpcore.DynamicLossScale(init=2.0**6, growth_interval=2)
 OVERFLOWS = 1  # the iteration that has one
@@ -78,8 +78,7 @@ class Run:
         return [*ways[self.way], optimizer.step]
 
     def saved(self) -> Any:
-        values = [p.detach().clone() for p in self.params]
-        return copy.deepcopy((self.optimizer.state_dict(), values))
+        return copied((self.optimizer.state_dict(), self.params))
 
     def load(self, saved: Any) -> None:
         self.optimizer.load_state_dict(saved[0])
@@ -124,11 +123,13 @@ class Run:
 WAYS = ["step", "always", "clip", "unscale", "unscale, clip", "accumulate", "losses", "closure"]
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("engine", ENGINES, ids=str)
-@pytest.mark.parametrize(("when", "error"), [("before", MemoryError), ("after", KeyboardInterrupt)])
+CASES = [pytest.param(engine, way, id=f"{engine}-{way}") for engine in ENGINES for way in WAYS]
+ERRORS = {"before": MemoryError, "after": KeyboardInterrupt}
+
+
+@pytest.mark.parametrize(("engine", "way", "when"), each_in_turn(CASES, list(ERRORS)))
 def test_an_exception_at_any_call_of_the_backend_corrupts_nothing(
-    engine: Engine, way: str, when: str, error: Any, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, way: str, when: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clean = Run(engine, way, monkeypatch)
     expected = clean.train()
@@ -136,7 +137,7 @@ def test_an_exception_at_any_call_of_the_backend_corrupts_nothing(
     assert clean.backend.calls > 5
     for number in range(clean.backend.calls):
         run = Run(engine, way, monkeypatch)
-        run.backend.arm(number, when, error)
+        run.backend.arm(number, when, ERRORS[when])
         assert same_bits(run.train(), expected), number
         assert run.backend.calls > number
 

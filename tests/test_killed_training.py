@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import subprocess
@@ -16,11 +17,19 @@ from mpcore_testing.bits import same_bits
 
 STEPS = 400
 PROGRAM = """
-import pathlib, sys, time
-import torch, mpcore
+import os, pathlib, sys, time
+import torch, torch._dynamo, mpcore
 from mpcore import checkpoint_file
 
-path, steps, pause = pathlib.Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+# a fresh process for each run, all of them forks of this one, which imports torch once
+for line in sys.stdin:
+    if not os.fork():
+        break
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+else:
+    sys.exit()
+pause, name = line.rstrip().split(" ", 1)
+path, steps, pause = pathlib.Path(name), int(sys.argv[1]), float(pause)
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4))
 optimizer = mpcore.MixedPrecisionOptimizer(
@@ -34,7 +43,7 @@ if path.exists():
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     first = saved["step"]
-print("from", first, flush=True)
+print(os.getpid(), first, flush=True)
 for step in range(first, steps):
     inputs = torch.randn(16, 8, generator=torch.Generator().manual_seed(step))
     optimizer.backward(model(inputs.half()).float().square().mean())
@@ -47,36 +56,49 @@ for step in range(first, steps):
 """
 
 
-def start(path: Path, pause: float) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", PROGRAM, str(path), str(STEPS), str(pause)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+class Training:
+    """Runs of the program on one checkpoint, one after the other."""
+
+    def __init__(self, server: subprocess.Popen[str], path: Path) -> None:
+        self.server, self.path = server, path
+
+    def run(self, pause: float, seconds: float | None = None) -> tuple[int, int]:
+        """Trains, for so many seconds at most; returns the first step and the exit status."""
+        assert self.server.stdin is not None
+        assert self.server.stdout is not None
+        print(pause, self.path, file=self.server.stdin, flush=True)
+        process, first = map(int, self.server.stdout.readline().split())
+        if seconds is not None:
+            time.sleep(seconds)
+            os.kill(process, signal.SIGKILL)
+        return first, int(self.server.stdout.readline())
 
 
-def killed(path: Path, kills: int) -> list[int]:
+def killed(training: Training, kills: int) -> list[int]:
     """Trains with as many kills; returns the steps that the processes began from."""
     choose, began = random.Random(0), []
-    for kill in range(kills + 1):
-        process = start(path, 0.0 if kill == kills else 0.02)
-        assert process.stdout is not None
-        began.append(int(process.stdout.readline().split()[1]))
-        if kill < kills:
-            time.sleep(choose.random() * 0.3)
-            process.send_signal(signal.SIGKILL)
-        assert process.wait(timeout=300) == (0 if kill == kills else -signal.SIGKILL)
-        process.stdout.close()
-    return began
+    for _ in range(kills):
+        first, status = training.run(0.02, choose.random() * 0.3)
+        assert status == -signal.SIGKILL
+        began.append(first)
+    first, status = training.run(0.0)
+    assert status == 0
+    return [*began, first]
 
 
 @pytest.mark.parametrize(
     "kills", [2, pytest.param(50, marks=pytest.mark.exhaustive)], ids=["a few", "many"]
 )
 def test_a_process_that_is_killed_goes_on_with_the_same_bits(tmp_path: Path, kills: int) -> None:
-    began = killed(tmp_path / "killed.pt", kills)
+    command = [sys.executable, "-c", PROGRAM, str(STEPS)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as server:
+        began = killed(Training(server, tmp_path / "killed.pt"), kills)
+        assert Training(server, tmp_path / "straight.pt").run(0.0) == (0, 0)
+        server.communicate(timeout=300)
+    assert server.returncode == 0
     assert began == sorted(began)
     assert began[-1] > 0
-    with start(tmp_path / "straight.pt", 0.0) as process:
-        process.communicate(timeout=300)
-    assert process.returncode == 0
     one, other = (checkpoint_file.load(tmp_path / f"{name}.pt") for name in ("killed", "straight"))
     assert one["step"] == other["step"] == STEPS
     assert one["optimizer"]["mpcore"]["loss_scale"]["skipped_steps"] > 0

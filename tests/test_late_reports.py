@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 import weakref
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +17,7 @@ from mpcore.monitoring.reading import Reading
 from mpcore.monitoring.run_log import RunLog
 
 from mpcore_testing.engines import Engine
-from mpcore_testing.monitored import make, overflow, set_gradients
+from mpcore_testing.monitored import logged, make, overflow, set_gradients
 from mpcore_testing.syncs import ScalarReads
 
 QUIET = Engine("reference", "fused")  # reads no value on the host
@@ -138,16 +137,16 @@ def reads_of_steps(records: list[Any] | None) -> list[int]:
 
 
 def test_steps_that_are_not_skipped_read_nothing_of_the_device(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     unwatched = reads_of_steps(None)
     device = Device(monkeypatch, 3)
-    with caplog.at_level(logging.INFO, "mpcore.monitor"):
+    with logged() as records:
         watched = reads_of_steps([])
     more = [after - before for before, after in zip(unwatched, watched, strict=True)]
     assert [step for step, count in enumerate(more) if count] == [12]  # it tells of the tenth
     assert (device.copies, device.waits) == (20, 0)
-    lines = [record.getMessage().split(";")[0] for record in caplog.records]
+    lines = [record.getMessage().split(";")[0] for record in records]
     assert lines == ["step 9 skipped: search"]
 
 

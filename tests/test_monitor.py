@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import nn
 
 from mpcore_testing.bits import same_bits
 from mpcore_testing.engines import Engine
-from mpcore_testing.monitored import SCALE, make, overflow, set_gradients
+from mpcore_testing.monitored import SCALE, logged, make, overflow, set_gradients
 from mpcore_testing.snapshots import snapshot
 from mpcore_testing.syncs import HostSyncError, fake_cuda, steps_without_values
 
@@ -221,15 +220,13 @@ def test_the_pass_that_overflowed_is_in_the_report(engine: Engine) -> None:
     assert "micro-batch 1: p1" in str(report)
 
 
-def test_the_log_says_each_kind_of_thing_once_in_a_while(
-    engine: Engine, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_log_says_each_kind_of_thing_once_in_a_while(engine: Engine) -> None:
     params, optimizer = make(engine, mpcore.DynamicLossScale(2.0**10))
     mpcore.Monitor(optimizer, every=4)
-    with caplog.at_level(logging.INFO, "mpcore.monitor"):
+    with logged() as records:
         for _ in range(6):
             overflow(params, optimizer)
-    lines = [(r.levelname, r.getMessage().split(";")[0]) for r in caplog.records]
+    lines = [(r.levelname, r.getMessage().split(";")[0]) for r in records]
     assert lines == [("INFO", "step 0 skipped: search"), ("INFO", "step 4 skipped: search")]
 
 

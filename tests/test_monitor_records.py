@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from itertools import permutations
 from typing import Any
@@ -14,7 +13,7 @@ from torch import nn
 
 from mpcore_testing.engines import Engine
 from mpcore_testing.faulty import Model
-from mpcore_testing.monitored import SCALE, make, overflow, set_gradients
+from mpcore_testing.monitored import SCALE, logged, make, overflow, set_gradients
 from mpcore_testing.syncs import ScalarReads
 
 QUICK = Engine("reference", "fused")
@@ -58,20 +57,20 @@ def test_findings_stand_in_the_order_of_the_model(engine: Engine) -> None:
 
 @pytest.mark.parametrize("rank", [None, 0, 3])
 def test_reports_and_the_log_name_the_rank(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, rank: int | None
+    monkeypatch: pytest.MonkeyPatch, rank: int | None
 ) -> None:
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: rank is not None)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
     params, optimizer = make(QUICK, mpcore.DynamicLossScale(2.0**10))
     monitor = mpcore.Monitor(optimizer)
-    with caplog.at_level(logging.INFO, "mpcore.monitor"):
+    with logged() as records:
         overflow(params, optimizer)
     report = monitor.report()
     assert report is not None
     assert report.rank == rank
     where = "" if rank is None else f" on rank {rank}"
     assert str(report).startswith(f"Step 0 was skipped{where}: ")
-    [record] = caplog.records
+    [record] = records
     assert record.getMessage().startswith(f"step 0 skipped{where}: search; ")
 
 
@@ -84,12 +83,10 @@ def test_reports_and_the_log_name_the_rank(
         ([0, 1, 2, 3, 5], "1 of 3 gradients in micro-batch 0, 1, 2 and 2 more, p0 +inf. "),
     ],
 )
-def test_the_log_names_the_micro_batches(
-    caplog: pytest.LogCaptureFixture, bad: list[int], said: str
-) -> None:
+def test_the_log_names_the_micro_batches(bad: list[int], said: str) -> None:
     params, optimizer = make(QUICK, mpcore.DynamicLossScale(2.0**10))
     mpcore.Monitor(optimizer)
-    with caplog.at_level(logging.INFO, "mpcore.monitor"):
+    with logged() as records:
         if not bad:
             overflow(params, optimizer)
         else:
@@ -99,23 +96,21 @@ def test_the_log_names_the_micro_batches(
                     params[0].grad[0, 0] = torch.inf
                 optimizer.accumulate()
             optimizer.step()
-    [record] = caplog.records
+    [record] = records
     assert said in record.getMessage()
     assert "\n" not in record.getMessage()
 
 
 @pytest.mark.parametrize(("loss", "level"), [(1.0, "INFO"), (math.nan, "WARNING")])
-def test_only_what_asks_for_something_is_a_warning(
-    caplog: pytest.LogCaptureFixture, loss: float, level: str
-) -> None:
+def test_only_what_asks_for_something_is_a_warning(loss: float, level: str) -> None:
     params, optimizer = halves([2], scale=mpcore.DynamicLossScale(2.0**10))
     monitor = mpcore.Monitor(optimizer)
-    with caplog.at_level(logging.INFO, "mpcore.monitor"):
+    with logged() as records:
         step(params, optimizer, torch.inf, loss=loss)
     report = monitor.report()
     assert report is not None
     assert report.verdict.normal == (level == "INFO")
-    assert [record.levelname for record in caplog.records] == [level]
+    assert [record.levelname for record in records] == [level]
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])

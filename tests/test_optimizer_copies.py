@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mpcore_testing.engines import Engine, engine_cases
+from mpcore_testing.lengths import each_in_turn
 
 
 def applied(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -94,9 +95,12 @@ def by_torch_save(pair: Any) -> Any:
     return torch.load(buffer, weights_only=False)
 
 
-@pytest.mark.parametrize("duplicate", [by_deepcopy, by_pickle, by_torch_save])
+WAYS = [by_deepcopy, by_pickle, by_torch_save]
+
+
+# steps decide what there is to copy, and the way how: every way meets every stop, on some engine
 @pytest.mark.parametrize("steps", [0, 1, 9])
-@pytest.mark.parametrize(("name", "engine"), engine_cases(INNERS))
+@pytest.mark.parametrize(("name", "engine", "duplicate"), each_in_turn(engine_cases(INNERS), WAYS))
 def test_a_copy_is_independent_and_continues_bit_for_bit(
     engine: Engine, name: str, steps: int, duplicate: Any
 ) -> None:
@@ -170,7 +174,7 @@ def test_an_exponential_moving_average_beside_it_changes_nothing(engine: Engine)
     assert average.module.low.weight.dtype == torch.float16
 
 
-@pytest.mark.parametrize("duplicate", [by_deepcopy, by_pickle, by_torch_save])
+@pytest.mark.parametrize("duplicate", WAYS)
 @pytest.mark.parametrize("writes", [0, 1, 2, 3])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_what_is_written_to_the_weights_of_a_copy_is_adopted(

@@ -59,18 +59,20 @@ def at_import_time(node):
         yield from at_import_time(child)
 
 
-def modules_after(statement):
-    code = f"import sys; {statement}; print(*sys.modules)"
+def modules_after(*statements):
+    """The modules that are there after each of some statements, in one process."""
+    code = "import sys\n" + "".join(f"{each}\nprint(*sys.modules)\n" for each in statements)
     command = [sys.executable, "-c", code]
-    return set(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+    run = subprocess.run(command, check=True, capture_output=True, text=True)
+    return [set(line.split()) for line in run.stdout.splitlines()]
 
 
 def test_import_mpcore_loads_nothing_but_torch_and_the_standard_library():
-    added = modules_after("import mpcore") - modules_after("import torch")
-    foreign = {name.split(".")[0] for name in added} - set(sys.stdlib_module_names)
+    before, after = modules_after("import torch", "import mpcore")
+    foreign = {name.split(".")[0] for name in after - before} - set(sys.stdlib_module_names)
     assert foreign == {"mpcore", "torch"} & foreign
     assert "mpcore" in foreign
-    assert not {"triton", "typer", "rich", "matplotlib"} & modules_after("import mpcore")
+    assert not {"triton", "typer", "rich", "matplotlib"} & after
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=short)

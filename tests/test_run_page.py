@@ -118,11 +118,9 @@ def test_a_reading_after_a_restart_counts_from_there() -> None:
     assert log.steps == list(range(210))
 
 
-@pytest.mark.parametrize(
-    "name", ["lr_$0.1 and $x^$", "_hidden", "a\udcff", "-->", "a\nb", "<script>"]
-)
-def test_names_of_any_kind_have_a_page(log: RunLog, name: str) -> None:
-    page = render_runs([replace(log, name=name), replace(log, name="other")], name)
+def test_names_of_any_kind_have_a_page(log: RunLog) -> None:
+    names = ["lr_$0.1 and $x^$", "_hidden", "a\udcff", "-->", "a\nb", "<script>"]
+    page = render_runs([replace(log, name=name) for name in names], "\n".join(names))
     check_fetches_nothing(page)
     check_well_formed(page)
     page.encode()

@@ -60,7 +60,7 @@ def pair(engine: Engine) -> Pair:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_thousand_updates_in_turn_are_those_of_one_float32_tensor(
+def test_hundreds_of_updates_in_turn_are_those_of_one_float32_tensor(
     engine: Engine, dtype: torch.dtype
 ) -> None:
     """Each below half a last place of the weight."""
@@ -70,7 +70,7 @@ def test_a_thousand_updates_in_turn_are_those_of_one_float32_tensor(
     ours = [engine.wrap(torch.optim.SGD([param], lr=lr), SCALE) for lr in rates]
     theirs = [torch.optim.SGD([plain], lr=lr) for lr in rates]
     slope = torch.tensor([1.0, 0.5, -1.0])
-    for step in range(1000):
+    for step in range(300):
         optimizer, other = ours[step % 2], theirs[step % 2]
         optimizer.backward((param.float() * slope).sum())
         optimizer.step()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mpcore_testing.checkpoints import INNERS, SCALE, contents, make, patterns, train
 from mpcore_testing.engines import Engine, engine_cases
+from mpcore_testing.lengths import each_in_turn
 
 
 def through_a_file(value: Any) -> Any:
@@ -23,8 +24,10 @@ def through_a_file(value: Any) -> Any:
     return torch.load(buffer, weights_only=True)
 
 
-@pytest.mark.parametrize("steps", [0, 3, 4, 6, 9])  # fresh, plain, a growth, an overflow, later
-@pytest.mark.parametrize(("name", "engine"), engine_cases(INNERS))
+STOPS = [0, 3, 4, 6, 9]  # fresh, plain, a growth, an overflow, later
+
+
+@pytest.mark.parametrize(("name", "engine", "steps"), each_in_turn(engine_cases(INNERS), STOPS))
 def test_training_resumed_from_a_file_equals_training_that_never_stopped(
     engine: Engine, name: str, steps: int
 ) -> None:

@@ -122,11 +122,6 @@ def table(rows: Sequence[dict[str, str]]) -> str:
     return "\n".join(text)
 
 
-def is_chosen(variant: Variant, part: str, without: Sequence[str]) -> bool:
-    """Returns whether a variant's name contains `part` and nothing of `without`."""
-    return part in variant.name and not any(word in variant.name for word in without)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Makes the audit and prints it; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -141,12 +136,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         choices=[*map(target_name, TARGETS)],
         help="only this GPU; may be given several times (default: all of them)",
     )
-    parser.add_argument(
-        "--without",
-        action="append",
-        default=[],
-        help="no variants whose name contains this; may be given several times",
-    )
     options = parser.parse_args(arguments)
     chosen = variants()
     if not all(isinstance(variant.kernel, triton.JITFunction) for variant in chosen):
@@ -159,8 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (place, target)
         for place, variant in enumerate(chosen)
         for target, gpu in enumerate(TARGETS)
-        if is_chosen(variant, options.kernel, options.without)
-        and target_name(gpu) in (options.gpu or target_name(gpu))
+        if options.kernel in variant.name and target_name(gpu) in (options.gpu or target_name(gpu))
     ]
     # processes and not threads: Triton's compiler is not documented to be safe for those
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:

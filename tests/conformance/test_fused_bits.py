@@ -20,8 +20,8 @@ from mpcore_testing.engines import Engine
 from mpcore_testing.lengths import short_and_long
 from mpcore_testing.updates import update
 
-STEPS = short_and_long(200, 1000)
-SCALE = mpcore.DynamicLossScale(init=2.0**9, growth_interval=40, max_scale=2.0**12)
+STEPS = short_and_long(110, 1000)  # three overflows; thirty
+SCALE = mpcore.DynamicLossScale(init=2.0**9, growth_interval=25, max_scale=2.0**12)
 SHAPES = [(1,), (7,), (17,), (3, 5), (), (65,), (4, 33)]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 BETAS, OTHER_BETAS = (0.9, 0.999), (0.8, 0.95)

@@ -29,7 +29,7 @@ from mpcore_testing.lengths import short_and_long
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
 UNIT = 2.0**-24
 LARGEST = 2.0
-STEPS = short_and_long(200, 1000)
+STEPS = short_and_long(110, 1000)  # three overflows; thirty
 SCALE = mpcore.DynamicLossScale(init=2.0**9, growth_interval=40, max_scale=2.0**12)
 
 CASES = {
@@ -178,7 +178,7 @@ def test_many_steps_of_lion_are_those_of_the_paper(steps, options, engine):
         if step % 100 == 0:
             params[0].grad[0] = torch.nan
         optimizer.step()
-    assert optimizer.skipped_steps == steps // 100
+    assert optimizer.skipped_steps == len(range(0, steps, 100))
     for param, formula in zip(params, formulas, strict=True):
         assert formula.certain.mean() > 0.8
         difference = np.abs(master_of(optimizer, param).double().numpy() - formula.param)

@@ -1,6 +1,7 @@
-"""Compiles kernels and prints what their intermediate code promises and masks, as JSON.
+"""Compiles kernels, prints their audit and what their intermediate code promises, as JSON.
 
-All of them but those whose names contain one of the words that it is called with.
+All of them but those whose names contain one of the words that it is called with. The audit is of
+all these variants for one GPU, and of one variant of each kernel for another maker's.
 
 Run by test_compile.py in a process of its own, in which the kernels are not interpreted.
 """
@@ -8,13 +9,30 @@ Run by test_compile.py in a process of its own, in which the kernels are not int
 import json
 import re
 import sys
+from dataclasses import asdict
 
 import torch
 import triton
 
 import mpcore_kernels
+from mpcore_kernels._facts import examine
 from mpcore_kernels._variants import variants
-from mpcore_kernels.audit import TARGETS, is_chosen
+from mpcore_kernels.audit import TARGETS, _plain, row, target_name
+
+FORMATS = re.compile(r" (fp16|bf16|fp32|WEIGHT=None)\b")
+
+
+def audit(chosen):
+    """The rows of `audit --json`: every variant on sm_90, the first of each kernel on gfx942."""
+    targets = {target_name(target): target for target in TARGETS}
+    rows, seen = [], set()
+    for variant in chosen:
+        kernel = FORMATS.sub("", variant.name)
+        for name in ("sm_90", "gfx942") if kernel not in seen else ("sm_90",):
+            found = examine(variant, targets[name])
+            rows.append({**row(variant, found), "facts": _plain(asdict(found))})
+        seen.add(kernel)
+    return rows
 
 
 def facts(variant):
@@ -44,5 +62,8 @@ def refusal():
 
 
 if __name__ == "__main__":
-    chunked = [v for v in variants() if v.chunk and is_chosen(v, "", sys.argv[1:])]
-    json.dump({"compiled": [*map(facts, chunked)], "refusal": refusal()}, sys.stdout)
+    chosen = [
+        variant for variant in variants() if not any(word in variant.name for word in sys.argv[1:])
+    ]
+    compiled = [facts(variant) for variant in chosen if variant.chunk]
+    json.dump({"rows": audit(chosen), "compiled": compiled, "refusal": refusal()}, sys.stdout)

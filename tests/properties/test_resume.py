@@ -98,7 +98,7 @@ class Run:
         return snapshot(self.optimizer), self.optimizer.state_dict()
 
 
-@settings(max_examples=400)
+@settings(max_examples=150)
 @given(
     engine=st.sampled_from(ENGINES),
     kind=st.sampled_from(sorted(INNERS)),

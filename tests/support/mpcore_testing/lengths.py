@@ -35,3 +35,17 @@ def in_turn(first: Sequence[Any], second: Sequence[Any]) -> list[Any]:
         for i, one in enumerate(first)
         for j, other in enumerate(second)
     ]
+
+
+def each_in_turn(cases: Sequence[Any], values: Sequence[Any]) -> list[Any]:
+    """All of some `pytest.param` with all values; `make test` takes one value of each, in turn."""
+    return [
+        pytest.param(
+            *case.values,
+            value,
+            id=f"{case.id}-{getattr(value, '__name__', value)}",
+            marks=() if i % len(values) == j else pytest.mark.exhaustive,
+        )
+        for i, case in enumerate(cases)
+        for j, value in enumerate(values)
+    ]

@@ -1,7 +1,10 @@
-"""An optimizer with three parameters to watch, and gradients for it."""
+"""An optimizer with three parameters to watch, gradients for it, and what its monitor logs."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import mpcore
@@ -39,3 +42,28 @@ def overflow(params: Any, optimizer: Any, value: float = torch.inf) -> None:
     params[0].grad[1, 2] = value
     optimizer.step()
     optimizer.zero_grad()
+
+
+class Keeping(logging.Handler):
+    """Keeps records."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+@contextmanager
+def logged() -> Iterator[list[logging.LogRecord]]:
+    """Gives what monitors log in the meantime, from INFO on."""
+    logger, handler = logging.getLogger("mpcore.monitor"), Keeping()
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield handler.records
+    finally:
+        logger.setLevel(before)
+        logger.removeHandler(handler)

@@ -7,7 +7,7 @@ from typing import Any
 
 import mpcore
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def model_params(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -39,4 +39,16 @@ def snapshot(optimizer: mpcore.MixedPrecisionOptimizer) -> dict[str, Any]:
         "saturated": optimizer.saturated,
         "generator": torch.get_rng_state(),
     }
-    return copy.deepcopy(kept)
+    return copied(kept)
+
+
+def copied(value: Any) -> Any:
+    """Returns a deep copy; of tensors much faster than `copy.deepcopy`, which copies storages."""
+    kind = type(value)
+    if kind in (Tensor, nn.Parameter):
+        return value.detach().clone()
+    if kind is dict:
+        return {key: copied(each) for key, each in value.items()}
+    if kind in (list, tuple):
+        return kind(map(copied, value))
+    return copy.deepcopy(value)
