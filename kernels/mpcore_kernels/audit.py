@@ -127,8 +127,7 @@ def is_chosen(variant: Variant, part: str, without: Sequence[str]) -> bool:
     return part in variant.name and not any(word in variant.name for word in without)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Makes the audit and prints it; returns the exit status."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m mpcore_kernels.audit",
         description="Compile every kernel for four GPUs and judge the machine code.",
@@ -147,7 +146,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=[],
         help="no variants whose name contains this; may be given several times",
     )
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Makes the audit and prints it; returns the exit status."""
+    options = _parser().parse_args(arguments)
     chosen = variants()
     if not all(isinstance(variant.kernel, triton.JITFunction) for variant in chosen):
         print(
