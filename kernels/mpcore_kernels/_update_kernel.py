@@ -141,8 +141,7 @@ def _update_chunk(
     row_ptr = rows_ptr + tensor * _ROW
     size = tl.load(row_ptr)
     start = (program - tl.load(row_ptr + 1)) * CHUNK
-    weight = tl.load(row_ptr + 2)
-    step = tl.load(row_ptr + 3)
+    weight, step = tl.load(row_ptr + 2), tl.load(row_ptr + 3)
     grad = tl.load(grads_ptr + tensor)
     masters = loaded(row_ptr + 4, 1 + MOMENTS)
     scalars_ptr += tensor * (COLUMNS + 1)
@@ -269,7 +268,6 @@ def _update_kernel(
     if ADOPT:  # noqa: SIM102 - which the compiler decides
         if tl.load(found_inf_ptr) != 0:
             _adopt_chunk(rows_ptr, owners_ptr, edits_ptr, WEIGHT, CHUNK, ROUND)
-    # last, for the same reason
     if (tl.program_id(0) == 0) & (moves != 0):
         move_scale(
             *(scale_ptr, growth_tracker_ptr, overflows_left_ptr, counters_ptr),

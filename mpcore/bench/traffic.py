@@ -42,8 +42,8 @@ _AMP = (("unscale", 8), ("norm", 4), ("clip", 8))
 
 MPCORE_FUSED = Traffic((("inspect", 2), ("update", 28)))
 MPCORE_READ = Traffic((("inspect", 2), ("count", 2), ("update", 28)))
-# compares every weight with its rounded master
-MPCORE_ALWAYS = Traffic((("inspect", 2), ("compare", 6), ("update", 28)))
+# the update reads the weight, to compare it with its rounded master
+MPCORE_ALWAYS = Traffic((("inspect", 2), ("update", 30)))
 MPCORE_GENERAL = Traffic((("inspect", 2), ("unscale", 6), _FUSED_ADAMW, ("cast", 6)))
 AMP_FUSED = Traffic((*_AMP, _FUSED_ADAMW))
 AMP_FOREACH = Traffic((*_AMP, _FOREACH_ADAMW))
