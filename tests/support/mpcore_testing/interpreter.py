@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
+from triton import language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction
 
 
@@ -16,7 +19,18 @@ def patch_language_once() -> None:
 
     Functions of Triton's own library see `triton.language.core` instead, which no launch patches:
     their first call does, for good.
+
+    NumPy's type for one of Triton's is looked up at most operations, in a table that is made anew
+    each time: it is remembered.
     """
+    numpy_type = interpreter._get_np_dtype
+    remembered = cache(numpy_type)
+
+    def numpy_type_once(kind: Any) -> Any:
+        element = kind.scalar  # of a block; else itself
+        return remembered(element) if type(element) is tl.dtype else numpy_type(element)
+
+    interpreter._get_np_dtype = numpy_type_once
     own = InterpretedFunction.__call__
     patched: set[str] = set()
 
