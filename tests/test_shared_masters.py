@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mpcore_testing.bits import same_bits
 from mpcore_testing.engines import ENGINES, Engine
+from mpcore_testing.lengths import short_and_long
 from mpcore_testing.snapshots import snapshot
 
 SCALE = mpcore.StaticLossScale(2.0**6)
@@ -60,8 +61,9 @@ def pair(engine: Engine) -> Pair:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_hundreds_of_updates_in_turn_are_those_of_one_float32_tensor(
-    engine: Engine, dtype: torch.dtype
+@pytest.mark.parametrize("steps", short_and_long(300, 1000))
+def test_updates_in_turn_are_those_of_one_float32_tensor(
+    engine: Engine, dtype: torch.dtype, steps: int
 ) -> None:
     """Each below half a last place of the weight."""
     start = torch.tensor([1.0, -0.75, 1.5])
@@ -70,7 +72,7 @@ def test_hundreds_of_updates_in_turn_are_those_of_one_float32_tensor(
     ours = [engine.wrap(torch.optim.SGD([param], lr=lr), SCALE) for lr in rates]
     theirs = [torch.optim.SGD([plain], lr=lr) for lr in rates]
     slope = torch.tensor([1.0, 0.5, -1.0])
-    for step in range(300):
+    for step in range(steps):
         optimizer, other = ours[step % 2], theirs[step % 2]
         optimizer.backward((param.float() * slope).sum())
         optimizer.step()
