@@ -125,8 +125,7 @@ class Stage:
         if external is None and seen is not None and seen.are_as_seen(self._params()):
             self._edits.check(caller)
             return seen
-        found = self.parameters.with_gradient(caller)
-        params = found.params
+        params, _ = found = self.parameters.with_gradient(caller)
         if self._leftovers.were_replaced():
             self.throw_away()
         if self.gradients is not None:
@@ -170,6 +169,7 @@ class Stage:
     def note_failed(self) -> None:
         """Notes that a step has failed: what it has collected may be cleared by anybody."""
         if self.gradients is not None and not self.unscaled:
+            self.gradients.collected = None  # which would keep them alive
             self._leftovers.note_failed(self.gradients.params)
 
     def begin_pass(self) -> None:

@@ -75,3 +75,60 @@ def test_memory_that_moves_is_followed(
             way(tensor)
 
     assert same_bits(run(engine, change, when), run(engine, lambda _: None, when))
+
+
+def turned(grad: Tensor) -> Tensor:
+    return grad.t()
+
+
+def as_bfloat16(grad: Tensor) -> Tensor:
+    return grad.view(torch.bfloat16)
+
+
+@pytest.mark.parametrize("view", [turned, as_bfloat16])
+def test_a_gradient_seen_through_another_view_after_a_clip_is_what_it_says(
+    engine: Engine, view: Callable[[Tensor], Tensor]
+) -> None:
+    def train(copy: Callable[[Tensor], Tensor]) -> Any:
+        param = nn.Parameter(torch.linspace(-2, 2, 16).view(4, 4).half())
+        optimizer = engine.wrap(torch.optim.Adam([param], lr=0.01), mpcore.NoLossScale())
+        for number in range(3):
+            param.grad = (torch.arange(16).view(4, 4) - number).half() * 2.0**-6
+            optimizer.clip_grad_norm_(0.5)
+            param.grad.data = copy(view(param.grad.data))
+            optimizer.step()
+        return snapshot(optimizer)
+
+    assert same_bits(train(lambda grad: grad), train(Tensor.clone))
+
+
+@pytest.mark.parametrize("clips", [False, True])
+@pytest.mark.parametrize("size", [4, 32])
+def test_a_master_whose_data_got_another_size_is_refused_and_nothing_changes(
+    engine: Engine, size: int, clips: bool
+) -> None:
+    param = nn.Parameter(torch.linspace(-2, 2, 16).half())
+    optimizer = engine.wrap(torch.optim.SGD([param], lr=0.01), mpcore.NoLossScale())
+    for _ in range(3):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    master = optimizer.state[param]["master"]
+    values, before = master.data, snapshot(optimizer)
+    master.data = torch.zeros(size)
+    with pytest.raises(mpcore.ArgumentError, match=rf"expected \[{size}\] like its master, got \["):
+        optimizer.clip_grad_norm_(1.0) if clips else optimizer.step()
+    master.data = values
+    assert same_bits(snapshot(optimizer), before)
+    optimizer.step()
+
+
+def test_a_parameter_that_is_cut_where_it_lies_is_stepped_in_its_new_size(engine: Engine) -> None:
+    memory = torch.zeros(16)
+    param = nn.Parameter(memory)
+    optimizer = engine.wrap(torch.optim.SGD([param], lr=0.5), mpcore.NoLossScale())
+    for number in range(4):
+        if number == 3:
+            param.data = memory[:8]
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    assert memory.tolist() == [-2.0] * 8 + [-1.5] * 8
