@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mpcore_testing.bits import same_bits
-from mpcore_testing.engines import Engine
+from mpcore_testing.engines import ENGINES, Engine
 from mpcore_testing.snapshots import snapshot
 
 
@@ -132,3 +132,47 @@ def test_a_parameter_that_is_cut_where_it_lies_is_stepped_in_its_new_size(engine
         param.grad = torch.ones_like(param)
         optimizer.step()
     assert memory.tolist() == [-2.0] * 8 + [-1.5] * 8
+
+
+def make(engine: Engine) -> Any:
+    param = nn.Parameter(torch.linspace(-2, 2, 16).half())
+    optimizer = engine.wrap(torch.optim.Adam([param], lr=0.01), mpcore.NoLossScale())
+    for _ in range(2):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("which", [gradients, parameters])
+def test_memory_that_was_freed_is_an_error_and_nothing_changes(
+    engine: Engine, which: Callable[[Any], list[Tensor]]
+) -> None:
+    optimizer = make(engine)
+    before = snapshot(optimizer)
+    if which is gradients:
+        optimizer.clip_grad_norm_(1.0)
+    tensor = which(optimizer)[0]
+    storage, values = tensor.untyped_storage(), tensor.detach().clone()
+    storage.resize_(0)
+    with pytest.raises(mpcore.ArgumentError, match="its memory was freed"):
+        optimizer.step()
+    storage.resize_(values.nbytes)
+    tensor.data.copy_(values)
+    assert same_bits(snapshot(optimizer), before)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("which", [parameters, masters, moments])
+def test_kernels_are_not_handed_memory_that_was_freed_after_a_clip(
+    which: Callable[[Any], list[Tensor]],
+) -> None:
+    optimizer = make(next(e for e in ENGINES if e.fused and e.backend == "compiled"))
+    optimizer.clip_grad_norm_(1.0)
+    tensor = which(optimizer)[0]
+    storage, values = tensor.untyped_storage(), tensor.detach().clone()
+    storage.resize_(0)
+    with pytest.raises(mpcore.ArgumentError, match="expected memory of their own"):
+        optimizer.step()
+    storage.resize_(values.nbytes)
+    tensor.data.copy_(values)
+    optimizer.step()

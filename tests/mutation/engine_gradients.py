@@ -92,7 +92,7 @@ CLIP_WATCH = engine_mutants(
     ("test_scaled_clips.py",),
     ("averages of ranks count as clips", "found = lower & nowhere_higher", "found = lower"),
     ("a norm that is only read counts as a clip", "found = lower &", "found = lower |"),
-    ("nobody compares after a write", "if grad._version == writes:", "if grad._version != writes:"),
+    ("nobody compares after a write", "if grad._version != writes:", "if grad._version == writes:"),
     ("the copy is the gradient itself", "grad.detach().clone())", "grad.detach())"),
     (
         "a clip has to change every element",
