@@ -176,3 +176,21 @@ def test_kernels_are_not_handed_memory_that_was_freed_after_a_clip(
     storage.resize_(values.nbytes)
     tensor.data.copy_(values)
     optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_a_parameter_that_got_gaps_is_stepped_where_it_lies(
+    engine: Engine, dtype: torch.dtype
+) -> None:
+    param = nn.Parameter(torch.ones(4, 4).to(dtype))
+    inner = torch.optim.SGD([param], lr=0.5)
+    path = "auto" if engine.fused else "general"
+    optimizer = mpcore.MixedPrecisionOptimizer(
+        inner, mpcore.NoLossScale(), backend=engine.backend, path=path
+    )
+    for number in range(4):
+        if number == 3:
+            param.data = param.data.repeat_interleave(2, dim=1)[:, ::2]
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    assert param.tolist() == [[-1.0] * 4] * 4
