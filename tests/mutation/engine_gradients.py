@@ -210,6 +210,11 @@ STAGE = [
             "and (not seen.are_in_memory or grads.addresses == seen.addresses)",
             "",
         ),
+        (
+            "gradients that are shown in another way after a clip are read as before",
+            "and (grads.dtypes == seen.dtypes and grads.are_contiguous == seen.are_contiguous)",
+            "",
+        ),
     ),
     *engine_mutants(
         "checked_parameters.py",
@@ -229,6 +234,25 @@ STAGE = [
             "and list(map(Tensor.data_ptr, params)) == self._addresses",
             "",
         ),
+    ),
+    *engine_mutants(
+        "checked_parameters.py",
+        ("test_memory_that_moves.py",),
+        (
+            "the size of a master is not checked",
+            "and have_shapes(self._held, self._shapes)",
+            "",
+        ),
+        (
+            "a plan outlives the size of a parameter",
+            "self._masters.version += 1",
+            "pass",
+        ),
+    ),
+    *engine_mutants(
+        "paths.py",
+        ("test_memory_that_moves.py",),
+        ("gaps in memory are not seen", "return [sizes, version, _why", "return [sizes, _why"),
     ),
     *engine_mutants(
         "optimizer.py",
