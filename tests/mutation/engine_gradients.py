@@ -236,25 +236,6 @@ STAGE = [
         ),
     ),
     *engine_mutants(
-        "checked_parameters.py",
-        ("test_memory_that_moves.py",),
-        (
-            "the size of a master is not checked",
-            "and have_shapes(self._held, self._shapes)",
-            "",
-        ),
-        (
-            "a plan outlives the size of a parameter",
-            "self._masters.version += 1",
-            "pass",
-        ),
-    ),
-    *engine_mutants(
-        "paths.py",
-        ("test_memory_that_moves.py",),
-        ("gaps in memory are not seen", "return [sizes, version, _why", "return [sizes, _why"),
-    ),
-    *engine_mutants(
         "optimizer.py",
         ("test_state_initialisation.py",),
         (
