@@ -210,11 +210,6 @@ STAGE = [
             "and (not seen.are_in_memory or grads.addresses == seen.addresses)",
             "",
         ),
-        (
-            "gradients that are shown in another way after a clip are read as before",
-            "and (grads.dtypes == seen.dtypes and grads.are_contiguous == seen.are_contiguous)",
-            "",
-        ),
     ),
     *engine_mutants(
         "checked_parameters.py",

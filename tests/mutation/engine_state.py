@@ -190,6 +190,11 @@ INNER = [
 ]
 MEMORY = [
     *engine_mutants(
+        "seen_gradients.py",
+        ("test_memory_that_moves.py",),
+        ("views of gradients are not seen", "grads.are_contiguous ==", "True or 0 =="),
+    ),
+    *engine_mutants(
         "checked_parameters.py",
         ("test_memory_that_moves.py",),
         (
