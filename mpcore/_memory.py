@@ -35,6 +35,8 @@ def why_no_memory(tensor: Tensor) -> str | None:
     if tensor.is_neg():
         return "it is a view that negates its memory"
     if type(tensor) in PLAIN:
+        if tensor.numel() and not tensor.is_meta and tensor.data_ptr() == 0:
+            return "its memory was freed"
         return "it is on the meta device" if tensor.is_meta else None
     try:  # a tensor's own address has its offset in it, also where there is no storage
         storage = tensor.untyped_storage()

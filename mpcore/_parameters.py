@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mpcore._checks import FULL_PRECISION, SIXTEEN_BIT
-from mpcore._memory import can_be_stepped, why_no_memory
+from mpcore._memory import PLAIN, can_be_stepped, why_no_memory
 from mpcore.errors import ArgumentError, ArgumentTypeError
 from mpcore.inner_guards import DirectStepGuard
 from mpcore.masters import Groups, Masters
@@ -164,6 +164,11 @@ def check_can_be_stepped(
             f"{name_of(param, groups)}: expected it on {device}, where it was "
             f"when the optimizer was wrapped, got {param.device}. Move the model first, "
             "then make the optimizer."
+        )
+    if type(param) in PLAIN and (reason := why_no_memory(param)) is not None:
+        raise ArgumentError(
+            f"{name_of(param, groups)}: expected values in memory, got none: {reason}. Put them "
+            "back before the optimizer is asked for anything."
         )
     if grad.layout != torch.strided:
         raise ArgumentError(

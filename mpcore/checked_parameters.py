@@ -42,7 +42,8 @@ class CheckedParameters:
         self._version = -1  # with these masters,
         self._addresses: list[int] = []  # that were here,
         self._dtypes: list[torch.dtype] = []  # of these dtypes
-        self._shapes: list[torch.Size] = []  # and shapes
+        self._shapes: list[torch.Size] = []  # and shapes, which are also those of
+        self._held: list[Tensor] = []  # their masters
 
     def with_gradient(self, caller: str) -> Collected:
         """Returns the parameters that have a gradient, and these.
@@ -56,10 +57,12 @@ class CheckedParameters:
         every = [param for group in self._groups for param in group["params"]]
         params, found = with_gradient(every)
         grads = GradientSet(found)
-        if not (self._are_known(params) and grads.are_in_memory):
+        known = self._are_known(params)
+        if not (known and grads.are_in_memory):
             self._check(caller, params, grads)
             grads = GradientSet(with_gradient(params)[1])  # some may have been replaced
-            self._note(params)
+            if not known:
+                self._note(params)
         return Collected(list(params), grads)
 
     def _are_known(self, params: Sequence[Tensor]) -> bool:
@@ -69,15 +72,19 @@ class CheckedParameters:
             and list(map(Tensor.data_ptr, params)) == self._addresses
             and dtypes_in_order(params) == self._dtypes
             and have_shapes(params, self._shapes)
+            and have_shapes(self._held, self._shapes)  # `.data = other` of a master
         )
 
     def _note(self, params: Sequence[Tensor]) -> None:
+        if self._version == self._masters.version and are_same(params, self._known):
+            self._masters.version += 1  # something about them was replaced: what was planned is old
         self._known = []
         if all_in_memory(params):
             self._known, self._version = list(params), self._masters.version
             self._addresses = list(map(Tensor.data_ptr, params))
             self._dtypes = dtypes_in_order(params)
             self._shapes = [param.shape for param in params]
+            self._held = list(map(self._masters.of, params))
 
     def _check(self, caller: str, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
         for param, grad in zip(params, grads, strict=True):

@@ -85,11 +85,12 @@ class FusedPath:
     def likely_plan(self, params: Sequence[Tensor]) -> StepPlan:
         """Returns the last plan if it is of `params`, unchecked: enough to prepare scalars with.
 
-        `step` checks whether it still fits, once.
+        `step` checks whether it still fits, once. One of masters that were replaced is not kept
+        until then: it holds these, and their moments.
         """
         last = self._plan
-        same_groups = last is not None and len(last.members) == len(self.inner.param_groups)
-        if last is not None and same_groups and are_same(params, last.written):
+        same_state = last is not None and last.version == self._masters.version
+        if last is not None and same_state and are_same(params, last.written):
             return last
         return self.plan(params)
 
@@ -104,6 +105,7 @@ class FusedPath:
             Whether the scale has moved: with devices that differ, somebody else has to do it.
         """
         plan = self.plan(gradients.params)
+        gradients.plan = plan  # the one that a clip prepared may hold a state that is gone
         gradients.inspect()
         coefficient, found_inf = gradients.coefficient, gradients.found_inf()
         home = self._saturated.device

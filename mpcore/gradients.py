@@ -57,7 +57,8 @@ class StepGradients:
         collected: GradientSet | None = None,
     ) -> None:
         self.params = list(params)
-        self._collected = collected  # what `params` have in `p.grad`, while nobody can change it
+        #: what `params` have in `p.grad`, while nobody can change it
+        self.collected = collected
         self.applied = False  # whether the unscaled ones are the gradients of masters
         self.torn = False  # whether an exception came while they were multiplied in place
         self.exposure: Exposure | None = None  # in `p.grad`, where users may edit them
@@ -97,7 +98,7 @@ class StepGradients:
         if self._statistics is not None and not self._inspected and not self.applied:
             self._look(None)
         in_place = self.applied or any(bucket.without for bucket in self._buckets)
-        self._collected = None
+        self.collected = None
         for bucket in self._buckets:
             coefficient = self.coefficient.to(bucket.device, non_blocking=True)
             flags = torch.zeros_like(bucket.own_flags())
@@ -137,7 +138,7 @@ class StepGradients:
         if self.exposure is not None:
             edited = self.exposure.take_edits(self.params)
         else:
-            self._collected = None if self.applied else GradientSet(grads_of(self.params))
+            self.collected = None if self.applied else GradientSet(grads_of(self.params))
             edited = self._looked_at is not None and self._looked_at.differ_from(
                 self._stored(self.params)
             )
@@ -205,9 +206,8 @@ class StepGradients:
         here = None
         if self.plan is not None and not self.plan_is_stale:
             here = self.plan.on(bucket.device)
-        hyper = None
+        hyper = None if here is None else here.read_hyper()
         if here is not None:
-            hyper = here.read_hyper()
             here.used()
         found = self._backend.inspect(
             *(grads, coefficient, max_norm),
@@ -240,8 +240,8 @@ class StepGradients:
 
     def _stored(self, params: Sequence[Tensor]) -> GradientSet:
         """Returns the gradients as they are: scaled ones of the model, or those `apply` made."""
-        if self._collected is not None and are_same(params, self.params):
-            return self._collected
+        if self.collected is not None and are_same(params, self.params):
+            return self.collected
         return GradientSet(self._grads(params) if self.applied else grads_of(params))
 
     @property
@@ -283,7 +283,7 @@ class StepGradients:
 
     def left_as_they_were(self) -> GradientSet | None:
         """Returns the gradients of `params` if nobody could change them since they were found."""
-        return self._collected if self.plan is not None else None
+        return self.collected if self.plan is not None else None
 
     def unscaled_in_place(self) -> list[Tensor]:
         """Returns the parameters whose `p.grad` itself was multiplied."""
@@ -316,7 +316,7 @@ class StepGradients:
         if len(params) == len(self.params):
             return
         self._found_before, self._found = self.found_inf(), None
-        self._collected = None
+        self.collected = None
         self.plan_is_stale = True
         kept = set(params)
         for param in self.params:
@@ -336,7 +336,7 @@ class StepGradients:
         Sums are dropped for all parameters: nobody may take them for gradients of the next pass.
         """
         self.conceal()
-        self._looked_at = self._collected = None  # which hold gradients
+        self._looked_at = self.collected = None  # which hold gradients
         if not self._handed_over:
             return
         for bucket in self._buckets:

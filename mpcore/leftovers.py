@@ -114,6 +114,8 @@ class Leftovers:
     def forget_failed(self) -> None:
         """Forgets a step that failed: it was thrown away."""
         self._failed = _NONE
+        if self._expected is not None:
+            self._expected[0].collected = None  # nobody is to keep them alive
         if self.torn:
             self.forget()
 

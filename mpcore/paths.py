@@ -81,15 +81,20 @@ def choose_paths(asked: str, inner: torch.optim.Optimizer, backend: str) -> tupl
     return tuple(GroupPath("general", reason or because) for reason in reasons)
 
 
-def _signature(inner: torch.optim.Optimizer) -> list[Any]:
-    """Returns what the choice depends on, parameters themselves aside; cheap, for each step."""
+def _signature(inner: torch.optim.Optimizer, version: int) -> list[Any]:
+    """Returns what the choice depends on; cheap, for each step.
+
+    Args:
+        inner: The wrapped optimizer.
+        version: That of the masters, which counts when parameters got other memory.
+    """
     rule = rule_of(inner)
     groups = inner.param_groups
     sizes = [len(group["params"]) for group in groups]
     if rule is None:
-        return sizes
+        return [sizes, version]
     reasons = [rule.why_not(_options(inner, group)) for group in groups]
-    return [sizes, _why_step_must_run(inner), *reasons]
+    return [sizes, version, _why_step_must_run(inner), *reasons]
 
 
 def _reasons(inner: torch.optim.Optimizer, groups: Groups, backend: str) -> list[str | None]:
@@ -177,6 +182,7 @@ class Paths:
         self._asked = asked
         self._backend, module = backend
         self._inner = inner
+        self._masters = masters
         rule = rule_of(inner)
         self.general = GeneralPath(inner, masters, module, saturated, writes)
         self._fused: FusedPath | None = None
@@ -188,7 +194,7 @@ class Paths:
 
     def current(self) -> tuple[GroupPath, ...]:
         """Returns the path of each param group, as options and hooks are now."""
-        signature = _signature(self._inner)
+        signature = _signature(self._inner, self._masters.version)
         if signature != self._signature:
             self._chosen = choose_paths(self._asked, self._inner, self._backend)
             self._signature = signature

@@ -24,7 +24,7 @@ class SeenGradients:
         self._writes = grads.writes
 
     def differ_from(self, grads: GradientSet) -> bool:
-        """Whether anybody wrote to them, moved them, or put others in their place.
+        """Whether anybody wrote to them, moved or reshaped them, or put others in their place.
 
         Args:
             grads: Those of the same parameters now.
@@ -33,6 +33,8 @@ class SeenGradients:
         return not (
             are_same(grads, seen)
             and grads.writes == self._writes
+            # `.data =` may show the same memory otherwise
+            and (grads.dtypes == seen.dtypes and grads.are_contiguous == seen.are_contiguous)
             # wrappers have no address; what `.data =` does is seen there, and nowhere else
             and (not seen.are_in_memory or grads.addresses == seen.addresses)
         )

@@ -125,10 +125,10 @@ class Stage:
         if external is None and seen is not None and seen.are_as_seen(self._params()):
             self._edits.check(caller)
             return seen
-        found = self.parameters.with_gradient(caller)
-        params = found.params
+        params, _ = found = self.parameters.with_gradient(caller)
         if self._leftovers.were_replaced():
-            self.throw_away()
+            self.throw_away()  # which puts others into `p.grad`, or none
+            params, _ = found = self.parameters.with_gradient(caller)
         if self.gradients is not None:
             checks.check_no_newcomer(caller, params, self.gradients, self._groups)
             self._edits.check(caller)
@@ -161,6 +161,7 @@ class Stage:
         gradients.apply()
         gradients.inspect()  # sums: what follows may edit them
         gradients.expose(self._see_pass)
+        self._leftovers.forget_failed()  # what is shown replaces what an earlier try has seen
         return gradients
 
     def _see_pass(self, param: Tensor) -> None:
@@ -170,6 +171,7 @@ class Stage:
     def note_failed(self) -> None:
         """Notes that a step has failed: what it has collected may be cleared by anybody."""
         if self.gradients is not None and not self.unscaled:
+            self.gradients.collected = None  # which would keep them alive
             self._leftovers.note_failed(self.gradients.params)
 
     def begin_pass(self) -> None:
@@ -264,7 +266,6 @@ class Stage:
     ) -> StepGradients:
         params, grads = found
         self._masters.create_for_step(params)
-        found_inf = None if external is None else external.found_inf
         # the reciprocal of a power of two is exact; outside scalers use other numbers as well
         coefficient = scale if external is None else scale.double().reciprocal().float()
         plan = self._plan(params) if params else None
@@ -272,7 +273,7 @@ class Stage:
         statistics = None if self.watcher is None else self.watcher.begin_step(params)
         return StepGradients(
             *(params, self._masters, self._backend, coefficient, external is None),
-            *(found_inf, plan, headroom, statistics, grads),
+            *(None if external is None else external.found_inf, plan, headroom, statistics, grads),
         )
 
     def finish(
@@ -328,10 +329,7 @@ class Stage:
             self.watcher.forget(last_step=last_step)
 
     def throw_away(self, *, last_step: bool = False) -> None:
-        """Ends a step that nobody took: as a skipped one if a look found an overflow; no host sync.
-
-        Raises as a step does once it is over.
-        """
+        """Ends a step that nobody took, as skipped if a look found overflow; may raise; no sync."""
         self.waiting.warn_if_any()
         gradients, self._thrown = self.gradients, self._clip_watch.has_begun
         counts = gradients is not None and gradients.was_seen and self._outside_scale is None

@@ -100,9 +100,10 @@ class StepPlan:
             and self.held.is_current
         )
 
-    def on(self, device: torch.device) -> DevicePlan:
-        """Returns the part of one device."""
-        return next(part for part in self.devices if part.device == device)
+    def on(self, device: torch.device) -> DevicePlan | None:
+        """Returns the part of one device; None if groups were added or removed: it is old."""
+        part = next(part for part in self.devices if part.device == device)
+        return part if len(part.groups) == len(self.members) else None
 
 
 def make_plan(

@@ -7,6 +7,7 @@ that an outside scaler scales.
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import mpcore
 import pytest
@@ -115,3 +116,25 @@ def test_a_scaler_unscales_anew_what_follows_gradients_that_were_thrown_away(
             one.unscale()
         one.finish()
     assert same_bits(world.contents(), twin.contents())
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=str)
+def test_a_retry_by_unscale_keeps_what_is_edited_then(engine: Engine) -> None:
+    def train(fails: bool) -> Any:
+        param = torch.nn.Parameter(torch.linspace(-2, 2, 8).half())
+        optimizer = engine.wrap(torch.optim.AdamW([param], lr=0.1), mpcore.StaticLossScale(8.0))
+        optimizer.backward((param * torch.arange(8)).sum())
+        if fails:
+            with (
+                patch.object(optimizer._module, "inspect", side_effect=MemoryError),
+                patch.object(optimizer._module, "unscale_into", side_effect=MemoryError),
+                pytest.raises(MemoryError),
+            ):
+                optimizer.step()
+        optimizer.unscale_()
+        param.grad.mul_(torch.arange(8) % 3)
+        norm = optimizer.clip_grad_norm_(1.0)
+        optimizer.step()
+        return norm, dict(optimizer.state[param])
+
+    assert same_bits(train(True), train(False))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import weakref
 from typing import Any
+from unittest.mock import patch
 
 import mpcore
 import pytest
@@ -178,3 +180,54 @@ def test_memory_that_moves_between_clip_and_step_is_followed(engine: Engine) -> 
     param.data = param.data.clone()
     optimizer.step()
     assert param.tolist() == [-1.0, -1.0]
+
+
+@engines
+@pytest.mark.parametrize("clips", [False, True])
+@pytest.mark.parametrize("way", ["load", "clear"])
+def test_a_state_that_was_replaced_does_not_outlive_the_next_step(
+    engine: Engine, way: str, clips: bool
+) -> None:
+    param = nn.Parameter(torch.linspace(-1, 1, 6).half())
+    optimizer = engine.wrap(torch.optim.AdamW([param], lr=0.1), SCALE)
+    train(optimizer, [param], range(3))
+    state = optimizer.state[param]
+    names = ("master", "exp_avg", "exp_avg_sq") if way == "load" else ("exp_avg", "exp_avg_sq")
+    old = [weakref.ref(state[name]) for name in names]
+    del state
+    if way == "load":
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    else:
+        optimizer.state.clear()
+    optimizer.scale(torch.ones(()))
+    param.grad = torch.ones_like(param)
+    if clips:
+        optimizer.clip_grad_norm_(1.0)
+    optimizer.step()
+    gc.collect()
+    assert [tensor() for tensor in old] == [None] * len(old)
+
+
+@pytest.mark.parametrize("closes", [False, True])
+def test_gradients_of_a_step_that_failed_go_when_they_are_cleared(
+    engine: Engine, closes: bool
+) -> None:
+    param = nn.Parameter(torch.linspace(-1, 1, 6).half())
+    optimizer = engine.wrap(torch.optim.AdamW([param], lr=0.1), SCALE)
+
+    def closure() -> None:
+        optimizer.scale(torch.ones(()))
+        param.grad = torch.ones_like(param)
+
+    if not closes:
+        closure()
+    with (
+        patch.object(optimizer._module, "update_", side_effect=MemoryError),
+        patch.object(optimizer._module, "unscale_into", side_effect=MemoryError),
+        pytest.raises(MemoryError),
+    ):
+        optimizer.step(closure if closes else None)
+    grad = weakref.ref(param.grad)
+    param.grad = None
+    gc.collect()
+    assert grad() is None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mpcore_testing.bits import same_bits
-from mpcore_testing.engines import Engine
+from mpcore_testing.engines import ENGINES, Engine
 from mpcore_testing.snapshots import snapshot
 
 
@@ -75,3 +75,122 @@ def test_memory_that_moves_is_followed(
             way(tensor)
 
     assert same_bits(run(engine, change, when), run(engine, lambda _: None, when))
+
+
+def turned(grad: Tensor) -> Tensor:
+    return grad.t()
+
+
+def as_bfloat16(grad: Tensor) -> Tensor:
+    return grad.view(torch.bfloat16)
+
+
+@pytest.mark.parametrize("view", [turned, as_bfloat16])
+def test_a_gradient_seen_through_another_view_after_a_clip_is_what_it_says(
+    engine: Engine, view: Callable[[Tensor], Tensor]
+) -> None:
+    def train(copy: Callable[[Tensor], Tensor]) -> Any:
+        param = nn.Parameter(torch.linspace(-2, 2, 16).view(4, 4).half())
+        optimizer = engine.wrap(torch.optim.Adam([param], lr=0.01), mpcore.NoLossScale())
+        for number in range(3):
+            param.grad = (torch.arange(16).view(4, 4) - number).half() * 2.0**-6
+            optimizer.clip_grad_norm_(0.5)
+            param.grad.data = copy(view(param.grad.data))
+            optimizer.step()
+        return snapshot(optimizer)
+
+    assert same_bits(train(lambda grad: grad), train(Tensor.clone))
+
+
+@pytest.mark.parametrize("clips", [False, True])
+@pytest.mark.parametrize("size", [4, 32])
+def test_a_master_whose_data_got_another_size_is_refused_and_nothing_changes(
+    engine: Engine, size: int, clips: bool
+) -> None:
+    param = nn.Parameter(torch.linspace(-2, 2, 16).half())
+    optimizer = engine.wrap(torch.optim.SGD([param], lr=0.01), mpcore.NoLossScale())
+    for _ in range(3):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    master = optimizer.state[param]["master"]
+    values, before = master.data, snapshot(optimizer)
+    master.data = torch.zeros(size)
+    with pytest.raises(mpcore.ArgumentError, match=rf"expected \[{size}\] like its master, got \["):
+        optimizer.clip_grad_norm_(1.0) if clips else optimizer.step()
+    master.data = values
+    assert same_bits(snapshot(optimizer), before)
+    optimizer.step()
+
+
+def test_a_parameter_that_is_cut_where_it_lies_is_stepped_in_its_new_size(engine: Engine) -> None:
+    memory = torch.zeros(16)
+    param = nn.Parameter(memory)
+    optimizer = engine.wrap(torch.optim.SGD([param], lr=0.5), mpcore.NoLossScale())
+    for number in range(4):
+        if number == 3:
+            param.data = memory[:8]
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    assert memory.tolist() == [-2.0] * 8 + [-1.5] * 8
+
+
+def make(engine: Engine) -> Any:
+    param = nn.Parameter(torch.linspace(-2, 2, 16).half())
+    optimizer = engine.wrap(torch.optim.Adam([param], lr=0.01), mpcore.NoLossScale())
+    for _ in range(2):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("which", [gradients, parameters])
+def test_memory_that_was_freed_is_an_error_and_nothing_changes(
+    engine: Engine, which: Callable[[Any], list[Tensor]]
+) -> None:
+    optimizer = make(engine)
+    before = snapshot(optimizer)
+    if which is gradients:
+        optimizer.clip_grad_norm_(1.0)
+    tensor = which(optimizer)[0]
+    storage, values = tensor.untyped_storage(), tensor.detach().clone()
+    storage.resize_(0)
+    with pytest.raises(mpcore.ArgumentError, match="its memory was freed"):
+        optimizer.step()
+    storage.resize_(values.nbytes)
+    tensor.data.copy_(values)
+    assert same_bits(snapshot(optimizer), before)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("which", [parameters, masters, moments])
+def test_kernels_are_not_handed_memory_that_was_freed_after_a_clip(
+    which: Callable[[Any], list[Tensor]],
+) -> None:
+    optimizer = make(next(e for e in ENGINES if e.fused and e.backend == "compiled"))
+    optimizer.clip_grad_norm_(1.0)
+    tensor = which(optimizer)[0]
+    storage, values = tensor.untyped_storage(), tensor.detach().clone()
+    storage.resize_(0)
+    with pytest.raises(mpcore.ArgumentError, match="expected memory of their own"):
+        optimizer.step()
+    storage.resize_(values.nbytes)
+    tensor.data.copy_(values)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_a_parameter_that_got_gaps_is_stepped_where_it_lies(
+    engine: Engine, dtype: torch.dtype
+) -> None:
+    param = nn.Parameter(torch.ones(4, 4).to(dtype))
+    inner = torch.optim.SGD([param], lr=0.5)
+    path = "auto" if engine.fused else "general"
+    optimizer = mpcore.MixedPrecisionOptimizer(
+        inner, mpcore.NoLossScale(), backend=engine.backend, path=path
+    )
+    for number in range(4):
+        if number == 3:
+            param.data = param.data.repeat_interleave(2, dim=1)[:, ::2]
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    assert param.tolist() == [[-1.0] * 4] * 4

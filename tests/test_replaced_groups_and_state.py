@@ -124,3 +124,27 @@ def test_a_state_by_parameter_on_the_inner_optimizer_is_taken(
     for _ in range(3):
         twins.step()
     assert {float(twins.optimizer.state[p]["step"]) for p in twins.params} == {5.0}
+
+
+@pytest.mark.parametrize("way", ["a clip", "an edit"])
+def test_a_group_without_gradients_may_go_between_a_clip_and_the_next_look(
+    engine: Engine, way: str
+) -> None:
+    def train(goes: bool) -> Any:
+        params = [nn.Parameter(torch.ones(4).half()) for _ in range(2)]
+        groups = [{"params": [param]} for param in params]
+        optimizer = engine.wrap(torch.optim.AdamW(groups, lr=0.1), mpcore.NoLossScale())
+        for number in range(3):
+            params[1].grad = torch.arange(4.0).half()
+            optimizer.clip_grad_norm_(1.0)
+            if goes and number == 1:
+                optimizer.state.pop(params[0], None)
+                del optimizer.param_groups[0]
+            if way == "a clip":
+                optimizer.clip_grad_norm_(0.5)
+            else:
+                params[1].grad.mul_(2.0)
+            optimizer.step()
+        return dict(optimizer.state[params[1]])
+
+    assert same_bits(train(True), train(False))

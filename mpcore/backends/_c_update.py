@@ -121,10 +121,10 @@ def _checked(batch: Batch, shapes: list[torch.Size], grads: Sequence[Tensor]) ->
     grads = GradientSet.of(grads)
     if have_shapes(grads, shapes) and grads.dtypes <= DTYPES.keys():
         return all_in_memory_order(grads)
-    for index, (grad, master) in enumerate(zip(grads, batch.masters, strict=True)):
-        if grad.shape != master.shape or grad.dtype not in (*SIXTEEN_BIT, torch.float32):
+    for index, (grad, shape) in enumerate(zip(grads, shapes, strict=True)):
+        if grad.shape != shape or grad.dtype not in (*SIXTEEN_BIT, torch.float32):
             raise ArgumentError(
-                f"grads[{index}]: expected {list(master.shape)} in float16, bfloat16 or float32, "
+                f"grads[{index}]: expected {list(shape)} in float16, bfloat16 or float32, "
                 f"got {list(grad.shape)} in {grad.dtype}."
             )
     return all_in_memory_order(grads)

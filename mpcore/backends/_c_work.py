@@ -61,8 +61,8 @@ def addresses_of(tensors: Sequence[Tensor]) -> array[int]:
     known = GradientSet.of(tensors)
     if not known.are_in_memory:
         raise ArgumentError(
-            "tensors: expected memory of their own, got a DTensor, a wrapper or a meta tensor, "
-            "put into optimizer.state or a parameter. Put the values there."
+            "tensors: expected memory of their own, got a DTensor, a wrapper, a meta tensor "
+            "or freed memory, put into optimizer.state or a parameter. Put the values there."
         )
     return known.addresses
 

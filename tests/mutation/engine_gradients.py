@@ -55,7 +55,7 @@ EXPOSURE = [
         ("test_optimizer_clipping.py",),
         (
             "what was clipped is kept until the next step",
-            "self._looked_at = self._collected = None  # which",
+            "self._looked_at = self.collected = None  # which",
             "pass  # which",
         ),
     ),

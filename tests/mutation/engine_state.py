@@ -190,6 +190,30 @@ INNER = [
 ]
 MEMORY = [
     *engine_mutants(
+        "seen_gradients.py",
+        ("test_memory_that_moves.py",),
+        ("views of gradients are not seen", "grads.are_contiguous ==", "True or 0 =="),
+    ),
+    *engine_mutants(
+        "checked_parameters.py",
+        ("test_memory_that_moves.py",),
+        (
+            "the size of a master is not checked",
+            "and have_shapes(self._held, self._shapes)",
+            "",
+        ),
+        (
+            "a plan outlives the size of a parameter",
+            "self._masters.version += 1",
+            "pass",
+        ),
+    ),
+    *engine_mutants(
+        "paths.py",
+        ("test_memory_that_moves.py",),
+        ("gaps in memory are not seen", "return [sizes, version, _why", "return [sizes, _why"),
+    ),
+    *engine_mutants(
         "_memory.py",
         ("test_wrapped_memory.py",),
         ("a view that negates is its memory", "if tensor.is_neg():", "if tensor.is_conj():"),
