@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mpcore_testing.bits import same_bits
+from mpcore_testing.bits import rounded, same_bits
 from mpcore_testing.engines import ENGINES, Engine
 from mpcore_testing.snapshots import snapshot
 
@@ -21,13 +21,17 @@ def share(tensor: Tensor) -> None:
 
 
 def replace(tensor: Tensor) -> None:
-    tensor.data = tensor.data.clone()
+    old = tensor.data
+    tensor.data = old.clone()
+    old.fill_(torch.nan)  # whoever still reads it shall be seen
 
 
 def transpose(tensor: Tensor) -> None:
     """The same values, and another layout."""
     if tensor.dim() == 2:
-        tensor.data = tensor.data.t().contiguous().t()
+        old = tensor.data
+        tensor.data = old.t().clone(memory_format=torch.contiguous_format).t()
+        old.fill_(torch.nan)
 
 
 def gradients(optimizer: Any) -> list[Tensor]:
@@ -132,6 +136,20 @@ def test_a_parameter_that_is_cut_where_it_lies_is_stepped_in_its_new_size(engine
         param.grad = torch.ones_like(param)
         optimizer.step()
     assert memory.tolist() == [-2.0] * 8 + [-1.5] * 8
+
+
+def test_a_parameter_that_is_seen_in_another_format_is_rounded_to_that(engine: Engine) -> None:
+    param = nn.Parameter(torch.linspace(-2, 2, 16).half())
+    optimizer = engine.wrap(torch.optim.SGD([param], lr=0.5), mpcore.NoLossScale())
+    for number in range(4):
+        if number == 3:
+            param.grad = None
+            param.data = param.data.view(torch.bfloat16)
+        param.grad = torch.full_like(param, 2.0**-10)
+        optimizer.step()
+    master = optimizer.state[param]["master"]
+    assert same_bits(param.detach(), rounded(master.detach(), torch.bfloat16))
+    assert master[0] == -2 - 4 * 2.0**-11
 
 
 def make(engine: Engine) -> Any:

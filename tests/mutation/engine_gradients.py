@@ -213,7 +213,7 @@ STAGE = [
     ),
     *engine_mutants(
         "checked_parameters.py",
-        ("test_replaced_parameters.py", "test_bad_weights.py"),
+        ("test_memory_that_moves.py",),
         (
             "another shape is not checked",
             "and have_shapes(params, self._shapes)",
