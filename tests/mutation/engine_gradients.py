@@ -177,9 +177,9 @@ STAGE = [
     ),
     *engine_mutants(
         "fused_path.py",
-        ("test_state_edits.py",),
+        ("test_memory_that_moves.py",),
         (
-            "a plan outlives edits of the state",
+            "a step takes the last plan unchecked",
             "        plan = self.plan(gradients.params)",
             "        plan = self.likely_plan(gradients.params)",
         ),
@@ -213,7 +213,7 @@ STAGE = [
     ),
     *engine_mutants(
         "checked_parameters.py",
-        ("test_memory_that_moves.py",),
+        ("test_memory_that_moves.py", "test_replaced_parameters.py"),
         (
             "another shape is not checked",
             "and have_shapes(params, self._shapes)",
