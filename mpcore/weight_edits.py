@@ -165,9 +165,10 @@ class WeightEdits:
         """
         self.hear()
         masters = self._masters
-        if not began and _several_ranks():
+        written = [] if began else masters.written()
+        if written and _several_ranks():
             self._check_fit(
-                masters.written(),
+                written,
                 "step()",
                 "sync_masters_from_model(exact=True) on every rank, so that all start alike",
             )
