@@ -79,8 +79,8 @@ EDITS = [
         ("counts are told again", "        self._known = now\n", ""),
         (
             "ranks may start from different masters",
-            "if not began and _several_ranks():",
-            "if began and _several_ranks():",
+            "if written and _several_ranks():",
+            "if not written and _several_ranks():",
         ),
         (
             "refused elements are not told of",
