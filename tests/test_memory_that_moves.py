@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import mpcore
@@ -161,6 +162,16 @@ def make(engine: Engine) -> Any:
     return optimizer
 
 
+@contextmanager
+def freed(tensor: Tensor) -> Iterator[None]:
+    """Within this a tensor has no memory; afterwards it has its values again."""
+    storage, values = tensor.untyped_storage(), tensor.detach().clone()
+    storage.resize_(0)
+    yield
+    storage.resize_(values.nbytes)
+    tensor.data.copy_(values)
+
+
 @pytest.mark.parametrize("which", [gradients, parameters])
 def test_memory_that_was_freed_is_an_error_and_nothing_changes(
     engine: Engine, which: Callable[[Any], list[Tensor]]
@@ -169,13 +180,11 @@ def test_memory_that_was_freed_is_an_error_and_nothing_changes(
     before = snapshot(optimizer)
     if which is gradients:
         optimizer.clip_grad_norm_(1.0)
-    tensor = which(optimizer)[0]
-    storage, values = tensor.untyped_storage(), tensor.detach().clone()
-    storage.resize_(0)
-    with pytest.raises(mpcore.ArgumentError, match="its memory was freed"):
+    with (
+        freed(which(optimizer)[0]),
+        pytest.raises(mpcore.ArgumentError, match="its memory was freed"),
+    ):
         optimizer.step()
-    storage.resize_(values.nbytes)
-    tensor.data.copy_(values)
     assert same_bits(snapshot(optimizer), before)
     optimizer.step()
 
@@ -186,13 +195,11 @@ def test_kernels_are_not_handed_memory_that_was_freed_after_a_clip(
 ) -> None:
     optimizer = make(next(e for e in ENGINES if e.fused and e.backend == "compiled"))
     optimizer.clip_grad_norm_(1.0)
-    tensor = which(optimizer)[0]
-    storage, values = tensor.untyped_storage(), tensor.detach().clone()
-    storage.resize_(0)
-    with pytest.raises(mpcore.ArgumentError, match="expected memory of their own"):
+    with (
+        freed(which(optimizer)[0]),
+        pytest.raises(mpcore.ArgumentError, match="expected memory of their own"),
+    ):
         optimizer.step()
-    storage.resize_(values.nbytes)
-    tensor.data.copy_(values)
     optimizer.step()
 
 

@@ -27,15 +27,20 @@ def spoil(training: Training, bad: float, *, given: float) -> None:
     training.brain.weight.data[1, 2] = bad
 
 
+def trained(engine: Engine) -> tuple[Training, Training, float]:
+    """Two that are alike after a step, and the number that `spoil` is going to overwrite."""
+    training, twin = Training(engine, "always"), Training(engine, "always")
+    for one in (training, twin):
+        one.step(1)
+    return training, twin, twin.brain.weight[1, 2].item()
+
+
 @pytest.mark.parametrize("bad", BAD)
 @FUSED
 def test_a_step_that_refuses_numbers_that_are_not_finite_is_whole_and_overwrites_them(
     engine: Engine, bad: float
 ) -> None:
-    training, twin = Training(engine, "always"), Training(engine, "always")
-    for one in (training, twin):
-        one.step(1)
-    kept = twin.brain.weight[1, 2].item()
+    training, twin, kept = trained(engine)
     spoil(training, bad, given=1.0)
     spoil(twin, kept, given=1.0)
     with pytest.raises(mpcore.StageError, match=r"got 1 that are not in brain\.we.*overwritten"):
@@ -53,10 +58,7 @@ def test_a_step_that_refuses_numbers_that_are_not_finite_is_whole_and_overwrites
 def test_a_skipped_step_that_refuses_them_has_counted_and_leaves_them_to_be_mended(
     engine: Engine, bad: float
 ) -> None:
-    training, twin = Training(engine, "always"), Training(engine, "always")
-    for one in (training, twin):
-        one.step(1)
-    kept = twin.brain.weight[1, 2].item()
+    training, twin, kept = trained(engine)
     for skipped in (1, 2):
         spoil(training, bad, given=torch.inf)
         spoil(twin, kept, given=torch.inf)

@@ -24,8 +24,10 @@ def adopt_(weights: Sequence[Tensor], masters: Sequence[Tensor], counts: Tensor)
         BackendError: The compiler refused.
     """
     pass_over = passes().adopt  # before anything is written
-    pairs = list(zip(weights, masters, counts.unbind(), strict=True))
-    here = [(w.detach(), m, row) for w, m, row in pairs if _lie_alike(w, m)]
+    here: list[tuple[Tensor, Tensor, Tensor]] = []
+    others: list[tuple[Tensor, Tensor, Tensor]] = []
+    for weight, master, row in zip(weights, masters, counts.unbind(), strict=True):
+        (here if _lie_alike(weight, master) else others).append((weight.detach(), master, row))
     if here:
         held = [memory_order(master) for _, master, _ in here]
         flat = [memory_order(weight) for weight, _, _ in here]
@@ -39,9 +41,8 @@ def adopt_(weights: Sequence[Tensor], masters: Sequence[Tensor], counts: Tensor)
             run(pass_over, work)
         for (_, _, row), count in zip(here, found.unbind(), strict=True):
             row.add_(count)
-    for weight, master, row in pairs:
-        if not _lie_alike(weight, master):
-            _cast.adopt_([weight], [master], row.unsqueeze(0))
+    for weight, master, row in others:
+        _cast.adopt_([weight], [master], row.unsqueeze(0))
 
 
 def _lie_alike(weight: Tensor, master: Tensor) -> bool:
