@@ -1,19 +1,21 @@
 """Loss scaling and FP32 master weights for PyTorch. Importing this needs torch alone."""
 
-from mpcore.cast_model import cast_model as cast_model
+from mpcore.amp import GradScaler as GradScaler
+from mpcore.cast_model import cast_model as cast_model  # its module, so that no import hides it
 from mpcore.comparison.compare import compare as compare
 from mpcore.comparison.result import Comparison as Comparison
 from mpcore.comparison.training_run import TrainingRun as TrainingRun
-from mpcore.emulate import emulate_tensor_cores as emulate_tensor_cores
+from mpcore.engine import MixedPrecisionOptimizer as MixedPrecisionOptimizer
+from mpcore.engine import StepResult as StepResult
+from mpcore.engine import step_scheduler as step_scheduler
 from mpcore.errors import ArgumentError as ArgumentError
 from mpcore.errors import ArgumentTypeError as ArgumentTypeError
 from mpcore.errors import BackendError as BackendError
 from mpcore.errors import LossScaleError as LossScaleError
 from mpcore.errors import MpcoreError as MpcoreError
 from mpcore.errors import StageError as StageError
-from mpcore.grad_scaler import GradScaler as GradScaler
-from mpcore.headroom import HeadroomLossScale as HeadroomLossScale
 from mpcore.loss_scale import DynamicLossScale as DynamicLossScale
+from mpcore.loss_scale import HeadroomLossScale as HeadroomLossScale
 from mpcore.loss_scale import LossScale as LossScale
 from mpcore.loss_scale import NoLossScale as NoLossScale
 from mpcore.loss_scale import StaticLossScale as StaticLossScale
@@ -23,12 +25,10 @@ from mpcore.monitoring.report import OverflowReport as OverflowReport
 from mpcore.monitoring.sinks import JsonLines as JsonLines
 from mpcore.monitoring.sinks import TensorBoard as TensorBoard
 from mpcore.monitoring.trace import trace_overflow as trace_overflow
-from mpcore.optimizer import MixedPrecisionOptimizer as MixedPrecisionOptimizer
-from mpcore.policy import Policy as Policy
-from mpcore.policy_scope import global_policy as global_policy
-from mpcore.policy_scope import set_global_policy as set_global_policy
-from mpcore.policy_scope import use_policy as use_policy
-from mpcore.schedulers import step_scheduler as step_scheduler
-from mpcore.step_result import StepResult as StepResult
+from mpcore.precision import Policy as Policy
+from mpcore.precision import emulate_tensor_cores as emulate_tensor_cores
+from mpcore.precision import global_policy as global_policy
+from mpcore.precision import set_global_policy as set_global_policy
+from mpcore.precision import use_policy as use_policy
 
 __version__ = "0.1.0"

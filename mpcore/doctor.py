@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from mpcore.backends import resolve, why_not_triton
-from mpcore.machine import Cpu, Gpu, examine_cpu, find_gpus, find_versions, torch_build
+from mpcore.base import Cpu, Gpu, examine_cpu, find_gpus, find_versions, torch_build
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpcore._checks import LARGEST_SCALE, SIXTEEN_BIT, SMALLEST_SCALE
-from mpcore.checkpoint import VERSION
+from mpcore.base import LARGEST_SCALE, SIXTEEN_BIT, SMALLEST_SCALE
+from mpcore.checkpoint import SECTION, VERSION
+from mpcore.engine import MixedPrecisionOptimizer
 from mpcore.errors import ArgumentError
 from mpcore.loss_scale import initial_state
 from mpcore.masters import upcast
-from mpcore.optimizer import MixedPrecisionOptimizer
 from mpcore.updates import rule_of
-from mpcore.wrapper import SECTION
 
 State = dict[str, Any]
 

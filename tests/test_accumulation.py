@@ -11,7 +11,7 @@ import mpcore
 import numpy as np
 import pytest
 import torch
-from mpcore.gradients import StepGradients
+from mpcore.engine.gradients import StepGradients
 from torch import nn
 
 from mpcore_testing.bits import same_bits
@@ -235,8 +235,8 @@ def test_large_parameters_are_added_in_slices(
             sizes.append([param.numel() for param in params])
             super().__init__(params, *rest, **options)
 
-    monkeypatch.setattr("mpcore.accumulation._AT_ONCE", 10)
-    monkeypatch.setattr("mpcore.accumulation.StepGradients", Spy)
+    monkeypatch.setattr("mpcore.engine.accumulation._AT_ONCE", 10)
+    monkeypatch.setattr("mpcore.engine.accumulation.StepGradients", Spy)
     params = [nn.Parameter(torch.zeros(n).half()) for n in (3, 8, 30, 0, 1)]
     optimizer = engine.wrap(torch.optim.SGD(params, lr=1.0), mpcore.StaticLossScale(4.0))
     for _ in range(3):

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from mpcore._casts import cast_tensors
 from mpcore.cast_model import cast_model
+from mpcore.precision.casts import cast_tensors
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

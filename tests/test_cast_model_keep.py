@@ -8,8 +8,8 @@ from typing import Any
 import mpcore
 import pytest
 import torch
-from mpcore._casts import CastInputs, hooks_of
 from mpcore.cast_model import cast_model
+from mpcore.precision.casts import CastInputs, hooks_of
 from torch import nn
 
 from mpcore_testing.models import (

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from mpcore import checkpoint_file
+from mpcore.checkpoint import file as checkpoint_file
 from mpcore.loss_scale import LossScaleState
 from torch import nn
 

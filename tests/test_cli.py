@@ -10,12 +10,12 @@ from dataclasses import replace
 
 import mpcore
 import pytest
+from mpcore.base.table import Table
 from mpcore.cli import app, missing_extra
 from mpcore.cli.output import show_table
 from mpcore.demo.experiment import make_settings, run_demo
 from mpcore.demo.regimes import DIGITS_REGIMES, GPT_REGIMES
 from mpcore.demo.tables import digits_table, gpt_table
-from mpcore.table import Table
 from rich.console import Console
 from typer.testing import CliRunner
 

@@ -8,7 +8,7 @@ from typing import Any
 import mpcore
 import pytest
 import torch
-from mpcore.coefficient import Coefficient
+from mpcore.engine.coefficient import Coefficient
 from torch import nn
 
 from mpcore_testing.engines import Engine

@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from mpcore.backends import ScaleMove, compiled, reference
 from mpcore.loss_scale import DynamicLossScale, initial_state, next_state
-from mpcore.scale_tensors import LossScaleTensors
+from mpcore.loss_scale.tensors import LossScaleTensors
 from torch import Tensor
 
 from mpcore_testing.bits import same_bits
@@ -33,7 +33,7 @@ def test_c_follows_the_specification_step_by_step(
     state = initial_state(scale)
     tensors = LossScaleTensors.from_state(state, CPU)
     for bad in history:
-        tensors.advance_(scale, torch.tensor(int(bad)), compiled.update_scale_)
+        scale.advance_(tensors, torch.tensor(int(bad)), compiled.update_scale_)
         state = next_state(scale, state, found_inf=bad)
         assert tensors.to_state() == state
 

@@ -6,10 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from mpcore import doctor, machine
+from mpcore import doctor
 from mpcore.backends import why_not_triton
+from mpcore.base import machine
+from mpcore.base.machine import Cpu, Gpu
 from mpcore.doctor import choose_backend, choose_format, choose_loss_scale
-from mpcore.machine import Cpu, Gpu
 
 CPU_DEVICE = torch.device("cpu")
 

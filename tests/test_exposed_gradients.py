@@ -292,7 +292,7 @@ def test_the_route_of_torch_before_grad_dtype(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`.data` of the gradient itself is replaced; the object in `p.grad` stays the same."""
-    monkeypatch.setattr("mpcore.exposure.HAS_GRAD_DTYPE", False)
+    monkeypatch.setattr("mpcore.engine.exposure.HAS_GRAD_DTYPE", False)
     for edit in (clip_norm, clip_value, add_noise, drop_some):
         params = parameters()
         optimizer = wrapped(engine, params)

@@ -10,7 +10,7 @@ import mpcore
 import numpy as np
 import pytest
 import torch
-from mpcore.flush_watch import FIRST
+from mpcore.engine.flush_watch import FIRST
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 

@@ -10,11 +10,11 @@ import mpcore
 import numpy as np
 import pytest
 import torch
-from mpcore import flush_watch
 from mpcore.demo.digits import DigitsSettings, Images, SideBySideMLP, summed_loss
 from mpcore.demo.regimes import FP16_MASTERS, prepare
 from mpcore.emulate import emulate_tensor_cores
-from mpcore.flush_watch import FIRST, TOO_MANY
+from mpcore.engine import flush_watch
+from mpcore.engine.flush_watch import FIRST, TOO_MANY
 from torch import Tensor, nn
 
 from mpcore_testing.engines import GENERAL, Engine

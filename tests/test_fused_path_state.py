@@ -11,7 +11,7 @@ from unittest.mock import patch
 import mpcore
 import pytest
 import torch
-from mpcore.step_plan import DevicePlan
+from mpcore.masters.step_plan import DevicePlan
 from mpcore.updates import Hyper
 from mpcore.updates.adam import AdamRule
 from torch import nn

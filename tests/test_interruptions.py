@@ -32,7 +32,7 @@ class Run:
     def __init__(self, engine: Engine, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
         name, backend = resolve(engine.backend, [torch.device("cpu")])
         self.backend = Failing(backend)
-        monkeypatch.setattr("mpcore.wrapper.resolve", lambda *_: (name, self.backend))
+        monkeypatch.setattr("mpcore.engine.wrapper.resolve", lambda *_: (name, self.backend))
         values = torch.linspace(-1, 1, 6)
         dtypes = (torch.float16, torch.bfloat16, torch.float32)
         self.params = [nn.Parameter(values.to(dtype)) for dtype in dtypes]

@@ -215,7 +215,7 @@ def test_a_load_that_is_interrupted_is_not_gone_on_from(
     def fail(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    for where in ("mpcore.masters.Masters.replace_state", "mpcore.losses.Losses.resume"):
+    for where in ("mpcore.masters.Masters.replace_state", "mpcore.loss_scale.losses.Losses.resume"):
         with monkeypatch.context() as patch:
             patch.setattr(where, fail)
             with pytest.raises(KeyboardInterrupt):
@@ -246,7 +246,7 @@ def test_hooks_of_a_load_come_before_and_after_it(engine: Engine, when: str) -> 
 def test_a_pass_that_is_added_up_in_part_is_not_gone_on_from(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mpcore.accumulation._AT_ONCE", 1)  # each parameter is a slice
+    monkeypatch.setattr("mpcore.engine.accumulation._AT_ONCE", 1)  # each parameter is a slice
     params = [nn.Parameter(torch.zeros(3).half()) for _ in range(2)]
     optimizer = engine.wrap(torch.optim.SGD(params, lr=1.0), mpcore.StaticLossScale(2.0))
 

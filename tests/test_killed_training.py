@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from mpcore import checkpoint_file
+from mpcore.checkpoint import file as checkpoint_file
 
 from mpcore_testing.bits import same_bits
 

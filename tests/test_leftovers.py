@@ -119,7 +119,7 @@ def test_an_exception_while_they_are_multiplied_leaves_no_gradients_to_step_with
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr("mpcore.leftovers._multiply_", fails)
+        patch.setattr("mpcore.engine.leftovers._multiply_", fails)
         with pytest.raises(MemoryError):
             optimizer.scale(torch.ones(()))
     for call in (optimizer.step, lambda: optimizer.scale(torch.ones(()))):

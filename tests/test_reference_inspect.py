@@ -9,7 +9,7 @@ from mpcore import DynamicLossScale
 from mpcore.backends import reference
 from mpcore.errors import ArgumentError
 from mpcore.loss_scale import LossScaleState, next_state
-from mpcore.scale_tensors import LossScaleTensors
+from mpcore.loss_scale.tensors import LossScaleTensors
 
 from mpcore_testing.inspections import (
     assert_inspection,
@@ -91,6 +91,6 @@ def test_loss_scale_tensors_advance_as_the_specification_says():
     state = LossScaleState(8.0, 0, 2, 0, 0)
     held = LossScaleTensors.from_state(state, torch.device("cpu"))
     for found_inf in [0, 0, 0, 0, 1, 1, 1, 0, 0, -1, 0, 1, 1, 1, 1, 1]:
-        held.advance_(loss_scale, torch.tensor(found_inf))
+        loss_scale.advance_(held, torch.tensor(found_inf))
         state = next_state(loss_scale, state, found_inf=found_inf != 0)
         assert held.to_state() == state

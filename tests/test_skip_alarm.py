@@ -11,9 +11,9 @@ from typing import Any
 import mpcore
 import pytest
 import torch
-from mpcore import skip_alarm
-from mpcore.backends._scale import count_step_
-from mpcore.skip_alarm import INTERVAL, SkipAlarm
+from mpcore.loss_scale import alarm as skip_alarm
+from mpcore.loss_scale.alarm import INTERVAL, SkipAlarm
+from mpcore.loss_scale.move import count_step_
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mpcore_testing.engines import Engine

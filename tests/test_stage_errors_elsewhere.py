@@ -206,7 +206,7 @@ def failing_job(function: Any, count: int) -> Pair:
 
 
 TABLE: list[tuple[str, str, Callable[[], Pair]]] = [
-    ("backends/_update.py take_scalars 1", "Call prepare_(plan, hyper)", update_without_scalars),
+    ("_update.py take_scalars 1", "Call prepare_(plan, hyper)", update_without_scalars),
     ("cast_model.py _check_stage 1", "Cast the model, then wrap it.", wrapped_too_early),
     (
         "cast_model.py _check_stage 2",
@@ -221,18 +221,18 @@ TABLE: list[tuple[str, str, Callable[[], Pair]]] = [
     ("cast_model.py _check_hooks 1", "Build the model anew and cast it once.", cast_otherwise),
     ("policy.py _check_applied 1", "Build the model anew and apply one policy.", another_policy),
     (
-        "comparison/compare.py _run 1",
+        "compare.py _run 1",
         "Call backward(loss), step() and zero_grad() of that one.",
         steps_of_another,
     ),
-    ("comparison/compare.py _metric 1", "Return a number.", without_a_metric),
+    ("compare.py _metric 1", "Return a number.", without_a_metric),
     (
-        "comparison/training_run.py TrainingRun.prepare 1",
+        "training_run.py TrainingRun.prepare 1",
         "Use what the first returned",
         partial(prepared_twice, groups=False),
     ),
     (
-        "comparison/training_run.py TrainingRun.prepare 1",
+        "training_run.py TrainingRun.prepare 1",
         "several models train as param groups of one optimizer",
         partial(prepared_twice, groups=True),
     ),
@@ -242,12 +242,12 @@ TABLE: list[tuple[str, str, Callable[[], Pair]]] = [
         rounded_products,
     ),
     (
-        "demo/processes.py _receive 1",
+        "processes.py _receive 1",
         "use fewer processes",
         partial(failing_job, end_of_a_process, 2),
     ),
     (
-        "demo/processes.py _receive 2",
+        "processes.py _receive 2",
         "Mend what its traceback shows",
         partial(failing_job, prepare, 1),
     ),

@@ -11,7 +11,7 @@ import mpcore
 import pytest
 import torch
 from mpcore import migration
-from mpcore._nested import map_tensors
+from mpcore.base.nested import map_tensors
 from torch import Tensor, nn
 
 from mpcore_testing.bits import same_bits

@@ -147,7 +147,7 @@ def test_an_overflow_is_not_forgotten_when_clearing_gradients_fails(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("mpcore.scale_moves.ScaleMoves.count_if_skipped", fail)
+        patch.setattr("mpcore.engine.scale_moves.ScaleMoves.count_if_skipped", fail)
         with pytest.raises(KeyboardInterrupt):
             optimizer.zero_grad()
     optimizer.zero_grad()
@@ -192,7 +192,7 @@ def test_an_exception_while_a_pass_is_thrown_away_moves_no_scale(
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr("mpcore.scale_moves.count_step_", fails)  # after the scales have moved
+        patch.setattr("mpcore.engine.scale_moves.count_step_", fails)  # after the scales have moved
         with pytest.raises(MemoryError):
             optimizer.zero_grad()
     assert [p.grad for p in params] == [None, None]

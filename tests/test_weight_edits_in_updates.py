@@ -7,7 +7,7 @@ from typing import Any
 import mpcore
 import pytest
 import torch
-from mpcore import weight_edits
+from mpcore.masters import weight_edits
 from torch import Tensor, nn
 
 from mpcore_testing.bits import same_bits

@@ -11,9 +11,9 @@ import mpcore
 import pytest
 import torch
 import torch.distributed as dist
-from mpcore._memory import all_in_memory, why_no_memory
-from mpcore._wrapped_passes import WrappedPasses
 from mpcore.backends import compiled, reference
+from mpcore.base.memory import all_in_memory, why_no_memory
+from mpcore.engine.wrapped_passes import WrappedPasses
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard

@@ -16,19 +16,24 @@ import torch
 from torch import Tensor
 
 from mpcore.backends import compiled, cpu, reference
+from mpcore.backends._blocks import innermost_first
 from mpcore.backends._c_compiler import check_can_run, comes_built
+from mpcore.backends._cast import differing
 from mpcore.backends._inspection import Inspection
-from mpcore.backends._scale import ScaleMove
 from mpcore.errors import ArgumentError, BackendError
+from mpcore.loss_scale import ScaleMove
 from mpcore.updates import Batch, Hyper
 
 __all__ = [
-    "NAMES",
     "Backend",
     "Inspection",
     "ScaleMove",
+    "compiled",
+    "cpu",
+    "differing",
+    "innermost_first",
+    "reference",
     "resolve",
-    "why_not_release",
     "why_not_triton",
 ]
 

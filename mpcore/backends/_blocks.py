@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpcore.gradient_set import GradientSet
+from mpcore.base import GradientSet
 
 #: Elements of a block: 2 MiB of float32, which fits the second-level caches of two cores.
 CHUNK = 2**19

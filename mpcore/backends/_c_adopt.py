@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mpcore._checks import SIXTEEN_BIT
 from mpcore.backends import _cast
 from mpcore.backends._blocks import memory_order
 from mpcore.backends._c_compiler import passes
 from mpcore.backends._c_work import DTYPES, Work, addresses_of, by_dtype, cut_chunks, run
+from mpcore.base import SIXTEEN_BIT
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from mpcore.backends._c_statistics import with_statistics
 from mpcore.backends._c_update import Plan
 from mpcore.backends._c_work import Work, by_dtype, cut_chunks, run
 from mpcore.backends._inspection import Inspection
-from mpcore.gradient_set import GradientSet
+from mpcore.base import GradientSet
 from mpcore.updates import Hyper
 
 _POINTER = ctypes.c_void_p

@@ -7,9 +7,9 @@ import ctypes
 import torch
 from torch import Tensor
 
-from mpcore.backends import _scale
 from mpcore.backends._c_compiler import declared
-from mpcore.backends._scale import ScaleMove
+from mpcore.loss_scale import ScaleMove
+from mpcore.loss_scale import update_scale_ as plain_update_scale_
 
 _DTYPES = (torch.float32, torch.int32, torch.int32, torch.int64)
 
@@ -36,7 +36,7 @@ def update_scale_(move: ScaleMove, found_inf: Tensor) -> None:
         BackendError: The compiler refused.
     """
     if not _is_usual(move.state, found_inf):
-        _scale.update_scale_(move, found_inf)
+        plain_update_scale_(move, found_inf)
         return
     numbers = Move(
         *map(Tensor.data_ptr, move.state),

@@ -18,9 +18,7 @@ from typing import Any
 import torch
 
 from mpcore.backends._c_command import HEADER
-from mpcore.updates import RULES, UpdateRule
-from mpcore.updates.rule import power
-from mpcore.updates.square_root import sqrt64
+from mpcore.updates import RULES, UpdateRule, power, sqrt64
 
 #: The steps of the compiled backend in the order of its table: name of a rule, number of moments.
 STEPS = tuple((name, count) for name, rule in RULES.items() for count in rule.moment_counts)

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpcore._bulk import have_shapes
-from mpcore._checks import SIXTEEN_BIT
 from mpcore.backends import _update
 from mpcore.backends._blocks import all_in_memory_order
 from mpcore.backends._c_adopt import adopt_
@@ -18,9 +16,9 @@ from mpcore.backends._c_compiler import passes
 from mpcore.backends._c_scale import update_scale_
 from mpcore.backends._c_source import STEPS
 from mpcore.backends._c_work import DTYPES, Table, Work, by_dtype, run
-from mpcore.backends._scale import ScaleMove
+from mpcore.base import SIXTEEN_BIT, GradientSet, have_shapes
 from mpcore.errors import ArgumentError
-from mpcore.gradient_set import GradientSet
+from mpcore.loss_scale import ScaleMove
 from mpcore.updates import Batch
 
 # 16-bit weights of this many elements fill the last cache before the next forward pass reads them

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from mpcore.backends._blocks import memory_order
+from mpcore.base import GradientSet
 from mpcore.errors import ArgumentError
-from mpcore.gradient_set import GradientSet
 
 #: Elements that a thread takes at a time.
 CHUNK = 2**16

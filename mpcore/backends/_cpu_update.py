@@ -32,7 +32,7 @@ from mpcore.backends._blocks import (
     none_reaches,
 )
 from mpcore.backends._cast import adopt_, cast_into
-from mpcore.backends._scale import ScaleMove, update_scale_
+from mpcore.loss_scale import ScaleMove, update_scale_
 from mpcore.updates import Batch, Hyper, UpdateRule
 
 

@@ -23,13 +23,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpcore._checks import SIXTEEN_BIT
 from mpcore.backends._blocks import memory_order
 from mpcore.backends._update import Plan, prepare_
+from mpcore.base import SIXTEEN_BIT, GradientSet
 from mpcore.errors import ArgumentError
-from mpcore.gradient_set import GradientSet
-from mpcore.updates import Hyper
-from mpcore.updates.square_root import sqrt64
+from mpcore.updates import Hyper, sqrt64
 
 _CHUNK = 4096
 _INFINITY = 0x7F800000

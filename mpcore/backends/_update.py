@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from mpcore.backends._cast import adopt_, cast_into
-from mpcore.backends._scale import ScaleMove, update_scale_
 from mpcore.errors import ArgumentError, StageError
-from mpcore.updates import RULES, Batch, Hyper, UpdateRule
-from mpcore.updates.batch import shared_base
+from mpcore.loss_scale import ScaleMove, update_scale_
+from mpcore.updates import RULES, Batch, Hyper, UpdateRule, shared_base
 
 
 @dataclass

@@ -20,7 +20,7 @@ from mpcore.backends._blocks import blocks, copy_all, cut, memory_order, new_scr
 from mpcore.backends._cast import adopt_, widen_into
 from mpcore.backends._cpu_inspection import inspect
 from mpcore.backends._cpu_update import plan_update, prepare_, update_
-from mpcore.backends._scale import update_scale_
+from mpcore.loss_scale import update_scale_
 
 __all__ = [
     "adopt_",

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from mpcore.backends._cast import adopt_, cast_into, widen_into
 from mpcore.backends._inspection import Inspection, inspect
-from mpcore.backends._scale import update_scale_
 from mpcore.backends._update import plan_update, prepare_, update_
+from mpcore.loss_scale import update_scale_
 
 __all__ = [
     "Inspection",

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from mpcore.bench.problem import ADAMW, MAX_NORM, Problem
 from mpcore.bench.tensors import tensors_in
+from mpcore.engine import MixedPrecisionOptimizer
 from mpcore.loss_scale import DynamicLossScale
 from mpcore.monitoring.monitor import Monitor
-from mpcore.optimizer import MixedPrecisionOptimizer
 
 
 class Contender(ABC):

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 
+from mpcore.base import examine_cpu, find_versions, torch_build
 from mpcore.bench.check import CHECKED_STEPS, checked_step, errors, verdict
 from mpcore.bench.contenders import Contender
 from mpcore.bench.counting import HostReads, allocated, compiled_host_reads, launches
@@ -23,7 +24,6 @@ from mpcore.bench.shapes import ParameterList
 from mpcore.bench.tensors import synchronize
 from mpcore.bench.timing import Times, copy_bandwidth, time_rounds
 from mpcore.errors import ArgumentError
-from mpcore.machine import examine_cpu, find_versions, torch_build
 from mpcore.monitoring.memory import storage_bytes
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}

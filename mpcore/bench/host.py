@@ -25,12 +25,12 @@ import torch
 from torch import Tensor, nn
 
 from mpcore.backends import Inspection
+from mpcore.base import Table
 from mpcore.bench.experiment import check_device
 from mpcore.bench.problem import ADAMW
 from mpcore.bench.tensors import synchronize
+from mpcore.engine import MixedPrecisionOptimizer
 from mpcore.loss_scale import DynamicLossScale
-from mpcore.optimizer import MixedPrecisionOptimizer
-from mpcore.table import Table
 
 GROUPS = 4
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import csv
 import io
 
+from mpcore.base import Table
 from mpcore.bench.experiment import BenchResult, Outcome
 from mpcore.bench.rows import BASELINE, LOOP
 from mpcore.bench.shapes import ParameterList
-from mpcore.table import Table
 
 _MISSING = "n/a"
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from mpcore.base import Table
 from mpcore.bench.experiment import check_device
 from mpcore.bench.timing import time_call
 from mpcore.demo.model import GPT, GPTConfig, language_loss
@@ -30,7 +31,6 @@ from mpcore.demo.regimes import (
 )
 from mpcore.loss_scale import DynamicLossScale
 from mpcore.monitoring.memory import SavedForBackward, resident_bytes
-from mpcore.table import Table
 
 REGIMES = (FP32, FP16_MASTERS, BF16_MASTERS, AUTOCAST)
 _ADAMW = AdamWSettings(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)

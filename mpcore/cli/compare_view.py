@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from mpcore._checks import check_count
+from mpcore.base import check_count
 from mpcore.cli.output import Bars, check_writable, progress_on, show_table
 from mpcore.comparison.compare import compare
 from mpcore.comparison.contender import contenders

@@ -7,8 +7,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from mpcore.base import Cpu, Gpu
 from mpcore.doctor import Advice, Diagnosis
-from mpcore.machine import Cpu, Gpu
 
 
 def show_diagnosis(diagnosis: Diagnosis, console: Console) -> None:

@@ -18,8 +18,8 @@ from rich.progress import (
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from mpcore.base import Table
 from mpcore.errors import ArgumentError
-from mpcore.table import Table
 
 
 class Bars:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mpcore._checks import check_count
+from mpcore.base import check_count
 from mpcore.cli.output import Bars, check_writable, progress_on, show_table
 from mpcore.demo.reproduce.experiments import chosen, reproduce
 

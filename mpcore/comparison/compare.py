@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from mpcore._checks import check_count, check_number
+from mpcore.base import check_count, check_number
 from mpcore.comparison.contender import BASELINE, Choice, contenders
 from mpcore.comparison.result import Comparison, Outcome
 from mpcore.comparison.statistics import check_scipy

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mpcore.errors import ArgumentError, ArgumentTypeError
 from mpcore.loss_scale import LossScale, check_loss_scale
-from mpcore.policy import Policy
+from mpcore.precision import Policy
 
 #: A policy or its name, or one of these with a loss scale.
 Choice = str | Policy | tuple[str | Policy, LossScale]

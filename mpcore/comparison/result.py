@@ -10,51 +10,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from mpcore.base import Table, capitalized
 from mpcore.comparison.contender import BASELINE
+from mpcore.comparison.outcome import Outcome as Outcome
 from mpcore.comparison.statistics import Agreement, agreement
-from mpcore.comparison.training_run import TrainingRun
-from mpcore.monitoring.memory import Resident
-from mpcore.monitoring.run_log import RunLog
-from mpcore.table import Table
 
 _APART = 0.05  # first losses that differ by more than this share of FP32's largest one
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one run did.
-
-    Attributes:
-        label: Of the policy and its loss scale.
-        seed: Of the run.
-        metric: What the loop returned; NaN if it failed.
-        log: Losses, scales, skipped steps, readings.
-        seconds: Median of a step, from the end of one to the end of the next; None of one step.
-        memory: Bytes that stay.
-        activations: Bytes that the first forward pass saved for its backward pass.
-        first_loss: Of the first backward pass; None if the optimizer did not see it.
-        failure: Why it failed; None if it did not.
-    """
-
-    label: str
-    seed: int
-    metric: float
-    log: RunLog
-    seconds: float | None
-    memory: Resident | None
-    activations: int | None
-    first_loss: float | None
-    failure: str | None = None
-
-    @staticmethod
-    def of(run: TrainingRun, metric: float, failure: str | None) -> Outcome:
-        """Returns what became of a run that has ended."""
-        log = run.log
-        seconds = statistics.median(log.seconds) if log.seconds else None
-        return Outcome(
-            *(run.label, run.seed, metric, log, seconds, run.memory, run.activations),
-            *(run.first_loss, failure),
-        )
 
 
 @dataclass(frozen=True)
@@ -68,6 +29,7 @@ class Comparison:
         outcomes: One for each policy and seed, in the order of the runs.
 
     Example:
+        >>> from mpcore.monitoring.run_log import RunLog
         >>> log = RunLog("float32", (), (), ())
         >>> run = Outcome("float32", 0, 0.5, log, None, None, None, None)
         >>> found = Comparison("loss", False, 0.01, (run, replace(run, label="float16")))
@@ -217,16 +179,6 @@ def mean_and_spread(values: Sequence[float]) -> str:
         return f"{mean:.3g} ± {spread:.2g}"
     places = max(0, 1 - math.floor(math.log10(spread)))
     return f"{mean:.{places}f} ± {spread:.{places}f}"
-
-
-def capitalized(text: str) -> str:
-    """Returns a text with a large first letter, the others as they are.
-
-    Example:
-        >>> capitalized("mAP"), capitalized("loss")
-        ('MAP', 'Loss')
-    """
-    return text[:1].upper() + text[1:]
 
 
 def _begin_apart(run: Outcome, base: Outcome) -> bool:

@@ -10,15 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from mpcore.comparison.contender import BASELINE, Contender
+from mpcore.engine import MixedPrecisionOptimizer, StepGradients, StepResult
 from mpcore.errors import StageError
-from mpcore.gradients import StepGradients
 from mpcore.monitoring.memory import Resident, SavedForBackward, resident_bytes
 from mpcore.monitoring.monitor import Monitor
 from mpcore.monitoring.records import Record
 from mpcore.monitoring.run_log import RunLog
-from mpcore.optimizer import MixedPrecisionOptimizer
-from mpcore.policy import Policy
-from mpcore.step_result import StepResult
+from mpcore.precision import Policy
 
 Model = TypeVar("Model", bound=nn.Module)
 

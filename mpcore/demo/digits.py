@@ -23,8 +23,8 @@ from torch.nn import functional as F
 
 from mpcore.demo.measure import UpdateTally
 from mpcore.demo.regimes import AdamWSettings, Regime, prepare
-from mpcore.emulate import emulate_tensor_cores
 from mpcore.loss_scale import DynamicLossScale, LossScale
+from mpcore.precision import emulate_tensor_cores
 
 
 @dataclass(frozen=True)

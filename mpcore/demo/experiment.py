@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from mpcore._checks import check_count
+from mpcore.base import check_count
 from mpcore.demo.data import Corpus, load_corpus
 from mpcore.demo.digits import DigitsRun, DigitsSettings, train_digits
 from mpcore.demo.model import GPTConfig

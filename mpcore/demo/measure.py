@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from mpcore._checks import SIXTEEN_BIT
+from mpcore.base import SIXTEEN_BIT
 from mpcore.demo.regimes import Engine
 from mpcore.monitoring.memory import accumulators
 

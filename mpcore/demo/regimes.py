@@ -14,11 +14,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from mpcore.cast_model import cast_model
 from mpcore.demo.rounded import RoundedAdamW
-from mpcore.headroom import HeadroomLossScale
-from mpcore.loss_scale import LossScale, NoLossScale
-from mpcore.optimizer import MixedPrecisionOptimizer
+from mpcore.engine import MixedPrecisionOptimizer
+from mpcore.loss_scale import HeadroomLossScale, LossScale, NoLossScale
+from mpcore.precision import cast_model
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from mpcore.demo.digits import DigitsSettings, Images, SideBySideMLP, summed_loss
 from mpcore.demo.measure import SubnormalTally
 from mpcore.demo.regimes import FP16_MASTERS, prepare
-from mpcore.emulate import emulate_tensor_cores
-from mpcore.headroom import HeadroomLossScale
-from mpcore.loss_scale import DynamicLossScale, LossScale, StaticLossScale
+from mpcore.loss_scale import DynamicLossScale, HeadroomLossScale, LossScale, StaticLossScale
+from mpcore.precision import emulate_tensor_cores
 
 SCHEDULES: dict[str, LossScale] = {
     "StaticLossScale(1)": StaticLossScale(1.0),

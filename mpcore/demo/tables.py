@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from mpcore.base import Table
 from mpcore.demo.digits import DigitsRun
 from mpcore.demo.experiment import DemoResult, mean, relative_to_fp32
 from mpcore.demo.regimes import FP32, GPT_REGIMES, Regime
-from mpcore.table import Table
 
 
 def gpt_table(result: DemoResult) -> Table:

@@ -14,13 +14,13 @@ from mpcore.demo.data import VOCABULARY, Corpus, draw_offsets, spread_offsets, w
 from mpcore.demo.measure import SubnormalTally, UpdateTally
 from mpcore.demo.model import GPT, GPTConfig, language_loss
 from mpcore.demo.regimes import AdamWSettings, Engine, Regime, prepare
-from mpcore.emulate import emulate_tensor_cores
+from mpcore.engine import MixedPrecisionOptimizer
 from mpcore.loss_scale import DynamicLossScale
 from mpcore.monitoring.memory import Resident, resident_bytes
 from mpcore.monitoring.monitor import Monitor
 from mpcore.monitoring.records import Record
 from mpcore.monitoring.run_log import RunLog
-from mpcore.optimizer import MixedPrecisionOptimizer
+from mpcore.precision import emulate_tensor_cores
 
 _READINGS = 20  # of gradients, in a run
 

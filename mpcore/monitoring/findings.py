@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpcore.backends._blocks import innermost_first
-from mpcore.gradient_buckets import Look
+from mpcore.backends import innermost_first
+from mpcore.engine import Look
 
 #: The bits of `Inspection.kinds`, in order.
 KINDS = ("NaN", "+inf", "-inf", "overflow when unscaled")

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpcore._checks import check_count
+from mpcore.base import check_count
+from mpcore.engine import MixedPrecisionOptimizer, StepGradients, StepResult
 from mpcore.errors import ArgumentTypeError
-from mpcore.gradients import StepGradients
 from mpcore.monitoring.facts import Facts, NanStreak
 from mpcore.monitoring.findings import Finding, findings_of
 from mpcore.monitoring.history import Course, History
@@ -25,8 +25,6 @@ from mpcore.monitoring.report import OverflowReport
 from mpcore.monitoring.update_sample import UpdateSample
 from mpcore.monitoring.used_share import used_share
 from mpcore.monitoring.verdicts import verdict_on
-from mpcore.optimizer import MixedPrecisionOptimizer
-from mpcore.step_result import StepResult
 
 _LONGEST = 2**14  # steps that a course holds, however rare readings are
 

@@ -9,10 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mpcore.gradients import StepGradients
-from mpcore.host_copy import HostCopy, comes_late
-from mpcore.optimizer import MixedPrecisionOptimizer
-from mpcore.step_result import StepResult
+from mpcore.base import HostCopy, comes_late
+from mpcore.engine import MixedPrecisionOptimizer, StepGradients, StepResult
 
 #: Steps that the host may be ahead. CUDA queues about 1,000 launches and makes the host wait for
 #: more; a watched step has dozens, so that nobody gets this far without waiting anyway.

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mpcore.accumulation import Overflow
 from mpcore.errors import ArgumentError
+from mpcore.masters import Overflow
 from mpcore.monitoring.findings import Finding
 from mpcore.monitoring.history import Course
 from mpcore.monitoring.memory import Resident

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mpcore.accumulation import Overflow
+from mpcore.masters import Overflow
 from mpcore.monitoring.findings import Finding
 from mpcore.monitoring.verdicts import Verdict, first_few, scale_text
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mpcore._checks import SIXTEEN_BIT
+from mpcore.base import SIXTEEN_BIT
 from mpcore.masters import Masters
 
 #: Masters that are looked at, of each parameter; evenly spaced.

@@ -7,7 +7,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from mpcore.gradients import StepGradients
+from mpcore.engine import StepGradients
 
 
 def used_share(gradients: StepGradients, home: torch.device) -> Tensor | None:

@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mpcore.headroom import HeadroomLossScale
-from mpcore.loss_scale import DynamicLossScale, StaticLossScale
 from mpcore.monitoring.facts import FEW, PROVEN, Facts
 
 #: by how much the scale falls before gradients that stay NaN alone are no longer a search's
@@ -66,6 +64,7 @@ def verdict_on(facts: Facts) -> Verdict:
     Example:
         >>> from mpcore.monitoring.findings import Finding
         >>> finding = Finding("w", (1,), "float16", ("+inf",), (0,), math.inf, None, None)
+        >>> from mpcore import DynamicLossScale
         >>> scaling = DynamicLossScale(2.0**16)
         >>> str(verdict_on(Facts([finding], scaling, 2.0**16, 2.0**15, 1.0, [], 0)))
         'The search for a loss scale has begun: 65536 is too high, 32768 is next. Nothing is wrong.'
@@ -165,7 +164,8 @@ def _other(facts: Facts) -> Verdict | None:
 
 
 def _static(facts: Facts) -> Verdict | None:
-    if not isinstance(facts.scaling, StaticLossScale) or facts.clean_before:
+    scaling = facts.scaling
+    if scaling is None or scaling.moves or not scaling.scales or facts.clean_before:
         return None
     return Verdict(
         "static",
@@ -177,7 +177,7 @@ def _static(facts: Facts) -> Verdict | None:
 
 
 def _searching(facts: Facts) -> Verdict | None:
-    if not isinstance(facts.scaling, (DynamicLossScale, HeadroomLossScale)):
+    if facts.scaling is None or not facts.scaling.moves:
         return None
     begun = facts.clean_before > 0
     after = "it goes down if that happens again"  # with hysteresis, or a tolerance
@@ -195,9 +195,9 @@ def _searching(facts: Facts) -> Verdict | None:
 
 
 def _probing(facts: Facts) -> Verdict | None:
-    if not isinstance(facts.scaling, DynamicLossScale) or not facts.has_grown():
+    interval = None if facts.scaling is None else facts.scaling.growth_interval
+    if interval is None or not facts.has_grown():
         return None
-    interval = facts.scaling.growth_interval
     if facts.proven() >= max(min(interval, PROVEN), FEW):
         return None
     return Verdict(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import ParamsT
 
-from mpcore._checks import check_number
+from mpcore.base import check_number
 from mpcore.errors import ArgumentError
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mpcore.comparison.contender import BASELINE
-from mpcore.comparison.result import Comparison, capitalized
+from mpcore.base import Table, capitalized
+from mpcore.monitoring.memory import Resident
+from mpcore.monitoring.run_log import RunLog
 from mpcore.report.bars import Stack
 from mpcore.report.page import Event, Events, Picture, Section, render_page
 from mpcore.report.run_figures import style_of
@@ -23,7 +25,69 @@ from mpcore.report.run_page import (
 from mpcore.report.svg import COLOURS, clipped, new_axes, smooth_curve, to_svg
 
 
-def render_comparison(comparison: Comparison) -> str:
+class Agreement(Protocol):
+    """What may be said of a policy beside FP32."""
+
+    @property
+    def name(self) -> str:
+        """The verdict in a word."""
+
+    @property
+    def text(self) -> str:
+        """And in a sentence."""
+
+
+class Run(Protocol):
+    """What one run did: see `mpcore.comparison.result.Outcome`."""
+
+    @property
+    def metric(self) -> float:
+        """What the loop returned."""
+
+    @property
+    def log(self) -> RunLog:
+        """Losses, scales, skipped steps, readings."""
+
+    @property
+    def seconds(self) -> float | None:
+        """Median of a step."""
+
+    @property
+    def memory(self) -> Resident | None:
+        """Bytes that stay."""
+
+    @property
+    def activations(self) -> int | None:
+        """Bytes that the first forward pass saved."""
+
+
+class Compared(Protocol):
+    """What a page needs of a `mpcore.Comparison`."""
+
+    @property
+    def metric(self) -> str:
+        """What the number is called that was compared."""
+
+    @property
+    def margin(self) -> float:
+        """Share of FP32's mean that does not matter."""
+
+    @property
+    def labels(self) -> list[str]:
+        """The policies with their loss scales, FP32 first."""
+
+    @property
+    def agreements(self) -> Mapping[str, Agreement]:
+        """What may be said of each policy."""
+
+    def of(self, label: str) -> Sequence[Run]:
+        """Returns the runs of a policy, by seed."""
+
+    def table(self) -> Table:
+        """Returns the verdicts as a table."""
+
+
+def render_comparison(comparison: Compared) -> str:
     """Returns the page of a comparison as HTML that fetches nothing; needs SciPy.
 
     Args:
@@ -54,7 +118,7 @@ def render_comparison(comparison: Comparison) -> str:
     return render_page("Does it match FP32?", lead, sections, "")
 
 
-def _verdicts(comparison: Comparison) -> Events:
+def _verdicts(comparison: Compared) -> Events:
     return Events(
         tuple(
             Event(label, found.name, found.text, normal=found.name == "matches")
@@ -63,7 +127,7 @@ def _verdicts(comparison: Comparison) -> Events:
     )
 
 
-def _metric_figure(comparison: Comparison) -> str:
+def _metric_figure(comparison: Compared) -> str:
     labels = comparison.labels
     figure, axes = new_axes(clipped(comparison.metric), "", height=1.0 + 0.4 * len(labels))
     for row, label in enumerate(labels):
@@ -72,7 +136,7 @@ def _metric_figure(comparison: Comparison) -> str:
         axes.plot(metrics, [row] * len(metrics), "o", color=colour, ms=5, alpha=0.6)
         if all(map(math.isfinite, metrics)):
             axes.plot([statistics.fmean(metrics)], [row], "|", color=colour, ms=18, mew=2)
-    bases = [outcome.metric for outcome in comparison.of(BASELINE.label)]
+    bases = [outcome.metric for outcome in comparison.of(labels[0])]
     if all(map(math.isfinite, bases)):
         base = statistics.fmean(bases)
         width = comparison.margin * abs(base)
@@ -84,13 +148,13 @@ def _metric_figure(comparison: Comparison) -> str:
     return to_svg(figure, f"{comparison.metric} of every policy and seed", "metric")
 
 
-def _difference_section(comparison: Comparison) -> tuple[Section, ...]:
+def _difference_section(comparison: Compared) -> tuple[Section, ...]:
     labels = comparison.labels
     figure, axes = new_axes("step", "loss above FP32's")
     for label in labels[1:]:
         curves = [
             _difference(run.log.losses, base.log.losses)
-            for run, base in zip(comparison.of(label), comparison.of(BASELINE.label), strict=True)
+            for run, base in zip(comparison.of(label), comparison.of(labels[0]), strict=True)
         ]
         length = min(map(len, curves))
         if not length:
@@ -113,7 +177,7 @@ def _difference(
     return np.array([loss - known[step] for step, loss in losses if step in known])
 
 
-def _cost(comparison: Comparison) -> tuple[Section, ...]:
+def _cost(comparison: Compared) -> tuple[Section, ...]:
     timed: list[tuple[str, float]] = []
     stacks: list[Stack] = []
     for label in comparison.labels:

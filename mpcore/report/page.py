@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 import mpcore
-from mpcore.table import Table
+from mpcore.base import Table
 
 
 @dataclass(frozen=True)

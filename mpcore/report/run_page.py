@@ -6,6 +6,7 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 
+from mpcore.base import Table
 from mpcore.monitoring.reading import Reading
 from mpcore.monitoring.report import OverflowReport
 from mpcore.monitoring.run_log import RunLog
@@ -20,7 +21,6 @@ from mpcore.report.run_figures import (
     scale_figure,
     what_if_figure,
 )
-from mpcore.table import Table
 
 _SHOWN = 30  # skipped steps in a list
 

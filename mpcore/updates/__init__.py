@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from mpcore.updates.adagrad import AdagradRule
 from mpcore.updates.adam import AdamRule
-from mpcore.updates.batch import Batch, Hyper
+from mpcore.updates.batch import Batch, Hyper, shared_base
 from mpcore.updates.lion import LionRule
-from mpcore.updates.rule import UpdateRule
+from mpcore.updates.rule import UpdateRule, power
 from mpcore.updates.sgd import SGDRule
+from mpcore.updates.square_root import sqrt64
 
-__all__ = ["RULES", "Batch", "Hyper", "UpdateRule", "rule_of"]
+__all__ = ["RULES", "Batch", "Hyper", "UpdateRule", "power", "rule_of", "shared_base", "sqrt64"]
 
 #: Every rule by its name. A new optimizer is one file with a rule, and one entry here.
 RULES: dict[str, UpdateRule] = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 from mpcore.backends import reference
 from mpcore.loss_scale import DynamicLossScale, initial_state, next_state
-from mpcore.scale_tensors import LossScaleTensors
+from mpcore.loss_scale.tensors import LossScaleTensors
 
 import mpcore_kernels
 from mpcore_kernels import inspect, update_scale_, widen_into
@@ -103,7 +103,7 @@ def test_update_scale_follows_the_specification_on_the_device():
     loss_scale = DynamicLossScale(init=8.0, growth_interval=2, max_scale=16.0, hysteresis=2)
     state = initial_state(loss_scale)
     tensors = LossScaleTensors.from_state(state, DEVICE)
-    move = tensors.move(loss_scale)
+    move = loss_scale.move(tensors)
     for found_inf in [0, 0, 0, 0, 1, 1, 1, 0, 0, -1, 0, 1, 1, 1, 1, 1]:
         update_scale_(move, scalar(found_inf, torch.int32))
         state = next_state(loss_scale, state, found_inf=found_inf != 0)

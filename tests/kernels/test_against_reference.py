@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mpcore.backends import Backend, ScaleMove, reference
 from mpcore.loss_scale import LossScaleState
-from mpcore.scale_tensors import LossScaleTensors
+from mpcore.loss_scale.tensors import LossScaleTensors
 
 import mpcore_kernels
 from mpcore_kernels._table import CHUNK

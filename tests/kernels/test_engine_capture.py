@@ -3,7 +3,7 @@
 import mpcore
 import pytest
 import torch
-from mpcore import step_plan
+from mpcore.masters import step_plan
 
 from mpcore_testing.engine_runs import OPTIMIZERS, Training
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mpcore import DynamicLossScale
 from mpcore.backends import ScaleMove, reference
 from mpcore.loss_scale import LossScaleState, initial_state, next_state
-from mpcore.scale_tensors import LossScaleTensors
+from mpcore.loss_scale.tensors import LossScaleTensors
 
 from mpcore_kernels import update_scale_
 from mpcore_testing.bits import same_bits

@@ -7,7 +7,7 @@ _FITS = "and grad.stride() == master.stride()"
 
 EXPOSURE = [
     *engine_mutants(
-        "exposure.py",
+        "engine/exposure.py",
         ("test_exposed_gradients.py",),
         (
             "the model's own gradient is not kept",
@@ -32,7 +32,7 @@ EXPOSURE = [
         ("what older torch shows is not undone", "shown.own.data = shown.own_values", "pass"),
     ),
     *engine_mutants(
-        "exposure.py",
+        "engine/exposure.py",
         ("test_steps_nobody_takes.py",),
         (
             "one dropped gradient throws the pass away",
@@ -41,7 +41,7 @@ EXPOSURE = [
         ),
     ),
     *engine_mutants(
-        "gradients.py",
+        "engine/gradients.py",
         ("test_exposed_gradients.py",),
         ("edits are not looked at again", "self._inspected and not edited", "self._inspected"),
         (
@@ -51,7 +51,7 @@ EXPOSURE = [
         ),
     ),
     *engine_mutants(
-        "gradients.py",
+        "engine/gradients.py",
         ("test_optimizer_clipping.py",),
         (
             "what was clipped is kept until the next step",
@@ -60,7 +60,7 @@ EXPOSURE = [
         ),
     ),
     *engine_mutants(
-        "gradients.py",
+        "engine/gradients.py",
         ("test_bad_weights.py",),
         (
             "an overflow is forgotten with its gradient",
@@ -69,7 +69,7 @@ EXPOSURE = [
         ),
     ),
     *engine_mutants(
-        "unscaling.py",
+        "engine/unscaling.py",
         ("test_exposed_gradients.py",),
         (
             "the scale of an outside scaler is not divided out",
@@ -78,7 +78,7 @@ EXPOSURE = [
         ),
     ),
     *engine_mutants(
-        "unscaling.py",
+        "engine/unscaling.py",
         ("test_optimizer_clipping_errors.py",),
         (
             "grads() are given before unscale_()",
@@ -88,7 +88,7 @@ EXPOSURE = [
     ),
 ]
 CLIP_WATCH = engine_mutants(
-    "clip_watch.py",
+    "engine/clip_watch.py",
     ("test_scaled_clips.py",),
     ("averages of ranks count as clips", "found = lower & nowhere_higher", "found = lower"),
     ("a norm that is only read counts as a clip", "found = lower &", "found = lower |"),
@@ -104,7 +104,7 @@ CLIP_WATCH = engine_mutants(
     ("an empty parameter is watched", "torch.strided and p.numel()]", "torch.strided]"),
 )
 LEFTOVERS = engine_mutants(
-    "leftovers.py",
+    "engine/leftovers.py",
     ("test_leftovers.py",),
     (
         "what was left scaled is scaled once more",
@@ -127,7 +127,7 @@ LEFTOVERS = engine_mutants(
 )
 STAGE = [
     *engine_mutants(
-        "stage.py",
+        "engine/stage.py",
         ("test_exposed_gradients.py",),
         (
             "a pass that the model dropped stays",
@@ -137,12 +137,12 @@ STAGE = [
         ("edits are not taken", "self.gradients.take_edits()", "pass"),
     ),
     *engine_mutants(
-        "stage.py",
+        "engine/stage.py",
         ("test_closure_errors.py",),
         ("gradients stay shown after an evaluation", "gradients.conceal()", "pass"),
     ),
     *engine_mutants(
-        "stage.py",
+        "engine/stage.py",
         ("test_leftovers.py",),
         ("gradients left over do not follow the scale", "moves=moves)", "moves=False)"),
         (
@@ -152,7 +152,7 @@ STAGE = [
         ),
     ),
     *engine_mutants(
-        "stage.py",
+        "engine/stage.py",
         ("test_steps_nobody_takes.py",),
         (
             "a pass of an outside scaler counts here too",
@@ -167,7 +167,7 @@ STAGE = [
         ("the floor is not told of", "        if counts:\n", "        if not counts:\n"),
     ),
     *engine_mutants(
-        "stage.py",
+        "engine/stage.py",
         ("test_accumulation.py",),
         (
             "an outside scaler steps sums",
@@ -176,7 +176,7 @@ STAGE = [
         ),
     ),
     *engine_mutants(
-        "fused_path.py",
+        "engine/fused_path.py",
         ("test_memory_that_moves.py",),
         (
             "a step takes the last plan unchecked",
@@ -185,7 +185,7 @@ STAGE = [
         ),
     ),
     *engine_mutants(
-        "step_plan.py",
+        "masters/step_plan.py",
         ("test_memory_that_moves.py",),
         (
             "a plan outlives the memory of parameters",
@@ -194,7 +194,7 @@ STAGE = [
         ),
     ),
     *engine_mutants(
-        "held_state.py",
+        "masters/held_state.py",
         ("test_memory_that_moves.py",),
         (
             "a plan outlives the memory of masters and moments",
@@ -203,7 +203,7 @@ STAGE = [
         ),
     ),
     *engine_mutants(
-        "seen_gradients.py",
+        "engine/seen_gradients.py",
         ("test_memory_that_moves.py",),
         (
             "gradients that moved after a clip are read where they were",
@@ -212,7 +212,7 @@ STAGE = [
         ),
     ),
     *engine_mutants(
-        "checked_parameters.py",
+        "engine/checked_parameters.py",
         ("test_memory_that_moves.py", "test_replaced_parameters.py"),
         (
             "another shape is not checked",
@@ -231,7 +231,7 @@ STAGE = [
         ),
     ),
     *engine_mutants(
-        "optimizer.py",
+        "engine/optimizer.py",
         ("test_state_initialisation.py",),
         (
             "zeros of a scaled loss only make the state",
@@ -240,7 +240,7 @@ STAGE = [
         ),
     ),
     *engine_mutants(
-        "zero_step.py",
+        "engine/zero_step.py",
         ("test_state_initialisation.py",),
         (
             "one zero gradient makes the step one over zeros",
@@ -251,7 +251,7 @@ STAGE = [
 ]
 SCALE_MOVES = [
     *engine_mutants(
-        "scale_moves.py",
+        "engine/scale_moves.py",
         ("test_steps_nobody_takes.py",),
         ("all losses back off with one", "& known.logical_not()", ""),
         (
@@ -277,14 +277,14 @@ SCALE_MOVES = [
         ),
     ),
     *engine_mutants(
-        "scale_moves.py",
+        "engine/scale_moves.py",
         ("test_external_scaler.py",),
         ("an outside scaler moves the own scale", "if external is None else NoLossScale()", ""),
     ),
 ]
 CHECKS = [
     *engine_mutants(
-        "stage_checks.py",
+        "engine/stage_checks.py",
         ("test_leftovers.py",),
         (
             "one torn part is none",
@@ -293,7 +293,7 @@ CHECKS = [
         ),
     ),
     *engine_mutants(
-        "stage_checks.py",
+        "engine/stage_checks.py",
         ("test_bad_weights.py",),
         (
             "a gradient that comes late is left out",
@@ -302,18 +302,18 @@ CHECKS = [
         ),
     ),
     *engine_mutants(
-        "stage_checks.py",
+        "engine/stage_checks.py",
         ("test_accumulation.py",),
         ("a late gradient beside sums is left out", "if not summed and known", "if known"),
         ("a pass after unscale_ is lost", "if gradients is not None:", "if gradients is None:"),
     ),
     *engine_mutants(
-        "stage_checks.py",
+        "engine/stage_checks.py",
         ("test_exposed_gradients.py",),
         ("sums that are shown are late gradients", "and gradients.exposure is None", ""),
     ),
     *engine_mutants(
-        "checked_parameters.py",
+        "engine/checked_parameters.py",
         ("test_replaced_parameters.py",),
         (
             "weights of any shape are stepped",
@@ -324,17 +324,17 @@ CHECKS = [
 ]
 ACCUMULATION = [
     *engine_mutants(
-        "accumulation.py",
+        "engine/accumulation.py",
         ("test_interruptions_of_others.py",),
         ("half a pass in the sums is not noted", "self.torn = True", "self.torn = False"),
     ),
     *engine_mutants(
-        "accumulation.py",
+        "engine/accumulation.py",
         ("test_interruptions.py",),
         ("a gradient is not put back after an exception", "param.grad = grad\n", "pass\n"),
     ),
     *engine_mutants(
-        "accumulation.py",
+        "engine/accumulation.py",
         ("test_accumulation.py",),
         (
             "sums are in memory of somebody else",

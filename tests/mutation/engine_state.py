@@ -4,22 +4,22 @@ from mutant import engine_mutants
 
 INTERRUPTIONS = [
     *engine_mutants(
-        "writes.py",
+        "masters/writes.py",
         ("test_interruptions_of_others.py",),
         ("the first write is not noted", "        self.begun = True", "        self.begun = False"),
     ),
     *engine_mutants(
-        "optimizer.py",
+        "engine/optimizer.py",
         ("test_interruptions_of_others.py",),
         ("half a load goes on", "        self._writes.begin()\n", ""),
     ),
     *engine_mutants(
-        "optimizer.py",
+        "engine/optimizer.py",
         ("test_external_scaler.py",),
         ("a failed step keeps what a scaler handed over", "External.leave(self)", "pass"),
     ),
     *engine_mutants(
-        "stage.py",
+        "engine/stage.py",
         ("test_interruptions_of_others.py",),
         (
             "half a step is clipped and added to",
@@ -28,7 +28,7 @@ INTERRUPTIONS = [
         ),
     ),
     *engine_mutants(
-        "general_path.py",
+        "engine/general_path.py",
         ("test_interruptions_of_others.py",),
         ("a wrapped step is no write", "if closure is None:  # with one", "if False:  # with one"),
         (
@@ -38,7 +38,7 @@ INTERRUPTIONS = [
         ),
     ),
     *engine_mutants(
-        "general_path.py",
+        "engine/general_path.py",
         ("test_state_initialisation.py",),
         (
             "a step over zeros moves masters",
@@ -47,7 +47,7 @@ INTERRUPTIONS = [
         ),
     ),
     *engine_mutants(
-        "gradients.py",
+        "engine/gradients.py",
         ("test_interruptions.py",),
         (
             "half unscaled gradients are whole",
@@ -56,7 +56,7 @@ INTERRUPTIONS = [
         ),
     ),
     *engine_mutants(
-        "stage.py",
+        "engine/stage.py",
         ("test_interruptions.py",),
         (
             "half a move of the scale is whole",
@@ -65,7 +65,7 @@ INTERRUPTIONS = [
         ),
     ),
     *engine_mutants(
-        "snapshot.py",
+        "masters/snapshot.py",
         ("test_closure_errors.py",),
         (
             "a closure that fails leaves its masters",
@@ -77,7 +77,7 @@ INTERRUPTIONS = [
 ]
 INNER = [
     *engine_mutants(
-        "general_path.py",
+        "engine/general_path.py",
         ("test_inner_methods.py",),
         (
             "the inner state_dict is open",
@@ -96,7 +96,7 @@ INNER = [
         ),
     ),
     *engine_mutants(
-        "stage.py",
+        "engine/stage.py",
         ("test_inner_methods.py",),
         ("gradients that wait are passed by", "return waits or self", "return self"),
         (
@@ -106,7 +106,7 @@ INNER = [
         ),
     ),
     *engine_mutants(
-        "inner_methods.py",
+        "engine/inner_methods.py",
         ("test_inner_methods.py",),
         ("private methods are offered", 'or name.startswith("_")', ""),
         (
@@ -117,7 +117,7 @@ INNER = [
         ("edits are overwritten", "lambda: self._edits.adopt(began=self._began)", "lambda: None"),
     ),
     *engine_mutants(
-        "inner_guards.py",
+        "masters/inner_guards.py",
         ("test_inner_methods.py",),
         (
             "a guard outlives its wrapper",
@@ -126,7 +126,7 @@ INNER = [
         ),
     ),
     *engine_mutants(
-        "inner_guards.py",
+        "masters/inner_guards.py",
         ("test_replaced_groups_and_state.py",),
         (
             "other groups of the wrapped one are stepped",
@@ -135,7 +135,7 @@ INNER = [
         ),
     ),
     *engine_mutants(
-        "two_steps.py",
+        "engine/two_steps.py",
         ("test_two_steps.py",),
         (
             "an overflow of the first pass steps",
@@ -154,7 +154,7 @@ INNER = [
         ),
     ),
     *engine_mutants(
-        "general_path.py",
+        "engine/general_path.py",
         ("test_two_steps.py",),
         (
             "zeros of the inner one stay there",
@@ -163,12 +163,12 @@ INNER = [
         ),
     ),
     *engine_mutants(
-        "stage.py",
+        "engine/stage.py",
         ("test_two_steps.py",),
         ("a pass without a scale never waits", "if scaled or not self.needs_scale", "if scaled"),
     ),
     *engine_mutants(
-        "optimizer.py",
+        "engine/optimizer.py",
         ("test_two_steps.py",),
         (
             "a step between the two calls of one",
@@ -177,12 +177,12 @@ INNER = [
         ),
     ),
     *engine_mutants(
-        "waiting.py",
+        "engine/waiting.py",
         ("test_two_steps.py",),
         ("what was clipped waits in vain", "whole if self._whole else", "not self._whole and"),
     ),
     *engine_mutants(
-        "waiting.py",
+        "engine/waiting.py",
         ("test_closures_and_waiting_gradients.py",),
         ("nobody hears of sums that a closure drops", "self._whole or bool(", "bool("),
         ("dropping what waits is not told of", "        if waited:", "        if not waited:"),
@@ -190,12 +190,12 @@ INNER = [
 ]
 MEMORY = [
     *engine_mutants(
-        "seen_gradients.py",
+        "engine/seen_gradients.py",
         ("test_memory_that_moves.py",),
         ("views of gradients are not seen", "grads.are_contiguous ==", "True or 0 =="),
     ),
     *engine_mutants(
-        "checked_parameters.py",
+        "engine/checked_parameters.py",
         ("test_memory_that_moves.py",),
         (
             "the size of a master is not checked",
@@ -209,12 +209,12 @@ MEMORY = [
         ),
     ),
     *engine_mutants(
-        "paths.py",
+        "engine/paths.py",
         ("test_memory_that_moves.py",),
         ("gaps in memory are not seen", "return [sizes, version, _why", "return [sizes, _why"),
     ),
     *engine_mutants(
-        "_memory.py",
+        "base/memory.py",
         ("test_wrapped_memory.py",),
         ("a view that negates is its memory", "if tensor.is_neg():", "if tensor.is_conj():"),
         (
@@ -225,7 +225,7 @@ MEMORY = [
         ("one plain tensor makes all plain", "return usual or all(", "return usual or any("),
     ),
     *engine_mutants(
-        "_parameters.py",
+        "masters/parameters.py",
         ("test_wrapped_memory.py",),
         (
             "a gradient of another kind is taken",
@@ -234,12 +234,12 @@ MEMORY = [
         ),
     ),
     *engine_mutants(
-        "wrapper.py",
+        "engine/wrapper.py",
         ("test_wrapped_memory.py",),
         ("wrappers are handed to kernels", "if not all_in_memory(params):", "if not params:"),
     ),
     *engine_mutants(
-        "_wrapped_passes.py",
+        "engine/wrapped_passes.py",
         ("test_wrapped_memory.py",),
         (
             "ranks clip by parts of a norm",
@@ -248,7 +248,7 @@ MEMORY = [
         ),
     ),
     *engine_mutants(
-        "paths.py",
+        "engine/paths.py",
         ("test_wrapped_memory.py",),
         (
             "DTensors take the fused path",
@@ -259,14 +259,14 @@ MEMORY = [
 ]
 ANY_STATE = [
     *engine_mutants(
-        "_nested.py",
+        "base/nested.py",
         ("test_state_of_any_kind.py",),
         ("named tuples become tuples", 'if hasattr(value, "_fields") else', "if not value else"),
         ("dictionaries lose their type", "changed = copy.copy(value)", "changed = {}"),
         ("plain values are shared", "return copy.deepcopy(value)", "return value"),
     ),
     *engine_mutants(
-        "checkpoint_states.py",
+        "checkpoint/states.py",
         ("test_state_of_any_kind.py",),
         (
             "an option that nobody fills in is left out",
@@ -285,14 +285,14 @@ ANY_STATE = [
         ),
     ),
     *engine_mutants(
-        "skip_alarm.py",
+        "loss_scale/alarm.py",
         ("test_state_of_any_kind.py",),
         ("an event of the device is copied", '"_sent": None}', "}"),
     ),
 ]
 SCALERS = [
     *engine_mutants(
-        "scaler_momentum.py",
+        "amp/scaler_momentum.py",
         ("test_grad_scaler_momentum.py",),
         (
             "the velocity begins from +0.0",
@@ -311,7 +311,7 @@ SCALERS = [
         ),
     ),
     *engine_mutants(
-        "grad_scaler.py",
+        "amp/grad_scaler.py",
         ("test_grad_scaler_momentum.py",),
         (
             "a dampened velocity starts anew after a step",
@@ -320,7 +320,7 @@ SCALERS = [
         ),
     ),
     *engine_mutants(
-        "_scaling.py",
+        "engine/external.py",
         ("test_grad_scaler_momentum.py",),
         (
             "a scaler without gradients stops the step",
@@ -329,7 +329,7 @@ SCALERS = [
         ),
     ),
     *engine_mutants(
-        "_scaler_arguments.py",
+        "amp/arguments.py",
         ("test_grad_scaler_settings.py",),
         (
             "a scale beyond the bounds is taken",
@@ -341,7 +341,7 @@ SCALERS = [
     ),
 ]
 GRAPHS = engine_mutants(
-    "_graphs.py",
+    "base/graphs.py",
     ("test_compiled_training.py",),
     ("methods are traced", "return _disable_dynamo(method)", "return method"),
     ("hooks run twice", "    hooked.hooked = True  # type: ignore[attr-defined]\n", ""),

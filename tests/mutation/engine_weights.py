@@ -52,7 +52,7 @@ ADOPT = [
 ]
 EDITS = [
     *engine_mutants(
-        "weight_edits.py",
+        "masters/weight_edits.py",
         ("test_weight_edits_in_updates.py",),
         (
             "an update looks at no weight",
@@ -68,7 +68,7 @@ EDITS = [
         ),
     ),
     *engine_mutants(
-        "weight_edits.py",
+        "masters/weight_edits.py",
         ("test_weight_edits_refused.py",),
         (
             '"always" looks as seldom as "adopt"',
@@ -89,12 +89,12 @@ EDITS = [
         ),
     ),
     *engine_mutants(
-        "weight_edits.py",
+        "masters/weight_edits.py",
         ("test_external_edits.py",),
         ('"raise" lets edits pass', 'if self._rule == "raise" else', "if not self._rule else"),
     ),
     *engine_mutants(
-        "weight_edits.py",
+        "masters/weight_edits.py",
         ("test_weight_edits.py",),
         ("it is said in every step", "self._warned.update(adopted)", "pass"),
         (
@@ -104,23 +104,23 @@ EDITS = [
         ),
     ),
     *engine_mutants(
-        "optimizer.py",
+        "engine/optimizer.py",
         ("test_weight_edits.py",),
         ("a step adopts nothing", _LATE_STEP, _LATE_STEP.splitlines()[0]),
     ),
     *engine_mutants(
-        "optimizer.py",
+        "engine/optimizer.py",
         ("test_weight_edits_refused.py",),
         ("a step with a closure adopts nothing before it", _CLOSURE, _CLOSURE.splitlines()[0]),
         ("what a closure writes is not adopted", _EVALUATION, _EVALUATION.splitlines()[0]),
     ),
     *engine_mutants(
-        "optimizer.py",
+        "engine/optimizer.py",
         ("test_weight_edits_in_updates.py",),
         ("what an update refused is told in a later step", "self._edits.hear()", "pass"),
     ),
     *engine_mutants(
-        "paths.py",
+        "engine/paths.py",
         ("test_weight_edits_in_updates.py",),
         (
             "a closure is preceded by a pass",
@@ -133,14 +133,14 @@ EDITS = [
         ),
     ),
     *engine_mutants(
-        "optimizer.py",
+        "engine/optimizer.py",
         ("test_external_edits.py",),
         ("a step with a closure goes on from a foreign state", _CLOSURE.splitlines()[0], "pass"),
     ),
 ]
 SHARED = [
     *engine_mutants(
-        "shared_masters.py",
+        "masters/shared.py",
         ("test_shared_masters.py",),
         (
             "two holders share nothing",
@@ -169,7 +169,7 @@ SHARED = [
         ("a load is not told to the other one", "link.fits_since = NEVER", "pass"),
     ),
     *engine_mutants(
-        "masters.py",
+        "masters/masters.py",
         ("test_shared_masters.py",),
         (
             "a master that others hold counts as fitting",
@@ -203,7 +203,7 @@ SHARED = [
 ]
 REPLACED = [
     *engine_mutants(
-        "masters.py",
+        "masters/masters.py",
         ("test_replaced_parameters.py",),
         ("a moved master stays a moment", "self._inner.state[param] = rest", "pass"),
         (
@@ -224,7 +224,7 @@ REPLACED = [
         ),
     ),
     *engine_mutants(
-        "masters.py",
+        "masters/masters.py",
         ("test_state_edits.py",),
         (
             "masters go with their state",
@@ -233,7 +233,7 @@ REPLACED = [
         ),
     ),
     *engine_mutants(
-        "masters.py",
+        "masters/masters.py",
         ("test_external_edits.py",),
         (
             "a loaded master needs no weight of its own",
@@ -242,7 +242,7 @@ REPLACED = [
         ),
     ),
     *engine_mutants(
-        "masters.py",
+        "masters/masters.py",
         ("test_weight_edits_refused.py",),
         (
             "masters lose their digits to weights",
@@ -251,7 +251,7 @@ REPLACED = [
         ),
     ),
     *engine_mutants(
-        "optimizer.py",
+        "engine/saving.py",
         ("test_replaced_parameters.py",),
         (
             "a state left behind is saved as if it were known",
@@ -260,7 +260,7 @@ REPLACED = [
         ),
     ),
     *engine_mutants(
-        "shown_state.py",
+        "masters/shown_state.py",
         ("test_state_of_any_kind.py",),
         (
             "a state that changed its parameter is not seen",
@@ -274,7 +274,7 @@ REPLACED = [
         ),
     ),
     *engine_mutants(
-        "step_plan.py",
+        "masters/step_plan.py",
         ("test_replaced_parameters.py",),
         (
             "kernels read behind a moment",
@@ -284,7 +284,7 @@ REPLACED = [
     ),
 ]
 TABLES = engine_mutants(
-    "_islands.py",
+    "precision/islands.py",
     ("test_cast_model_keep.py",),
     (
         "bags of embeddings are cast",

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mpcore import HeadroomLossScale
 from mpcore.errors import ArgumentError, ArgumentTypeError
 from mpcore.loss_scale import LossScaleState, initial_state, next_state
-from mpcore.scale_tensors import LossScaleTensors
+from mpcore.loss_scale.tensors import LossScaleTensors
 from torch import nn
 
 from mpcore_testing.bits import same_bits
@@ -50,7 +50,7 @@ def on_tensors(scale: HeadroomLossScale, history: list[float | None]) -> list[Lo
     tensors, seen = LossScaleTensors.from_state(initial_state(scale), CPU), []
     for peak in history:
         largest = torch.tensor(math.nan if peak is None else peak, dtype=torch.float64)
-        tensors.advance_(scale, torch.tensor(int(peak is None)), largest=largest)
+        scale.advance_(tensors, torch.tensor(int(peak is None)), largest=largest)
         seen.append(tensors.to_state())
     return seen
 

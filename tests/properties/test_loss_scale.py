@@ -23,7 +23,7 @@ from mpcore.loss_scale import (
     next_state,
     tolerated,
 )
-from mpcore.scale_tensors import LossScaleTensors
+from mpcore.loss_scale.tensors import LossScaleTensors
 
 CPU = torch.device("cpu")
 HISTORIES = st.lists(st.booleans(), max_size=40)
@@ -81,7 +81,7 @@ def states(scale: Any, history: list[bool]) -> list[LossScaleState]:
 def tensor_states(scale: Any, history: list[bool]) -> list[LossScaleState]:
     tensors, seen = LossScaleTensors.from_state(initial_state(scale), CPU), []
     for bad in history:
-        tensors.advance_(scale, torch.tensor(int(bad), dtype=torch.int32))
+        scale.advance_(tensors, torch.tensor(int(bad), dtype=torch.int32))
         seen.append(tensors.to_state())
     return seen
 
@@ -111,7 +111,7 @@ def test_the_tensors_follow_the_specification_from_any_loaded_state(
     state = LossScaleState(2.0**exponent, tracker, left, *counters)
     tensors = LossScaleTensors.from_state(state, CPU)
     assert tensors.to_state() == state
-    tensors.advance_(scale, torch.tensor(bad))
+    scale.advance_(tensors, torch.tensor(bad))
     assert tensors.to_state() == next_state(scale, state, found_inf=bad)
 
 
@@ -209,7 +209,7 @@ def test_the_scale_grows_exactly_at_the_interval_and_an_overflow_restarts_it(fol
 @pytest.mark.parametrize("found_inf", [True, 2, -1, 0.5])
 def test_any_non_zero_found_inf_is_an_overflow(found_inf: float) -> None:
     tensors = LossScaleTensors.from_state(initial_state(DynamicLossScale()), CPU)
-    tensors.advance_(DynamicLossScale(), torch.tensor(found_inf))
+    DynamicLossScale().advance_(tensors, torch.tensor(found_inf))
     assert tensors.to_state() == LossScaleState(2.0**15, 0, 0, 1, 1, 1)
 
 
@@ -217,7 +217,7 @@ def test_the_tensors_are_changed_in_place_and_keep_their_dtypes() -> None:
     tensors = LossScaleTensors.from_state(initial_state(DynamicLossScale(growth_interval=1)), CPU)
     before = [getattr(tensors, field.name) for field in dataclasses.fields(tensors)]
     for bad in (False, True):
-        tensors.advance_(DynamicLossScale(growth_interval=1), torch.tensor(bad))
+        DynamicLossScale(growth_interval=1).advance_(tensors, torch.tensor(bad))
     tensors.assign_(LossScaleState(4.0, 3, 2, 1, 0))
     after = [getattr(tensors, field.name) for field in dataclasses.fields(tensors)]
     assert all(a is b for a, b in zip(before, after, strict=True))

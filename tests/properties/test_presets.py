@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mpcore import DynamicLossScale
 from mpcore.loss_scale import initial_state, next_state
-from mpcore.scale_tensors import LossScaleTensors
+from mpcore.loss_scale.tensors import LossScaleTensors
 
 #: steps are overflows or not; the scale after each of them
 Rule = Callable[[list[bool], int], Iterator[float]]
@@ -185,7 +185,7 @@ def on_tensors(scale: DynamicLossScale, history: list[bool]) -> list[float]:
     tensors = LossScaleTensors.from_state(initial_state(scale), torch.device("cpu"))
     seen = []
     for bad in history:
-        tensors.advance_(scale, torch.tensor(int(bad), dtype=torch.int32))
+        scale.advance_(tensors, torch.tensor(int(bad), dtype=torch.int32))
         seen.append(tensors.scale.item())
     return seen
 

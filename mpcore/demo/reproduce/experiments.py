@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from mpcore._checks import check_count
+from mpcore.base import Table, check_count
 from mpcore.demo.digits import DigitsSettings
 from mpcore.demo.experiment import Progress, cpu_threads
 from mpcore.demo.reproduce import loss_scaling, lost_gradients, lost_updates, master_weights
 from mpcore.errors import ArgumentError
-from mpcore.table import Table
 
 NAMES = ("loss-scaling", "master-weights", "lost-gradients", "lost-updates")
 

@@ -12,14 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from mpcore.cast_model import cast_model
+from mpcore.base import Table
 from mpcore.comparison.result import mean_and_spread
 from mpcore.demo.digits import DigitsSettings, Images, SideBySideMLP, summed_loss
 from mpcore.demo.tables import small
-from mpcore.emulate import emulate_tensor_cores
+from mpcore.engine import MixedPrecisionOptimizer
 from mpcore.loss_scale import DynamicLossScale, LossScale, NoLossScale, StaticLossScale
-from mpcore.optimizer import MixedPrecisionOptimizer
-from mpcore.table import Table
+from mpcore.precision import cast_model, emulate_tensor_cores
 
 WEIGHTS = (1.0, 1e-4, 1e-5, 3e-6, 1e-6)
 LEARNING_RATE, MOMENTUM = 0.05, 0.9

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mpcore.base import Table
 from mpcore.demo.digits import DigitsSettings, Images, SideBySideMLP, summed_loss
 from mpcore.demo.reproduce.loss_scaling import LEARNING_RATE, MOMENTUM
-from mpcore.table import Table
 
 SCALES = (1.0, 8.0, 128.0, 2.0**15)
 SETTINGS = DigitsSettings(seeds=(0, 1, 2, 3, 4), epochs=60, batch=64)

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from mpcore.cast_model import cast_model
+from mpcore.base import Table
+from mpcore.engine import MixedPrecisionOptimizer
 from mpcore.loss_scale import NoLossScale
-from mpcore.optimizer import MixedPrecisionOptimizer
-from mpcore.table import Table
+from mpcore.precision import cast_model
 
 SHARES = tuple(range(-13, -6))
 FORMATS = (torch.float16, torch.bfloat16)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from mpcore.base import Table
 from mpcore.comparison.result import mean_and_spread
 from mpcore.demo.digits import DigitsRun, DigitsSettings, train_digits
 from mpcore.demo.regimes import DIGITS_REGIMES
 from mpcore.demo.tables import small
-from mpcore.table import Table
 
 RATES = (1e-4, 3e-5)
 SETTINGS = DigitsSettings(seeds=(0, 1, 2, 3, 4), epochs=60, batch=64)

@@ -12,7 +12,7 @@ from typing import Any
 
 import mpcore
 import torch
-from mpcore.machine import examine_cpu, find_versions, torch_build
+from mpcore.base.machine import examine_cpu, find_versions, torch_build
 
 from mpcore_testing.gpu_run.record import Recorder, Row
 from mpcore_testing.gpu_run.setting import Setting

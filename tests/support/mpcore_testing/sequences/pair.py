@@ -52,7 +52,7 @@ class Pair:
         self.engine = engine
         name, backend = resolve(engine.backend, [torch.device("cpu")], [])
         self.backend = Failing(backend)
-        patch.setattr("mpcore.wrapper.resolve", lambda *_: (name, self.backend))
+        patch.setattr("mpcore.engine.wrapper.resolve", lambda *_: (name, self.backend))
         self.model = Model(optimizer, Scale.first(scale), engine.fused)
         self.params = [nn.Parameter(shaped(self.model.weights[i], i)) for i in EVERY]
         self.optimizer: Any = self.wrap()

@@ -24,7 +24,7 @@ from mpcore_testing.stage_errors.world import (
 
 SUMS = "stage_checks.py check_no_outside_scaler 1"
 HALF = "writes.py Writes.check 1"
-STRAY = "optimizer.py _take_over_edits 1"
+STRAY = "saving.py take_over_edits 1"
 
 
 def added_outside(world: World) -> None:

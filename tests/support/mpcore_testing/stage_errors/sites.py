@@ -59,7 +59,7 @@ def sites() -> dict[str, tuple[Path, int, int]]:
         for function, body in _functions(tree):
             ordered = sorted(_raises(body), key=lambda node: node.lineno)
             for number, node in enumerate(ordered, start=1):
-                name = f"{path.relative_to(PACKAGE)} {function} {number}"
+                name = f"{path.name} {function} {number}"
                 assert name not in found
                 found[name] = (path, node.lineno, node.end_lineno or node.lineno)
         made = sum(map(_makes_one, ast.walk(tree)))

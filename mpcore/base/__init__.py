@@ -1,0 +1,74 @@
+"""What every room uses: argument checks, many tensors at once, layouts and memory, host copies.
+
+Its face is what is imported here; its modules are its own.
+"""
+
+from __future__ import annotations
+
+from mpcore.base.bulk import (
+    are_same,
+    devices_of,
+    dtypes_in_order,
+    dtypes_of,
+    grads_of,
+    have_shapes,
+    with_gradient,
+    writes_to,
+)
+from mpcore.base.checks import (
+    FULL_PRECISION,
+    LARGEST_SCALE,
+    SIXTEEN_BIT,
+    SMALLEST_SCALE,
+    check_count,
+    check_number,
+    check_scale,
+)
+from mpcore.base.gradient_set import GradientSet
+from mpcore.base.graphs import outside_graphs, outside_graphs_step
+from mpcore.base.host_copy import HostCopy, comes_late, is_capturing
+from mpcore.base.layouts import held_here, laid_out_like, own_memory
+from mpcore.base.machine import Cpu, Gpu, examine_cpu, find_gpus, find_versions, torch_build
+from mpcore.base.memory import PLAIN, all_in_memory, can_be_stepped, why_no_memory
+from mpcore.base.nested import map_tensors
+from mpcore.base.table import Table, capitalized
+
+__all__ = [
+    "FULL_PRECISION",
+    "LARGEST_SCALE",
+    "PLAIN",
+    "SIXTEEN_BIT",
+    "SMALLEST_SCALE",
+    "Cpu",
+    "Gpu",
+    "GradientSet",
+    "HostCopy",
+    "Table",
+    "all_in_memory",
+    "are_same",
+    "can_be_stepped",
+    "capitalized",
+    "check_count",
+    "check_number",
+    "check_scale",
+    "comes_late",
+    "devices_of",
+    "dtypes_in_order",
+    "dtypes_of",
+    "examine_cpu",
+    "find_gpus",
+    "find_versions",
+    "grads_of",
+    "have_shapes",
+    "held_here",
+    "is_capturing",
+    "laid_out_like",
+    "map_tensors",
+    "outside_graphs",
+    "outside_graphs_step",
+    "own_memory",
+    "torch_build",
+    "why_no_memory",
+    "with_gradient",
+    "writes_to",
+]

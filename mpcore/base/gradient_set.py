@@ -1,0 +1,56 @@
+"""The gradients of one pass, frozen: what is asked of each of thousands is asked once."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from mpcore.base.bulk import dtypes_of, writes_to
+from mpcore.base.memory import are_in_memory
+
+
+class GradientSet(tuple[Tensor, ...]):
+    """Gradients in the order of their parameters, and what was found out about them; no host sync.
+
+    A fact is found out when it is first asked for, and holds for the moment of that. Whoever keeps
+    a set compares `addresses` and `writes` with those of now.
+
+    Example:
+        >>> grads = GradientSet.of([torch.ones(2), torch.ones(3)])
+        >>> grads.dtypes, grads.writes, GradientSet.of(grads) is grads
+        ({torch.float32}, [0, 0], True)
+    """
+
+    @classmethod
+    def of(cls, grads: Iterable[Tensor]) -> GradientSet:
+        """Returns `grads` itself if it is such a set, else one of them."""
+        return grads if isinstance(grads, cls) else cls(grads)
+
+    @cached_property
+    def dtypes(self) -> set[torch.dtype]:
+        """Every dtype that occurs."""
+        return dtypes_of(self)
+
+    @cached_property
+    def addresses(self) -> array[int]:
+        """Where each lies in memory, as C has an array of pointers; fails for sparse ones."""
+        return array("q", map(Tensor.data_ptr, self))
+
+    @cached_property
+    def writes(self) -> list[int]:
+        """How often each was written to, as far as autograd knows."""
+        return writes_to(self)
+
+    @cached_property
+    def are_in_memory(self) -> bool:
+        """Whether the values of each lie at its address."""
+        return are_in_memory(self, lambda: self.addresses)
+
+    @cached_property
+    def are_contiguous(self) -> bool:
+        """Whether each lies in memory in the order of its elements."""
+        return all(map(Tensor.is_contiguous, self))

@@ -1,0 +1,103 @@
+"""The parameters that have a gradient, checked; what few steps change is compared with the last."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mpcore.base import (
+    GradientSet,
+    all_in_memory,
+    are_same,
+    dtypes_in_order,
+    have_shapes,
+    with_gradient,
+)
+from mpcore.errors import ArgumentError
+from mpcore.masters import Groups, Masters, check_can_be_stepped, name_of
+
+
+class Collected(NamedTuple):
+    """Parameters that have a gradient, and these as they are now; None: they are in no `p.grad`."""
+
+    params: list[Tensor]
+    grads: GradientSet | None
+
+
+class CheckedParameters:
+    """Finds the parameters that have a gradient, and what is wrong with them; no host sync.
+
+    Args:
+        groups: The optimizer's param groups.
+        device_of: Where each parameter was when it came to the optimizer.
+        masters: Where the masters are.
+    """
+
+    def __init__(
+        self, groups: Groups, device_of: Mapping[Tensor, torch.device], masters: Masters
+    ) -> None:
+        self._groups = groups
+        self._device_of = device_of
+        self._masters = masters
+        self._known: list[Tensor] = []  # parameters that were found right,
+        self._version = -1  # with these masters,
+        self._addresses: list[int] = []  # that were here,
+        self._dtypes: list[torch.dtype] = []  # of these dtypes
+        self._shapes: list[torch.Size] = []  # and shapes, which are also those of
+        self._held: list[Tensor] = []  # their masters
+
+    def with_gradient(self, caller: str) -> Collected:
+        """Returns the parameters that have a gradient, and these.
+
+        Args:
+            caller: The method that asks, for messages.
+
+        Raises:
+            ArgumentError: One cannot be stepped.
+        """
+        every = [param for group in self._groups for param in group["params"]]
+        params, found = with_gradient(every)
+        grads = GradientSet(found)
+        known = self._are_known(params)
+        if not (known and grads.are_in_memory):
+            self._check(caller, params, grads)
+            grads = GradientSet(with_gradient(params)[1])  # some may have been replaced
+            if not known:
+                self._note(params)
+        return Collected(list(params), grads)
+
+    def _are_known(self, params: Sequence[Tensor]) -> bool:
+        return (
+            self._version == self._masters.version
+            and are_same(params, self._known)
+            and list(map(Tensor.data_ptr, params)) == self._addresses
+            and dtypes_in_order(params) == self._dtypes
+            and have_shapes(params, self._shapes)
+            and have_shapes(self._held, self._shapes)  # `.data = other` of a master
+        )
+
+    def _note(self, params: Sequence[Tensor]) -> None:
+        if self._version == self._masters.version and are_same(params, self._known):
+            self._masters.version += 1  # something about them was replaced: what was planned is old
+        self._known = []
+        if all_in_memory(params):
+            self._known, self._version = list(params), self._masters.version
+            self._addresses = list(map(Tensor.data_ptr, params))
+            self._dtypes = dtypes_in_order(params)
+            self._shapes = [param.shape for param in params]
+            self._held = list(map(self._masters.of, params))
+
+    def _check(self, caller: str, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+        for param, grad in zip(params, grads, strict=True):
+            check_can_be_stepped(param, grad, self._groups, self._device_of, self._masters)
+            master = self._masters.of(param)
+            if param.shape != master.shape:
+                raise ArgumentError(
+                    f"{caller}: {name_of(param, self._groups)}: expected {list(master.shape)} like "
+                    f"its master, got {list(param.shape)}: its data was replaced. Put a new "
+                    "Parameter into the param group, and its state into optimizer.state, or delete "
+                    "its state there."
+                )

@@ -1,0 +1,53 @@
+"""LR schedulers that count updates, and steps that are no updates."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from mpcore.base import outside_graphs
+
+
+class _Scheduler(Protocol):
+    def step(self, *metrics: Any) -> None: ...
+
+
+class _Step(Protocol):
+    @property
+    def skipped(self) -> bool: ...
+
+
+@outside_graphs
+def step_scheduler(scheduler: _Scheduler, last_step: _Step | None, *metrics: float) -> bool:
+    """Steps an LR scheduler unless the optimizer's last step was skipped; syncs with the host.
+
+    A schedule that counts updates would run ahead with every skipped step. One that counts batches
+    should: call its `step` yourself, which syncs with nothing.
+
+    Args:
+        scheduler: Any of `torch.optim.lr_scheduler`, or what has such a `step`.
+        last_step: `optimizer.last_step`, or that of a `mpcore.GradScaler`. None, as it is before
+            the first step and after one without gradients, counts as skipped.
+        metrics: What `ReduceLROnPlateau.step` takes.
+
+    Returns:
+        Whether the scheduler was stepped.
+
+    Example:
+        >>> import torch, mpcore
+        >>> weight = torch.nn.Parameter(torch.ones(2).half())
+        >>> optimizer = mpcore.MixedPrecisionOptimizer(torch.optim.SGD([weight], lr=1.0))
+        >>> scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+        >>> for size in (torch.inf, 1.0):
+        ...     optimizer.backward((weight.float() * size).sum())
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        ...     mpcore.step_scheduler(scheduler, optimizer.last_step)
+        False
+        True
+        >>> optimizer.param_groups[0]["lr"]
+        0.1
+    """
+    if last_step is None or last_step.skipped:
+        return False
+    scheduler.step(*metrics)
+    return True

@@ -1,0 +1,27 @@
+"""Who hears of each step: what a monitor offers to the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from mpcore.engine.gradients import StepGradients
+from mpcore.engine.step_result import StepResult
+
+
+class Watcher(Protocol):
+    """Somebody who wants to know what happens in each step: `mpcore.Monitor`."""
+
+    def see_loss(self, outputs: Any) -> None:
+        """Hears what is going to be scaled."""
+
+    def begin_step(self, params: Sequence[Tensor]) -> bool:
+        """Hears whose gradients are collected; returns whether their values shall be counted."""
+
+    def end_step(self, gradients: StepGradients, result: StepResult, *, own_scale: bool) -> None:
+        """Hears how the step ended, after the scale has moved, and whether that is our own."""
+
+    def forget(self, *, last_step: bool) -> None:
+        """Hears that passes were thrown away, and whether the last step is none any more."""

@@ -1,0 +1,45 @@
+"""FP32 masters: who has one, its state, edits of weights, and what a fused step is planned for.
+
+Start with `masters.py`. Its face is what is imported here.
+"""
+
+from __future__ import annotations
+
+from mpcore.masters.inner_guards import CheckpointGuard, DirectStepGuard
+from mpcore.masters.masters import Groups, Masters, upcast
+from mpcore.masters.parameters import (
+    check_can_be_stepped,
+    check_group,
+    check_inner,
+    check_original,
+    check_shared,
+    name_of,
+)
+from mpcore.masters.snapshot import Snapshot
+from mpcore.masters.step_plan import StepPlan, make_plan
+from mpcore.masters.sums import Accumulated, MicroBatch, Overflow
+from mpcore.masters.weight_edits import WeightEdits, check_rule
+from mpcore.masters.writes import Writes
+
+__all__ = [
+    "Accumulated",
+    "CheckpointGuard",
+    "DirectStepGuard",
+    "Groups",
+    "Masters",
+    "MicroBatch",
+    "Overflow",
+    "Snapshot",
+    "StepPlan",
+    "WeightEdits",
+    "Writes",
+    "check_can_be_stepped",
+    "check_group",
+    "check_inner",
+    "check_original",
+    "check_rule",
+    "check_shared",
+    "make_plan",
+    "name_of",
+    "upcast",
+]

@@ -1,0 +1,161 @@
+"""Casts at module borders: what keeps 16-bit modules and FP32 islands on speaking terms.
+
+The hooks are values (frozen, compared by content), so that a model which carries them can be
+pickled, deep-copied and compiled, and a second cast can tell what the first one did.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterable, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpcore.base import FULL_PRECISION, SIXTEEN_BIT
+
+_FLOATING = frozenset({*SIXTEEN_BIT, *FULL_PRECISION})
+
+
+def cast_tensors(value: Any, sources: frozenset[torch.dtype], dtype: torch.dtype) -> Any:
+    """Returns `value` with its tensors of a type in `sources` cast to `dtype`; no sync.
+
+    Looks into tuples, lists, mappings and dataclasses, nested in any way. Whatever holds nothing
+    to cast is handed back as the same object, and a tensor that occurs twice is cast once, so that
+    `query is key` stays true.
+
+    Example:
+        >>> import torch
+        >>> mask = torch.tensor([True])
+        >>> x, options = cast_tensors(
+        ...     (torch.ones(1), {"mask": mask}), frozenset({torch.float32}), torch.float16
+        ... )
+        >>> x.dtype, options["mask"] is mask
+        (torch.float16, True)
+    """
+    return _Pass(sources, dtype).cast(value)[0]
+
+
+class _Pass:
+    """One walk over a nest of containers.
+
+    Tells changes by flags and tensors by `is` in a list, since `torch.compile` traces neither the
+    identity of tuples nor `id` nor weak maps.
+    """
+
+    def __init__(self, sources: frozenset[torch.dtype], dtype: torch.dtype) -> None:
+        self._sources = sources
+        self._dtype = dtype
+        self._done: list[tuple[Tensor, Tensor]] = []
+        self._ancestors: list[Any] = []
+
+    def cast(self, value: Any) -> tuple[Any, bool]:
+        """Returns the cast value, and whether it differs from `value`."""
+        if isinstance(value, Tensor):
+            return self._cast_tensor(value)
+        if isinstance(value, tuple):
+            changed = self._cast_items(value)
+            return (_with_items(value, changed), True) if changed else (value, False)
+        if not _is_container(value) or any(ancestor is value for ancestor in self._ancestors):
+            return value, False
+        self._ancestors.append(value)
+        changed = self._cast_items(value)
+        self._ancestors.pop()
+        return (_with_items(value, changed), True) if changed else (value, False)
+
+    def _cast_items(self, container: Any) -> dict[Any, Any]:
+        changed = {}
+        for key, old in _items(container):
+            new, differs = self.cast(old)
+            if differs:
+                changed[key] = new
+        return changed
+
+    def _cast_tensor(self, tensor: Tensor) -> tuple[Tensor, bool]:
+        if tensor.dtype == self._dtype or tensor.dtype not in self._sources:
+            return tensor, False
+        for old, new in self._done:
+            if old is tensor:
+                return new, True
+        result = tensor.to(self._dtype)
+        self._done.append((tensor, result))
+        return result, True
+
+
+def _is_container(value: Any) -> bool:
+    """Tells whether `_items` and `_with_items` can take `value` apart; a class is no instance."""
+    if isinstance(value, type):
+        return False
+    return isinstance(value, list | MutableMapping) or dataclasses.is_dataclass(value)
+
+
+def _items(value: Any) -> Iterable[tuple[Any, Any]]:
+    """Returns what a container holds, with the keys that `_with_items` takes."""
+    if isinstance(value, list | tuple):
+        return enumerate(value)
+    if isinstance(value, MutableMapping):
+        return value.items()
+    names = (field.name for field in dataclasses.fields(value))
+    return [(name, getattr(value, name)) for name in names if hasattr(value, name)]
+
+
+def _with_items(value: Any, changed: dict[Any, Any]) -> Any:
+    """Returns a copy of a container in which the items of `changed` take the place of the old."""
+    if isinstance(value, tuple):
+        items = (changed.get(index, item) for index, item in enumerate(value))
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    # torch.compile traces the copies of plain lists and dicts, and no other
+    result = value.copy() if type(value) in (list, dict) else copy.copy(value)
+    for key, item in changed.items():
+        if isinstance(value, list | MutableMapping):
+            result[key] = item
+        else:
+            object.__setattr__(result, key, item)  # also where the dataclass is frozen
+    return result
+
+
+@dataclasses.dataclass(frozen=True)
+class CastInputs:
+    """A forward pre-hook (with keyword arguments): casts floating inputs to `dtype`."""
+
+    dtype: torch.dtype
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Returns the arguments, cast."""
+        args, kwargs = cast_tensors((args, kwargs), _FLOATING, self.dtype)
+        return args, kwargs
+
+
+@dataclasses.dataclass(frozen=True)
+class CastOutputs:
+    """A forward hook: casts FP16, BF16 and FP32 outputs to `dtype`."""
+
+    dtype: torch.dtype
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Returns the output, cast."""
+        return cast_tensors(output, _FLOATING - {torch.float64}, self.dtype)
+
+
+Hooks = tuple[CastInputs | None, CastOutputs | None]
+
+
+def hooks_of(module: nn.Module) -> Hooks:
+    """Returns the cast hooks that a module carries, those of its inputs first."""
+    before = [hook for hook in module._forward_pre_hooks.values() if type(hook) is CastInputs]
+    after = [hook for hook in module._forward_hooks.values() if type(hook) is CastOutputs]
+    return (before[0] if before else None), (after[0] if after else None)
+
+
+def attach(module: nn.Module, hooks: Hooks) -> None:
+    """Gives a module those of `hooks` that it does not carry yet."""
+    present = hooks_of(module)
+    before, after = hooks
+    if before is not None and present[0] is None:
+        module.register_forward_pre_hook(before, with_kwargs=True)
+    if after is not None and present[1] is None:
+        module.register_forward_hook(after)
