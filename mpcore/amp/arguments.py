@@ -12,16 +12,16 @@ from typing import Any, SupportsIndex, TypeVar
 from torch import Tensor
 
 from mpcore.base import LARGEST_SCALE, SIXTEEN_BIT, SMALLEST_SCALE
-from mpcore.loss_scale import AT_MIN, COMPARABLE_STEPS, REFILLS, LossScaleState
+from mpcore.loss_scale import AT_MIN, COMPARABLE_STEPS, COUNTERS, REFILLS, LossScaleState
 
 # what a state_dict holds besides torch's keys
 EXTRAS = ("min_scale", "max_scale", "hysteresis", "refill", "tolerance", "at_min")
 #: And of a loss scale's state: all but the scale and the tracker, which are torch's.
-NAMES = tuple(f"_{name}" for name in LossScaleState._fields[2:])
+NAMES = {f"_{name}": name for name in ("overflows_left", *COUNTERS, "peak", "peak_before")}
 # the lowest number that each integer may be
 _COUNTS = {
     "hysteresis": 1,
-    **dict.fromkeys(NAMES[:-2], 0),
+    **{f"_{name}": 0 for name in ("overflows_left", *COUNTERS)},
 }
 
 LARGEST_INT32 = 2**31 - 1
@@ -109,11 +109,12 @@ def checked_state(state: dict[str, Any], settings: Settings) -> dict[str, Any]:
         "_growth_tracker": settings.growth_tracker(state["_growth_tracker"]),
     }
     check_choices(state["refill"], state["tolerance"], state["at_min"])
-    fresh = dict(zip(NAMES, LossScaleState(0.0, 0, state["hysteresis"], 0, 0)[2:], strict=True))
+    first = LossScaleState(0.0, 0, state["hysteresis"], 0, 0)
+    fresh = {key: getattr(first, name) for key, name in NAMES.items()}
     whole = {**fresh, **state, **of_torch}
     for key, lowest in _COUNTS.items():
         whole[key] = check_count(key.strip("_").replace("_", " "), whole[key], lowest)
-    for key in NAMES[-2:]:
+    for key in ("_peak", "_peak_before"):
         if not isinstance(whole[key], float) or not 0 <= whole[key] < math.inf:
             raise AssertionError(f"{key} must be a finite number >= 0, got {whole[key]!r}.")
     for key in ("_steps_since_move", "_overflows_since_move"):

@@ -279,7 +279,8 @@ class ScaleCourse(torch.amp.GradScaler):
         if not self._enabled:
             return {}
         extras = {name: getattr(self, f"_{name}") for name in EXTRAS}
-        counters = dict(zip(NAMES, self._reading()[2:], strict=True))
+        reading = self._reading()
+        counters = {key: getattr(reading, name) for key, name in NAMES.items()}
         return {**super().state_dict(), **extras, **counters}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -308,8 +309,11 @@ class ScaleCourse(torch.amp.GradScaler):
         super().load_state_dict(loaded)
         for name in EXTRAS:
             setattr(self, f"_{name}", loaded[name])
-        of_torch = (loaded["scale"], loaded["_growth_tracker"])
-        self._init_state = LossScaleState(*of_torch, *(loaded[name] for name in NAMES))
+        self._init_state = LossScaleState(
+            scale=loaded["scale"],
+            growth_tracker=loaded["_growth_tracker"],
+            **{name: loaded[key] for key, name in NAMES.items()},
+        )
         self._alarm = self._new_alarm(self._init_state)
         if self._state is not None:
             self._state.assign_(self._init_state)

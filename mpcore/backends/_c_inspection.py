@@ -77,8 +77,12 @@ def _summed_up(
     """Returns what `conclude` would, without its many small operations; None: look again."""
     squares = torch.zeros(count, dtype=torch.float64, device="cpu")
     unknown = declared("sum_up", ctypes.c_int64, *_ARGUMENTS)(
-        *(chunks.data_ptr(), sums.data_ptr(), len(sums), float(coefficient)),
-        *(ctypes.addressof(_BOUNDS), squares.data_ptr()),
+        chunks.data_ptr(),
+        sums.data_ptr(),
+        len(sums),
+        float(coefficient),
+        ctypes.addressof(_BOUNDS),
+        squares.data_ptr(),
     )
     if unknown:
         return None

@@ -39,9 +39,19 @@ def update_scale_(move: ScaleMove, found_inf: Tensor) -> None:
         plain_update_scale_(move, found_inf)
         return
     numbers = Move(
-        *map(Tensor.data_ptr, move.state),
-        *(move.growth_factor, move.backoff_factor, move.min_scale, move.max_scale),
-        *(move.growth_interval, *move.tolerance, move.hysteresis, move.refill),
+        scale=move.scale.data_ptr(),
+        growth_tracker=move.growth_tracker.data_ptr(),
+        overflows_left=move.overflows_left.data_ptr(),
+        counters=move.counters.data_ptr(),
+        growth_factor=move.growth_factor,
+        backoff_factor=move.backoff_factor,
+        min_scale=move.min_scale,
+        max_scale=move.max_scale,
+        growth_interval=move.growth_interval,
+        few=move.tolerance[0],
+        of_steps=move.tolerance[1],
+        hysteresis=move.hysteresis,
+        refill=move.refill,
     )
     move_scale = declared("move_scale", None, ctypes.c_void_p, ctypes.c_int32)
     move_scale(ctypes.addressof(numbers), int(bool(found_inf)))

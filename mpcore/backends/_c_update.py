@@ -100,8 +100,13 @@ def update_(
             if plan.counters[index]:
                 torch._foreach_add_(plan.counters[index], 1)
             work = _shared_work(
-                *(plan, index, len(here), scalars[index]),
-                *(coefficient, saturated, rows_of_edits[index]),
+                plan,
+                index,
+                tensors=len(here),
+                scalars=scalars[index],
+                coefficient=coefficient,
+                saturated=saturated,
+                edits=rows_of_edits[index],
             )
             for dtype, cut, addresses in by_dtype(here, plan.tables[index].cut):
                 work.take_up(dtype, cut, addresses)

@@ -64,7 +64,7 @@ def addresses_of(tensors: Sequence[Tensor]) -> array[int]:
             "tensors: expected memory of their own, got a DTensor, a wrapper, a meta tensor "
             "or freed memory, put into optimizer.state or a parameter. Put the values there."
         )
-    return known.addresses
+    return known.pointers
 
 
 class Cut(NamedTuple):

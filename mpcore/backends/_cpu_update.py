@@ -149,7 +149,16 @@ def update_(
                 flat = [memory_order(grads[index][i]) for i in group.members]
                 steps = [batch.steps[i] for i in group.members] if batch.steps else []
                 rows = scalars[index][group.members] if scalars else None
-                _update_group(plan, group, flat, steps, rows, coefficient, saturated, scratch)
+                _update_group(
+                    plan,
+                    group,
+                    flat,
+                    steps,
+                    rows,
+                    coefficient=coefficient,
+                    saturated=saturated,
+                    scratch=scratch,
+                )
     if then is not None:
         update_scale_(then, found_inf)
 

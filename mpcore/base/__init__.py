@@ -9,7 +9,6 @@ from mpcore.base.bulk import (
     are_same,
     devices_of,
     dtypes_in_order,
-    dtypes_of,
     grads_of,
     have_shapes,
     with_gradient,
@@ -31,6 +30,7 @@ from mpcore.base.layouts import held_here, laid_out_like, own_memory
 from mpcore.base.machine import Cpu, Gpu, examine_cpu, find_gpus, find_versions, torch_build
 from mpcore.base.memory import PLAIN, all_in_memory, can_be_stepped, why_no_memory
 from mpcore.base.nested import map_tensors
+from mpcore.base.parameter_set import ParameterSet
 from mpcore.base.table import Table, capitalized
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "Gpu",
     "GradientSet",
     "HostCopy",
+    "ParameterSet",
     "Table",
     "all_in_memory",
     "are_same",
@@ -54,7 +55,6 @@ __all__ = [
     "comes_late",
     "devices_of",
     "dtypes_in_order",
-    "dtypes_of",
     "examine_cpu",
     "find_gpus",
     "find_versions",

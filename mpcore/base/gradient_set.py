@@ -36,9 +36,14 @@ class GradientSet(tuple[Tensor, ...]):
         return dtypes_of(self)
 
     @cached_property
-    def addresses(self) -> array[int]:
-        """Where each lies in memory, as C has an array of pointers; fails for sparse ones."""
-        return array("q", map(Tensor.data_ptr, self))
+    def addresses(self) -> list[int]:
+        """Where each lies in memory; fails for sparse ones."""
+        return list(map(Tensor.data_ptr, self))
+
+    @cached_property
+    def pointers(self) -> array[int]:
+        """Likewise, as C has an array of pointers."""
+        return array("q", self.addresses)
 
     @cached_property
     def writes(self) -> list[int]:

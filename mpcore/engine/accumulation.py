@@ -113,7 +113,8 @@ class Accumulation:
 
 def _micro_batch(loss: str, parts: Sequence[StepGradients]) -> MicroBatch:
     """Returns what was found in gradients, some parameters each; no host sync."""
-    seen = [part.largest for part in parts if part.largest is not None]
+    found = [part.findings.largest for part in parts]
+    seen = [largest for largest in found if largest is not None]
     return MicroBatch(
         loss,
         torch.stack([part.found_inf() != 0 for part in parts]).any(),

@@ -27,6 +27,7 @@ Outputs = TypeVar("Outputs")
 class BackwardPasses:
     """The methods of an optimizer that come before its step."""
 
+    loss_scaling: LossScale
     _scale: LossScaleTensors
     _losses: Losses
     _stage: Stage
@@ -51,7 +52,7 @@ class BackwardPasses:
         self._stage.begin_pass()
         if self._stage.watcher is not None:
             self._stage.watcher.see_loss(outputs)
-        if not self._stage.needs_scale:
+        if not self.loss_scaling.scales:
             self._stage.scaled, self._stage.zeroed = True, False
             self._stage.flush_watch.see_loss(outputs)
             return outputs

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mpcore.base import (
     GradientSet,
+    ParameterSet,
     all_in_memory,
     are_same,
     dtypes_in_order,
@@ -23,7 +24,7 @@ from mpcore.masters import Groups, Masters, check_can_be_stepped, name_of
 class Collected(NamedTuple):
     """Parameters that have a gradient, and these as they are now; None: they are in no `p.grad`."""
 
-    params: list[Tensor]
+    params: ParameterSet
     grads: GradientSet | None
 
 
@@ -42,12 +43,9 @@ class CheckedParameters:
         self._groups = groups
         self._device_of = device_of
         self._masters = masters
-        self._known: list[Tensor] = []  # parameters that were found right,
+        self._known = ParameterSet()  # that were found right,
         self._version = -1  # with these masters,
-        self._addresses: list[int] = []  # that were here,
-        self._dtypes: list[torch.dtype] = []  # of these dtypes
-        self._shapes: list[torch.Size] = []  # and shapes, which are also those of
-        self._held: list[Tensor] = []  # their masters
+        self._held: list[Tensor] = []  # of the same shapes
 
     def with_gradient(self, caller: str) -> Collected:
         """Returns the parameters that have a gradient, and these.
@@ -63,31 +61,31 @@ class CheckedParameters:
         grads = GradientSet(found)
         known = self._are_known(params)
         if not (known and grads.are_in_memory):
+            self._masters.take_over_values()  # masters that somebody gave them
             self._check(caller, params, grads)
             grads = GradientSet(with_gradient(params)[1])  # some may have been replaced
             if not known:
                 self._note(params)
-        return Collected(list(params), grads)
+        known = known or are_same(params, self._known)  # with all that was found out about them
+        return Collected(self._known if known else ParameterSet(params), grads)
 
     def _are_known(self, params: Sequence[Tensor]) -> bool:
         return (
             self._version == self._masters.version
             and are_same(params, self._known)
-            and list(map(Tensor.data_ptr, params)) == self._addresses
-            and dtypes_in_order(params) == self._dtypes
-            and have_shapes(params, self._shapes)
-            and have_shapes(self._held, self._shapes)  # `.data = other` of a master
+            and list(map(Tensor.data_ptr, params)) == self._known.addresses
+            and dtypes_in_order(params) == self._known.dtypes_in_order
+            and have_shapes(params, self._known.shapes)
+            and have_shapes(self._held, self._known.shapes)  # `.data = other` of a master
         )
 
     def _note(self, params: Sequence[Tensor]) -> None:
         if self._version == self._masters.version and are_same(params, self._known):
             self._masters.version += 1  # something about them was replaced: what was planned is old
-        self._known = []
+        self._known = ParameterSet()
         if all_in_memory(params):
-            self._known, self._version = list(params), self._masters.version
-            self._addresses = list(map(Tensor.data_ptr, params))
-            self._dtypes = dtypes_in_order(params)
-            self._shapes = [param.shape for param in params]
+            self._known = ParameterSet.as_now(params)
+            self._version = self._masters.version
             self._held = list(map(self._masters.of, params))
 
     def _check(self, caller: str, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from mpcore.backends import Backend, ScaleMove
-from mpcore.base import are_same
 from mpcore.engine.gradients import StepGradients
 from mpcore.masters import Masters, StepPlan, WeightEdits, Writes, make_plan
 from mpcore.updates import UpdateRule
@@ -87,7 +86,7 @@ class FusedPath:
         """
         last = self._plan
         same_state = last is not None and last.version == self._masters.version
-        if last is not None and same_state and are_same(params, last.written):
+        if last is not None and same_state and last.is_of(params):
             return last
         return self.plan(params)
 
@@ -119,7 +118,11 @@ class FusedPath:
             edits = self._edits.begin_update(part.params)
             self._writes.begin()
             self._backend.update_(
-                *(part.plan, grads, here, found_here, saturated),
+                part.plan,
+                grads,
+                here,
+                found_here,
+                saturated,
                 then=move if alone else None,
                 edits=edits,
             )

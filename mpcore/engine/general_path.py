@@ -9,7 +9,7 @@ one host sync.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -300,7 +300,7 @@ class GeneralPath:
         sizes = [len(state) for state in states]
         return writes_to([*map(self.masters.of, self._params()), *tensors]), sizes
 
-    def _takes_found_inf(self, params: list[Tensor]) -> bool:
+    def _takes_found_inf(self, params: Sequence[Tensor]) -> bool:
         if self._takes_scaler or not getattr(self.inner, "_step_supports_amp_scaling", False):
             return False
         # torch's fused SGD leaves momentum buffers uninitialised when its first step overflows

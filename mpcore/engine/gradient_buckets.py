@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mpcore.backends import Inspection
-from mpcore.base import SIXTEEN_BIT, devices_of, dtypes_of, grads_of
+from mpcore.base import SIXTEEN_BIT, ParameterSet, grads_of
 
 
 @torch.no_grad()
@@ -56,16 +56,16 @@ class Bucket:
     """The parameters of one device that have a gradient: those with a master first."""
 
     device: torch.device
-    with_master: list[Tensor]
-    without: list[Tensor]
+    with_master: Sequence[Tensor]
+    without: Sequence[Tensor]
     nonfinite: Tensor | None = None  # int32, non-zero flags overflow, in the order of `params`
     largest: Tensor | None = None  # float32, magnitudes of unscaled gradients, if they were seen
     found: Look | None = None  # the first look at them, if somebody watches
 
     @property
-    def params(self) -> list[Tensor]:
+    def params(self) -> Sequence[Tensor]:
         """All of them, in the order of flags."""
-        return self.with_master + self.without
+        return [*self.with_master, *self.without] if self.without else self.with_master
 
     def own_flags(self) -> Tensor:
         """Returns flags that may be written to: those of an inspection belong to it."""
@@ -87,12 +87,13 @@ class Bucket:
         self.nonfinite = flags if self.nonfinite is None else self.nonfinite | flags
 
 
-def buckets_of(params: Sequence[Tensor]) -> list[Bucket]:
+def buckets_of(params: ParameterSet) -> list[Bucket]:
     """Returns a bucket of each device, in order of appearance; no host sync."""
-    devices, buckets = devices_of(params), []
-    for device in devices:
-        here = list(params) if len(devices) == 1 else [p for p in params if p.device == device]
-        if dtypes_of(here).issubset(SIXTEEN_BIT):
+    buckets = []
+    for device in params.devices:
+        one = len(params.devices) == 1
+        here = params if one else ParameterSet(p for p in params if p.device == device)
+        if here.dtypes.issubset(SIXTEEN_BIT):
             buckets.append(Bucket(device, here, []))
             continue
         halves = [p for p in here if p.dtype in SIXTEEN_BIT]

@@ -7,18 +7,18 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from mpcore.backends import Backend, Inspection
-from mpcore.base import GradientSet, are_same, dtypes_of, grads_of, laid_out_like, own_memory
+from mpcore.backends import Backend
+from mpcore.base import (
+    GradientSet,
+    ParameterSet,
+    are_same,
+    grads_of,
+    laid_out_like,
+    own_memory,
+)
 from mpcore.engine.coefficient import Coefficient
 from mpcore.engine.exposure import Exposure
-from mpcore.engine.gradient_buckets import (
-    Bucket,
-    Look,
-    any_flag,
-    buckets_of,
-    largest_of,
-    tensor_norms,
-)
+from mpcore.engine.findings import Findings
 from mpcore.engine.seen_gradients import SeenGradients
 from mpcore.masters import Accumulated, Masters, StepPlan
 
@@ -56,7 +56,7 @@ class StepGradients:
         statistics: bool | None = None,
         collected: GradientSet | None = None,
     ) -> None:
-        self.params = list(params)
+        self.params = ParameterSet.of(params)
         #: what `params` have in `p.grad`, while nobody can change it
         self.collected = collected
         self.applied = False  # whether the unscaled ones are the gradients of masters
@@ -65,41 +65,39 @@ class StepGradients:
         self.norm: Tensor | None = None
         self.plan = plan
         self.plan_is_stale = False  # whether parameters were left out since
-        #: 0-d float64, the largest magnitude of float16 gradients, unscaled; None: nobody looked
-        self.largest: Tensor | None = None
-        self._finds_largest = finds_largest
-        self._statistics = statistics
         self.accumulated: Accumulated | None = None  # what several backward passes added up to
         self._handed_over = False  # whether masters have got gradients, maybe not all of them
         self._looked_at: SeenGradients | None = None  # by a clip that does not show them
-        self._inspected = False  # whether flags tell everything about what is stored
-        self._coefficient = Coefficient(coefficient, inverted)
         self._masters = masters
         self._backend = backend
-        # what must not be forgotten besides the flags: 0-d, non-zero means overflow
-        self._found_before = external_found_inf
-        self._found: Tensor | None = None
-        self._buckets = buckets_of(self.params)
+        self.findings = Findings(
+            self.params,
+            backend,
+            Coefficient(coefficient, inverted),
+            found_before=external_found_inf,
+            finds_largest=finds_largest,
+            statistics=statistics,
+        )
 
     def take_sums(self, accumulated: Accumulated) -> None:
         """Makes these the sums that masters hold now: unscaled, and seen to be finite or not."""
         self.accumulated = accumulated._replace(sums={})  # which are handed over
-        self._finds_largest = False  # each of them was looked at by itself
+        self.findings.skip_largest()
         self.applied = self._handed_over = True
-        self._coefficient.spend()
+        self.findings.coefficient.spend()
         flag_of = accumulated.flags()
-        for bucket in self._buckets:
+        for bucket in self.findings.buckets:
             bucket.add_flags(torch.stack([flag_of[param] for param in bucket.params]))
 
     def apply(self) -> None:
         """Multiplies what is pending: 16-bit gradients into masters' `.grad`, others in place."""
-        if not self._coefficient.pending:
+        if not self.findings.coefficient.pending:
             return
-        if self._statistics is not None and not self._inspected and not self.applied:
+        if self.findings.is_watched and not self.findings.are_all and not self.applied:
             self._look(None)
-        in_place = self.applied or any(bucket.without for bucket in self._buckets)
+        in_place = self.applied or any(bucket.without for bucket in self.findings.buckets)
         self.collected = None
-        for bucket in self._buckets:
+        for bucket in self.findings.buckets:
             coefficient = self.coefficient.to(bucket.device, non_blocking=True)
             flags = torch.zeros_like(bucket.own_flags())
             first, rest = flags.tensor_split([len(bucket.with_master)])
@@ -120,10 +118,11 @@ class StepGradients:
                 self._backend.unscale_(self._grads(bucket.with_master), coefficient, first)
             self._backend.unscale_(self._grads(bucket.without), coefficient, rest)
             bucket.add_flags(flags)
-        self._note_largest()
-        self.applied = self._inspected = True
-        self._coefficient.spend()
-        self._found, self.torn = None, False
+        self.findings.note_largest()
+        self.applied = self.findings.are_all = True
+        self.findings.coefficient.spend()
+        self.findings.forget_found()
+        self.torn = False
 
     def expose(self, sees_pass: Callable[[Tensor], None]) -> None:
         """Shows them in `p.grad`, unscaled, in float32, to be edited there until `release`.
@@ -142,7 +141,7 @@ class StepGradients:
             edited = self._looked_at is not None and self._looked_at.differ_from(
                 self._stored(self.params)
             )
-        self._inspected = self._inspected and not edited
+        self.findings.are_all = self.findings.are_all and not edited
 
     def are_as_seen(self, every: Sequence[Tensor]) -> bool:
         """Whether a clip has seen all gradients of these parameters as they are now."""
@@ -170,116 +169,40 @@ class StepGradients:
 
     def inspect(self) -> None:
         """Looks for overflow, unless `clip` or `apply` already did; sums and edits may overflow."""
-        if not self._inspected:
+        if not self.findings.are_all:
             self._look(None)
             if self.exposure is not None:
                 self.exposure.note(self.params)
 
     def _look(self, max_norm: float | None) -> Tensor:
-        """Reads every gradient once: overflow, norm, coefficient; returns the norm."""
-        self._found = None
-        if len(self._buckets) == 1 and torch.float64 not in dtypes_of(self._buckets[0].params):
-            first = self._buckets[0].nonfinite is None
-            found = self._inspection(self._buckets[0], max_norm)
-            self._note_largest()
-            self._coefficient.clip(found.coefficient)
-            if first and self._found_before is None and not self.applied:
-                self._found = found.found_inf
-            self._inspected = True
-            return found.grad_norm
-        sums = [self._square_sum(bucket) for bucket in self._buckets]
-        self._note_largest()
-        total = torch.stack(sums).sum().sqrt() if sums else torch.zeros_like(self.coefficient)
-        if max_norm is not None and sums:
-            # torch.nn.utils.clip_grad_norm_ adds the same 1e-6; a norm that is not finite must not
-            # reach the coefficient, or every gradient would look bad instead of the one that is
-            shrink = (max_norm / (total + 1e-6)).clamp(max=1.0)
-            shrink = torch.where(torch.isfinite(total), shrink, torch.ones_like(shrink))
-            self._coefficient.clip((self.coefficient.double() * shrink).float())
-        self._inspected = True
-        return total.float()
-
-    def _inspection(self, bucket: Bucket, max_norm: float | None) -> Inspection:
-        first = self._coefficient.is_first
-        coefficient, inverted = self._coefficient.to_look_with(bucket.device)
-        grads = self._stored(bucket.params)
-        here = None
-        if self.plan is not None and not self.plan_is_stale:
-            here = self.plan.on(bucket.device)
-        hyper = None if here is None else here.read_hyper()
-        if here is not None:
-            here.used()
-        found = self._backend.inspect(
-            *(grads, coefficient, max_norm),
-            inverted=inverted,
-            statistics=bool(self._statistics) and bucket.found is None,
-            plan=None if here is None else here.plan,
-            hyper=hyper,
-        )
-        if here is not None and hyper is not None:
-            here.note_prepared(hyper)
-        self._coefficient.note_look(found, inverted)
-        if self._statistics is not None and bucket.found is None:
-            layouts = tuple((grad.dtype, grad.stride()) for grad in grads)
-            bucket.found = Look(tuple(bucket.params), layouts, found)
-        bucket.add_flags(found.kinds)
-        if first:
-            bucket.largest = found.largest
-        return found
-
-    def _square_sum(self, bucket: Bucket) -> Tensor:
-        if torch.float64 not in dtypes_of(bucket.params):
-            square_sum = self._inspection(bucket, None).square_sum.sum()
-        else:
-            coefficient = self.coefficient.to(bucket.device, non_blocking=True)
-            norms = tensor_norms(self._stored(bucket.params), coefficient)
-            # float64 gradients too large to be clipped: better no step than one without the clip
-            bucket.add_flags(torch.isfinite(norms).logical_not().int())
-            square_sum = norms.square().sum()
-        return square_sum.to(self._coefficient.device, non_blocking=True)
+        plan = None if self.plan_is_stale else self.plan
+        return self.findings.look(self._stored, max_norm, plan, scaled=not self.applied)
 
     def _stored(self, params: Sequence[Tensor]) -> GradientSet:
         """Returns the gradients as they are: scaled ones of the model, or those `apply` made."""
-        if self.collected is not None and are_same(params, self.params):
+        every = params is self.params or are_same(params, self.params)
+        if self.collected is not None and every:
             return self.collected
         return GradientSet(self._grads(params) if self.applied else grads_of(params))
 
     @property
     def was_seen(self) -> bool:
         """Whether they were looked at, so that an overflow is known on the device."""
-        return self._inspected or self.applied or self._looked_at is not None
+        return self.findings.are_all or self.applied or self._looked_at is not None
 
     @property
     def coefficient(self) -> Tensor:
         """What stored gradients still have to be multiplied by: 0-d float32."""
-        return self._coefficient.now
+        return self.findings.coefficient.now
 
     @property
     def unscaled_by(self) -> Tensor:
         """1 / loss_scale as it was at first: 0-d float32."""
-        return self._coefficient.unscale
+        return self.findings.coefficient.unscale
 
     def found_inf(self) -> Tensor:
         """Returns 0-d int32: not 0 if any gradient, loaded or unscaled, was not finite."""
-        if self._found is None:
-            self._found = any_flag(self._buckets, self._found_before, self._coefficient.device)
-        return self._found
-
-    def add_found(self, found_inf: Tensor) -> None:
-        """Joins what an outside scaler found since: ranks may have told it of their overflow."""
-        before, home = self._found_before, self._coefficient.device
-        found = (found_inf != 0).int().reshape(()).to(home, non_blocking=True)
-        self._found_before = found if before is None else found | (before != 0).int().to(home)
-        self._found = None
-
-    def _note_largest(self) -> None:
-        """Finds `largest`, once and before anybody may change or drop a gradient; no host sync."""
-        if self._finds_largest and self.largest is None:
-            self.largest = largest_of(self._buckets, self.unscaled_by)
-
-    def looks(self) -> list[Look]:
-        """Returns what the first look found on each device, if somebody watches."""
-        return [bucket.found for bucket in self._buckets if bucket.found is not None]
+        return self.findings.found_inf()
 
     def left_as_they_were(self) -> GradientSet | None:
         """Returns the gradients of `params` if nobody could change them since they were found."""
@@ -287,7 +210,8 @@ class StepGradients:
 
     def unscaled_in_place(self) -> list[Tensor]:
         """Returns the parameters whose `p.grad` itself was multiplied."""
-        return [p for bucket in self._buckets for p in bucket.without] if self.applied else []
+        buckets = self.findings.buckets if self.applied else []
+        return [param for bucket in buckets for param in bucket.without]
 
     def final(self) -> list[Tensor]:
         """Returns the unscaled gradients, in the order of `params`, after `apply`."""
@@ -302,9 +226,7 @@ class StepGradients:
 
     def flags(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields (parameter, 0-d int32 flag) for every gradient, in the order of `params`."""
-        flag_of: dict[Tensor, Tensor] = {}
-        for bucket in self._buckets:
-            flag_of.update(zip(bucket.params, bucket.own_flags().unbind(), strict=True))
+        flag_of = dict(self.findings.flags())
         yield from ((param, flag_of[param]) for param in self.params)
 
     def keep(self, params: Sequence[Tensor]) -> None:
@@ -315,20 +237,17 @@ class StepGradients:
         """
         if len(params) == len(self.params):
             return
-        self._found_before, self._found = self.found_inf(), None
         self.collected = None
         self.plan_is_stale = True
         kept = set(params)
         for param in self.params:
             if param not in kept:
                 self._masters.of(param).grad = None
-        flag_of = dict(self.flags())
-        self.params = [param for param in self.params if param in kept]
+        flag_of = dict(self.findings.flags())
+        self.params = ParameterSet(param for param in self.params if param in kept)
         if self._looked_at is not None:
             self._looked_at.keep(kept)
-        for bucket in self._buckets:
-            bucket.keep(kept, flag_of)
-        self._buckets = [bucket for bucket in self._buckets if bucket.params]
+        self.findings.keep(kept, flag_of)
 
     def release(self) -> None:
         """Drops the masters' gradients: a parameter without one next time must not reuse them.
@@ -339,7 +258,7 @@ class StepGradients:
         self._looked_at = self.collected = None  # which hold gradients
         if not self._handed_over:
             return
-        for bucket in self._buckets:
+        for bucket in self.findings.buckets:
             for param in bucket.with_master:
                 self._masters.of(param).grad = None
             if self.accumulated is not None:

@@ -116,20 +116,25 @@ class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, InnerMethods,
             self.on_weight_edit, self._masters, self._module, self.param_groups
         )
         self._paths = Paths(
-            *(self._path, self.inner, self._masters, (self.backend, self._module)),
-            *(self._saturated, self._writes, self._edits),
+            asked=self._path,
+            inner=self.inner,
+            masters=self._masters,
+            backend=(self.backend, self._module),
+            saturated=self._saturated,
+            writes=self._writes,
+            edits=self._edits,
         )
         self._stage = Stage(
-            self.param_groups,
-            self._device_of,
-            self._masters,
-            self._module,
-            self.loss_scaling,
-            self._scale,
-            self._losses,
-            self._paths.plan,
-            self._writes,
-            self._edits,
+            groups=self.param_groups,
+            device_of=self._device_of,
+            masters=self._masters,
+            backend=self._module,
+            loss_scaling=self.loss_scaling,
+            tensors=self._scale,
+            losses=self._losses,
+            plan=self._paths.plan,
+            writes=self._writes,
+            edits=self._edits,
         )
 
     @property

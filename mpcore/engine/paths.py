@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -182,7 +182,9 @@ class Paths:
         self.general = GeneralPath(inner, masters, module, saturated, writes)
         self._fused: FusedPath | None = None
         if rule is not None:
-            self._fused = FusedPath(inner, rule, masters, module, saturated, writes, edits)
+            self._fused = FusedPath(
+                inner, rule, masters, module, saturated, writes=writes, edits=edits
+            )
         self._signature: list[Any] = []
         self._chosen: tuple[GroupPath, ...] = ()
         self.current()
@@ -203,12 +205,12 @@ class Paths:
         self.current()
         return self._fused if self._is_fused() else None
 
-    def plan(self, params: list[Tensor]) -> StepPlan | None:
+    def plan(self, params: Sequence[Tensor]) -> StepPlan | None:
         """Returns how the fused path is likely to update `params`; None: the general path steps."""
         fused = self._now()
         return None if fused is None else fused.likely_plan(params)
 
-    def in_update(self, gradients: StepGradients | None = None) -> list[Tensor]:
+    def in_update(self, gradients: StepGradients | None = None) -> Sequence[Tensor]:
         """Returns the parameters whose weights the backend's update is going to read.
 
         Args:

@@ -35,7 +35,8 @@ class ScaleMoves:
         scaling: LossScale = self._loss_scaling if external is None else NoLossScale()
         sums = gradients.accumulated
         if sums is None:
-            scaling.advance_(self._tensors, gradients.found_inf(), update, gradients.largest)
+            largest = gradients.findings.largest
+            scaling.advance_(self._tensors, gradients.found_inf(), update, largest)
             return
         outcomes = {name: sums.outcome(name) for name in sums.losses()}
         known = torch.stack([found != 0 for found, _ in outcomes.values()]).any()

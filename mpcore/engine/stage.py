@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mpcore.backends import Backend
+from mpcore.base import ParameterSet
 from mpcore.engine import stage_checks as checks
 from mpcore.engine.accumulation import Accumulation
 from mpcore.engine.checked_parameters import CheckedParameters, Collected
@@ -57,7 +58,7 @@ class Stage:
         loss_scaling: LossScale,
         tensors: LossScaleTensors,
         losses: Losses,
-        plan: Callable[[list[Tensor]], StepPlan | None],
+        plan: Callable[[Sequence[Tensor]], StepPlan | None],
         writes: Writes,
         edits: WeightEdits,
     ) -> None:
@@ -85,11 +86,6 @@ class Stage:
         self.parameters = CheckedParameters(groups, device_of, masters)
         self.waiting = WaitingGradients()
         self.watcher: Watcher | None = None
-
-    @property
-    def needs_scale(self) -> bool:
-        """Whether gradients are only right if `scale` came first."""
-        return self._loss_scaling.scales
 
     @property
     def _holds_any(self) -> bool:
@@ -131,17 +127,16 @@ class Stage:
         if self.gradients is not None:
             checks.check_no_newcomer(caller, params, self.gradients, self._groups)
             self._edits.check(caller)
-            params = checks.still_there(params, self.gradients, self._masters)
-            self.gradients.keep(params)
+            self.gradients.keep(checks.still_there(params, self.gradients, self._masters))
             self.gradients.take_edits()
             if external is not None:
-                self.gradients.add_found(external.found_inf)
+                self.gradients.findings.add(external.found_inf)
             return self.gradients
         self._edits.check(caller)
         if self._sums is not None:
             self.gradients = self._summed(self._sums, caller, external)
             return self.gradients
-        if self.needs_scale:
+        if self._loss_scaling.scales:
             twice = self.scaled and not self._thrown
             checks.check_scaled(caller, external, bool(params), self.scaled, twice)
         elif external is None:
@@ -207,7 +202,7 @@ class Stage:
         params, _ = self.parameters.with_gradient(caller)
         if not params:
             return
-        if loss is None and not self.zeroed and self.needs_scale:
+        if loss is None and not self.zeroed and self._loss_scaling.scales:
             checks.check_scaled(caller, None, True, self.scaled, False)
         self._clip_watch.check()
         scaling = self._loss_scaling if loss is None else loss.scaling
@@ -235,7 +230,7 @@ class Stage:
         """Returns the sums as the gradients of this step."""
         checks.check_no_outside_scaler(caller, external)
         self.accumulate(caller)  # what has come since
-        params = [param for param in self._params() if param in sums.sums]
+        params = ParameterSet(param for param in self._params() if param in sums.sums)
         gradients = self._gradients_of(Collected(params, None), self._tensors.scale, None)
         gradients.take_sums(sums.so_far())
         sums.hand_over()
@@ -245,7 +240,8 @@ class Stage:
     def begin_closure(self) -> None:
         """Notes which gradients wait for the step that a closure comes to; no host sync."""
         scaled = self.scaled and not self.zeroed
-        params = self._leftovers.others(self._params()) if scaled or not self.needs_scale else []
+        may_wait = scaled or not self._loss_scaling.scales
+        params = self._leftovers.others(self._params()) if may_wait else []
         self.waiting.note(params, whole=self._holds_any, scaled=scaled)
 
     def collect_pass(self, caller: str, external: External | None) -> StepGradients:
@@ -267,12 +263,17 @@ class Stage:
         self._masters.create_for_step(params)
         # the reciprocal of a power of two is exact; outside scalers use other numbers as well
         coefficient = scale if external is None else scale.double().reciprocal().float()
-        plan = self._plan(params) if params else None
-        headroom = external is None and self._loss_scaling.wants_largest
-        statistics = None if self.watcher is None else self.watcher.begin_step(params)
         return StepGradients(
-            *(params, self._masters, self._backend, coefficient, external is None),
-            *(None if external is None else external.found_inf, plan, headroom, statistics, grads),
+            params,
+            self._masters,
+            self._backend,
+            coefficient,
+            inverted=external is None,
+            external_found_inf=None if external is None else external.found_inf,
+            plan=self._plan(params) if params else None,
+            finds_largest=external is None and self._loss_scaling.wants_largest,
+            statistics=None if self.watcher is None else self.watcher.begin_step(params),
+            collected=grads,
         )
 
     def finish(

@@ -46,7 +46,9 @@ def are_dropped(gradients: StepGradients | None) -> bool:
     return gradients.accumulated is None and all(p.grad is None for p in gradients.params)
 
 
-def still_there(params: list[Tensor], gradients: StepGradients, masters: Masters) -> list[Tensor]:
+def still_there(
+    params: Sequence[Tensor], gradients: StepGradients, masters: Masters
+) -> Sequence[Tensor]:
     """Returns those of `params`, which have a gradient in `p.grad`, that are stepped with."""
     if gradients.accumulated is None or gradients.exposure is not None:
         return params

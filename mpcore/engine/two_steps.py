@@ -107,7 +107,7 @@ class TwoSteps:
             self._stage.throw_away(last_step=True)
             return None
         if climb.found_inf:
-            gradients.add_found(torch.ones((), device=self._saturated.device))
+            gradients.findings.add(torch.ones((), device=self._saturated.device))
         result = None
         if bool(gradients.found_inf()):
             self._descend(climb)

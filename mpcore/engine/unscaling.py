@@ -101,5 +101,6 @@ class Unscaling:
         return self._collect("clip_grad_norm_()").clip(float(max_norm))
 
     def _collect(self, caller: str) -> StepGradients:
-        self._masters.take_over_edits(self.state, self.param_groups)
+        # values in the state matter to the step, and to the check of parameters that are new
+        self._masters.follow(self.state, self.param_groups)
         return self._stage.collect(caller, External.of(self))

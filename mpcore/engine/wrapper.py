@@ -13,7 +13,16 @@ from mpcore.base import all_in_memory, outside_graphs
 from mpcore.checkpoint import SECTION
 from mpcore.engine.wrapped_passes import WrappedPasses
 from mpcore.errors import ArgumentError, BackendError
-from mpcore.masters import Masters, check_group, check_original, check_shared, name_of
+from mpcore.masters import (
+    Masters,
+    check_group,
+    check_original,
+    check_shared,
+    name_of,
+    overwrite,
+    stale_weights,
+    take_weights,
+)
 
 
 class OptimizerWrapper(torch.optim.Optimizer):
@@ -146,10 +155,10 @@ class OptimizerWrapper(torch.optim.Optimizer):
                 optimizer was not made from `model.named_parameters()`. Nothing has changed then.
         """
         if weights is None:
-            self._masters.take_weights(exact=exact)
+            take_weights(self._masters, exact=exact)
             return
         named = self._named_with_master(weights)
-        self._masters.overwrite(named, self._module)
+        overwrite(self._masters, named, self._module)
 
     def _named_with_master(self, weights: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Returns (parameter, value) for each master that `weights` names."""
@@ -175,7 +184,7 @@ class OptimizerWrapper(torch.optim.Optimizer):
     @outside_graphs
     def check_masters(self) -> list[str]:
         """Returns the names of weights that are not their rounded masters; syncs with the host."""
-        return [self._name_of(param) for param in self._masters.stale()]
+        return [self._name_of(param) for param in stale_weights(self._masters)]
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: self.__dict__[key] for key in self._kept}

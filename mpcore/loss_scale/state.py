@@ -45,5 +45,8 @@ COUNTERS = (
     "overflows_since_move",
 )
 
+#: The others, each of which is a tensor of its own.
+SINGLE = ("scale", "growth_tracker", "overflows_left", "peak", "peak_before")
+
 #: So many steps since the scale moved can be multiplied by the terms of a tolerance in int64.
 COMPARABLE_STEPS = 2**42

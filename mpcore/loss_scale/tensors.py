@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpcore.loss_scale.state import COUNTERS, LossScaleState
+from mpcore.loss_scale.state import COUNTERS, SINGLE, LossScaleState
 
 
 def counter(counters: Tensor, name: str) -> Tensor:
@@ -55,18 +55,22 @@ class LossScaleTensors:
 
     def to_state(self) -> LossScaleState:
         """Returns the state as Python numbers; syncs with the host."""
-        single = float(self.scale), int(self.growth_tracker), int(self.overflows_left)
-        state = LossScaleState(*single, *self.counters.tolist())
-        return state._replace(peak=float(self.peak), peak_before=float(self.peak_before))
+        return LossScaleState(
+            scale=float(self.scale),
+            growth_tracker=int(self.growth_tracker),
+            overflows_left=int(self.overflows_left),
+            peak=float(self.peak),
+            peak_before=float(self.peak_before),
+            **dict(zip(COUNTERS, self.counters.tolist(), strict=True)),
+        )
 
     def assign_(self, state: LossScaleState) -> None:
         """Overwrites every tensor in place with `state`, without a host sync."""
-        single = (self.scale, self.growth_tracker, self.overflows_left)
+        tensors = {name: getattr(self, name) for name in SINGLE}
+        tensors |= dict(zip(COUNTERS, self.counters.unbind(), strict=True))
         # filling happens on the device; torch.tensor would copy from the host
-        for tensor, value in zip(
-            (*single, *self.counters.unbind(), self.peak, self.peak_before), state, strict=True
-        ):
-            tensor.fill_(value)
+        for name, tensor in tensors.items():
+            tensor.fill_(getattr(state, name))
 
     def every(self) -> list[Tensor]:
         """Returns all of them."""

@@ -19,6 +19,7 @@ from mpcore.masters.snapshot import Snapshot
 from mpcore.masters.step_plan import StepPlan, make_plan
 from mpcore.masters.sums import Accumulated, MicroBatch, Overflow
 from mpcore.masters.weight_edits import WeightEdits, check_rule
+from mpcore.masters.weights import overwrite, stale_weights, take_weights
 from mpcore.masters.writes import Writes
 
 __all__ = [
@@ -41,5 +42,8 @@ __all__ = [
     "check_shared",
     "make_plan",
     "name_of",
+    "overwrite",
+    "stale_weights",
+    "take_weights",
     "upcast",
 ]

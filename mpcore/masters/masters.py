@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpcore.backends import Backend, differing
-from mpcore.base import SIXTEEN_BIT, held_here, map_tensors, writes_to
+from mpcore.base import SIXTEEN_BIT, map_tensors, writes_to
 from mpcore.masters.inner_guards import check_shared_groups
 from mpcore.masters.shared import NEVER, SUSPECT, Sharing
 from mpcore.masters.shown_state import ShownState
@@ -143,11 +142,28 @@ class Masters:
         Raises:
             StageError: The list of groups is no longer the one that both share.
         """
+        self.follow(shown, groups)
+        self.take_over_values()
+
+    def follow(self, shown: dict[Tensor, Any], groups: Groups) -> None:
+        """Goes on from other dictionaries that somebody put in place; no look at values.
+
+        Args:
+            shown: As for `take_over_edits`.
+            groups: Likewise.
+
+        Raises:
+            StageError: Likewise.
+        """
         check_shared_groups(self._shared_groups, groups, self._groups)
         self._outer_state = shown
         if self._inner.state is not self._inner_state:
             self._take_inner_state()
-        elif self._shown.is_changed(shown):
+
+    def take_over_values(self) -> None:
+        """Takes over values that somebody put into the wrapper's state, or took out; no sync."""
+        shown = self._outer_state
+        if self._shown.is_changed(shown):
             self._shown.take_over(shown, self._inner.state, self._master_of)
             self._let_go(shown)
             self._keep_shared()
@@ -248,47 +264,6 @@ class Masters:
         # the weights that go with these masters are still to come, or there
         self._seen = [NEVER] * len(self._place)
         self.link_state(key for key in states if isinstance(key, Tensor))
-
-    @torch.no_grad()
-    def take_weights(self, *, exact: bool) -> None:
-        """Makes weights the masters, whatever they are; no host sync.
-
-        Args:
-            exact: Whether masters lose what the weights do not have, too. Otherwise elements that
-                are their rounded masters stay.
-        """
-        for param, master in self._master_of.items():
-            held = held_here(master)
-            value = held_here(param.detach()).to(held.dtype)
-            held.copy_(value if exact else torch.where(self._changed(param), value, held))
-        self.note_weights()
-
-    @torch.no_grad()
-    def overwrite(self, pairs: Iterable[tuple[Tensor, Tensor]], backend: Backend) -> None:
-        """Overwrites masters with values, and their weights with these rounded; no host sync.
-
-        Args:
-            pairs: (parameter, value of its master).
-            backend: Rounds.
-        """
-        for param, value in pairs:
-            self._master_of[param].copy_(value)
-            zero = torch.zeros((), dtype=torch.int32, device=param.device)
-            backend.cast_into([self._master_of[param]], [param.detach()], zero, zero.long())
-            self.note([param])
-
-    def stale(self, params: Iterable[Tensor] | None = None) -> list[Tensor]:
-        """Returns the weights that are not their rounded masters; syncs with the host.
-
-        Args:
-            params: Those to look at; all by default.
-        """
-        asked = self._master_of if params is None else params
-        return [p for p in asked if bool(self._changed(p).any())]
-
-    def _changed(self, param: Tensor) -> Tensor:
-        """Returns which elements here are not their rounded masters; no host sync."""
-        return differing(held_here(param.detach()), held_here(self._master_of[param]))
 
     def note_weights(self) -> None:
         """Notes that all weights are their rounded masters now; no host sync."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mpcore.backends import Backend
-from mpcore.base import SIXTEEN_BIT, are_same
+from mpcore.base import SIXTEEN_BIT, ParameterSet, are_same
 from mpcore.errors import ArgumentError
 from mpcore.masters.held_state import HeldState
 from mpcore.masters.masters import Groups, Masters
@@ -69,7 +69,6 @@ class StepPlan:
     Attributes:
         devices: A plan for each.
         written: The parameters.
-        addresses: Where these are.
         members: All parameters of each param group.
         moments: The names of each group's moments.
         version: That of the masters.
@@ -77,8 +76,7 @@ class StepPlan:
     """
 
     devices: tuple[DevicePlan, ...]
-    written: tuple[Tensor, ...]
-    addresses: list[int]
+    written: ParameterSet
     members: tuple[list[Tensor], ...]
     moments: list[tuple[str, ...]]
     version: int
@@ -90,13 +88,17 @@ class StepPlan:
         """Whether this is what `make_plan` would return; no host sync."""
         return (
             self.version == masters.version
-            and are_same(params, self.written)
-            and list(map(Tensor.data_ptr, params)) == self.addresses
+            and self.is_of(params)
+            and list(map(Tensor.data_ptr, params)) == self.written.addresses
             and len(groups) == len(self.members)
             and all(are_same(g["params"], m) for g, m in zip(groups, self.members, strict=True))
             and [rule.moments(group) for group in groups] == self.moments
             and self.held.is_current
         )
+
+    def is_of(self, params: Sequence[Tensor]) -> bool:
+        """Whether this updates these parameters and no others."""
+        return params is self.written or are_same(params, self.written)
 
     def on(self, device: torch.device) -> DevicePlan | None:
         """Returns the part of one device; None if groups were added or removed: it is old."""
@@ -156,8 +158,7 @@ def make_plan(
     masters.link_state(params)
     return StepPlan(
         devices=tuple(devices),
-        written=tuple(params),
-        addresses=list(map(Tensor.data_ptr, params)),
+        written=ParameterSet.as_now(params),
         members=tuple(list(group["params"]) for group in groups),
         moments=names_of,
         version=masters.version,

@@ -25,6 +25,7 @@ from mpcore.base import SIXTEEN_BIT, HostCopy, are_same, comes_late, devices_of,
 from mpcore.errors import ArgumentError, StageError
 from mpcore.masters.masters import Groups, Masters
 from mpcore.masters.parameters import name_of
+from mpcore.masters.weights import stale_weights
 
 RULES = ("adopt", "always", "raise")
 
@@ -141,7 +142,7 @@ class WeightEdits:
             masters.note(asked)
 
     def _check_fit(self, params: Sequence[Tensor], caller: str, remedy: str) -> None:
-        stale = self._masters.stale(params)
+        stale = stale_weights(self._masters, params)
         if stale:
             raise StageError(
                 f"{caller}: expected weights that are their rounded masters, got others in "
@@ -250,7 +251,7 @@ class WeightEdits:
                 if kept_out:
                     refused[param] += kept_out
         # of an error it may be asked what the weights are now: a step that was taken overwrote them
-        left = self._masters.stale(refused) if refused else []
+        left = stale_weights(self._masters, refused) if refused else []
         self._masters.suspect(left)
         if adopted:
             self._warned.update(adopted)

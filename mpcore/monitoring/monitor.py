@@ -161,7 +161,7 @@ class Monitor:
         """Hears how a step ended; the optimizer calls it."""
         sample, loss = self._sample, self._loss
         self._sample = self._loss = self._report = None
-        number, looks = self._history.steps, gradients.looks()
+        number, looks = self._history.steps, gradients.findings.looks()
         found_inf = gradients.found_inf()
         late = self._pending if sample is None else None
         sent = None if late is None else late.send(self._optimizer, found_inf)
@@ -202,7 +202,7 @@ class Monitor:
     def _findings(self, gradients: StepGradients, scale: float) -> tuple[Finding, ...]:
         by_param = {
             id(param): finding
-            for look in gradients.looks()
+            for look in gradients.findings.looks()
             for param, finding in zip(
                 look.params,
                 findings_of(look, scale, self._name_of, sums=gradients.accumulated is not None),

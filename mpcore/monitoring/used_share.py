@@ -21,7 +21,7 @@ def used_share(gradients: StepGradients, home: torch.device) -> Tensor | None:
         None if nobody looked for the largest, or for sums, which say nothing about the format.
     """
     shares = []
-    for look in gradients.looks():
+    for look in gradients.findings.looks():
         if look.found.largest is None or not look.params or gradients.accumulated is not None:
             return None
         runs = [(dtype, len(list(some))) for dtype, some in groupby(d for d, _ in look.layouts)]

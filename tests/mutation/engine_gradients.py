@@ -43,7 +43,7 @@ EXPOSURE = [
     *engine_mutants(
         "engine/gradients.py",
         ("test_exposed_gradients.py",),
-        ("edits are not looked at again", "self._inspected and not edited", "self._inspected"),
+        ("edits are not looked at again", "findings.are_all and not edited", "findings.are_all"),
         (
             "a clip waits for the step although gradients are shown",
             "if self.exposure is not None:  # who looks",
@@ -60,7 +60,7 @@ EXPOSURE = [
         ),
     ),
     *engine_mutants(
-        "engine/gradients.py",
+        "engine/findings.py",
         ("test_bad_weights.py",),
         (
             "an overflow is forgotten with its gradient",
@@ -189,7 +189,7 @@ STAGE = [
         ("test_memory_that_moves.py",),
         (
             "a plan outlives the memory of parameters",
-            "and list(map(Tensor.data_ptr, params)) == self.addresses",
+            "and list(map(Tensor.data_ptr, params)) == self.written.addresses",
             "",
         ),
     ),
@@ -216,17 +216,17 @@ STAGE = [
         ("test_memory_that_moves.py", "test_replaced_parameters.py"),
         (
             "another shape is not checked",
-            "and have_shapes(params, self._shapes)",
+            "and have_shapes(params, self._known.shapes)",
             "",
         ),
         (
             "another dtype is not checked",
-            "and dtypes_in_order(params) == self._dtypes",
+            "and dtypes_in_order(params) == self._known.dtypes_in_order",
             "",
         ),
         (
             "other memory is not checked",
-            "and list(map(Tensor.data_ptr, params)) == self._addresses",
+            "and list(map(Tensor.data_ptr, params)) == self._known.addresses",
             "",
         ),
     ),

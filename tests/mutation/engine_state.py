@@ -139,7 +139,7 @@ INNER = [
         ("test_two_steps.py",),
         (
             "an overflow of the first pass steps",
-            "if climb.found_inf:\n            gradients.add",
+            "if climb.found_inf:\n            gradients.findings",
             "if climb is None:\n            gradients.add",
         ),
         (
@@ -165,7 +165,7 @@ INNER = [
     *engine_mutants(
         "engine/stage.py",
         ("test_two_steps.py",),
-        ("a pass without a scale never waits", "if scaled or not self.needs_scale", "if scaled"),
+        ("a pass without a scale never waits", "scaled or not self._loss_scaling.scales", "scaled"),
     ),
     *engine_mutants(
         "engine/optimizer.py",
@@ -199,7 +199,7 @@ MEMORY = [
         ("test_memory_that_moves.py",),
         (
             "the size of a master is not checked",
-            "and have_shapes(self._held, self._shapes)",
+            "and have_shapes(self._held, self._known.shapes)",
             "",
         ),
         (

@@ -63,7 +63,7 @@ EDITS = [
         ("what old plans counted is forgotten", "if not c.is_over]", "if c is None]"),
         (
             "what was overwritten is told as if it were there",
-            "self._masters.stale(refused) if refused else []",
+            "stale_weights(self._masters, refused) if refused else []",
             "list(refused)",
         ),
     ),
@@ -242,7 +242,7 @@ REPLACED = [
         ),
     ),
     *engine_mutants(
-        "masters/masters.py",
+        "masters/weights.py",
         ("test_weight_edits_refused.py",),
         (
             "masters lose their digits to weights",

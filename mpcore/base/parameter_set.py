@@ -1,0 +1,63 @@
+"""The parameters of one pass, frozen: what follows from them is found out once, while they stay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from mpcore.base.bulk import devices_of, dtypes_in_order
+
+
+class ParameterSet(tuple[Tensor, ...]):
+    """Parameters in order, and what was found out about them; no host sync.
+
+    A fact is found out when it is first asked for, and holds for the moment of that. Whoever keeps
+    a set compares facts with those of now.
+
+    Example:
+        >>> params = ParameterSet.of([torch.ones(2), torch.ones(3)])
+        >>> params.dtypes, ParameterSet.of(params) is params
+        ({torch.float32}, True)
+    """
+
+    @classmethod
+    def of(cls, params: Iterable[Tensor]) -> ParameterSet:
+        """Returns `params` itself if it is such a set, else one of them."""
+        return params if isinstance(params, cls) else cls(params)
+
+    @classmethod
+    def as_now(cls, params: Iterable[Tensor]) -> ParameterSet:
+        """Returns a set whose facts are of now: `params` itself if its memory has stayed."""
+        found = cls.of(params)
+        if found.addresses != list(map(Tensor.data_ptr, found)):
+            found = cls(params)
+        _ = found.addresses, found.dtypes_in_order, found.shapes
+        return found
+
+    @cached_property
+    def addresses(self) -> list[int]:
+        """Where each lies in memory; fails for sparse ones."""
+        return list(map(Tensor.data_ptr, self))
+
+    @cached_property
+    def dtypes_in_order(self) -> list[torch.dtype]:
+        """The dtype of each."""
+        return dtypes_in_order(self)
+
+    @cached_property
+    def dtypes(self) -> set[torch.dtype]:
+        """Every dtype that occurs."""
+        return set(self.dtypes_in_order)
+
+    @cached_property
+    def devices(self) -> list[torch.device]:
+        """Every device that occurs, in order of appearance."""
+        return devices_of(self)
+
+    @cached_property
+    def shapes(self) -> list[torch.Size]:
+        """The shape of each."""
+        return [param.shape for param in self]
