@@ -30,5 +30,6 @@ from mpcore.precision import emulate_tensor_cores as emulate_tensor_cores
 from mpcore.precision import global_policy as global_policy
 from mpcore.precision import set_global_policy as set_global_policy
 from mpcore.precision import use_policy as use_policy
+from mpcore.ranks import Ranks as Ranks
 
 __version__ = "0.1.0"

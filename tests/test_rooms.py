@@ -16,7 +16,7 @@ HOUSE = ROOT / "mpcore"
 FLOORS = (
     ("errors", "base"),
     ("loss_scale", "optim", "updates"),
-    ("backends",),
+    ("backends", "ranks"),
     ("masters",),
     ("checkpoint",),
     ("engine",),
@@ -26,7 +26,7 @@ FLOORS = (
 ROOMS = [room for floor in FLOORS for room in floor]
 #: Rooms of which others see what `__init__.py` names, and nothing else.
 FACED = ("base", "loss_scale", "updates", "backends", "masters", "checkpoint", "engine")
-FACED += ("amp", "precision")
+FACED += ("amp", "precision", "ranks")
 #: Modules that only show a name of a room where the documentation has it.
 DOORS = sorted(path.stem for path in HOUSE.glob("*.py") if path.stem not in (*ROOMS, "__init__"))
 FILES = sorted(HOUSE.rglob("*.py"))

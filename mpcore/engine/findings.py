@@ -19,6 +19,7 @@ from mpcore.engine.gradient_buckets import (
     tensor_norms,
 )
 from mpcore.masters import StepPlan
+from mpcore.ranks import Agreed, Agreement
 
 #: Returns the gradients of some parameters as they are stored.
 Stored = Callable[[Sequence[Tensor]], Sequence[Tensor]]
@@ -37,6 +38,8 @@ class Findings:
         found_before: What an outside scaler already found: 0-d, non-zero means overflow.
         finds_largest: Whether looking at them also finds `largest`.
         statistics: Whether looking at them also counts values; None: nobody watches.
+        agreement: What ranks find together; None: there is one.
+        scaled: Whether this rank has scaled a loss, or needs not.
     """
 
     def __init__(
@@ -48,12 +51,18 @@ class Findings:
         found_before: Tensor | None,
         finds_largest: bool,
         statistics: bool | None,
+        agreement: Agreement | None = None,
+        scaled: bool = True,
     ) -> None:
         self.buckets = buckets_of(params)
         self.coefficient = coefficient
         self.are_all = False  # whether flags tell everything about what is stored
         #: 0-d float64, the largest magnitude of float16 gradients, unscaled; None: nobody looked
         self.largest: Tensor | None = None
+        #: what ranks have found together; None: they were not asked yet
+        self.agreed: Agreed | None = None
+        self._agreement = agreement
+        self._is_scaled = scaled
         self._has_float64 = torch.float64 in params.dtypes
         self._backend = backend
         # what must not be forgotten besides the flags: 0-d, non-zero means overflow
@@ -79,7 +88,8 @@ class Findings:
             scaled: Whether they are as the backward pass has left them.
         """
         self._found = None
-        if len(self.buckets) == 1 and not self._has_float64:
+        together = self._agreement is not None and max_norm is not None
+        if len(self.buckets) == 1 and not self._has_float64 and not together:
             first = self.buckets[0].nonfinite is None
             found = self._inspection(self.buckets[0], stored, max_norm, plan)
             self.note_largest()
@@ -90,16 +100,39 @@ class Findings:
             return found.grad_norm
         sums = [self._square_sum(bucket, stored, plan) for bucket in self.buckets]
         self.note_largest()
-        norm = self._conclude(sums, max_norm)
+        nothing = torch.zeros_like(self.coefficient.now, dtype=torch.float64)
+        total = torch.stack(sums).sum() if sums else nothing
+        if together:
+            agreed = self._agree(total)
+            # of what is not finite nobody knows a norm
+            total = torch.where(agreed.found_inf, torch.inf, agreed.square_sum)
+        norm = self._conclude(total.sqrt(), max_norm if sums or together else None)
         self.are_all = True
         return norm
 
-    def _conclude(self, sums: Sequence[Tensor], max_norm: float | None) -> Tensor:
-        """Makes norm and coefficient of sums of squares, 0-d float64 where the scale is."""
-        total = (
-            torch.stack([*sums]).sum().sqrt() if sums else torch.zeros_like(self.coefficient.now)
+    def agree(self) -> None:
+        """Has ranks find together whether the step overflows; collective."""
+        self.note_largest()
+        self._agree(torch.zeros_like(self.coefficient.now, dtype=torch.float64))
+
+    def _agree(self, square_sum: Tensor) -> Agreed:
+        if self._agreement is None:
+            raise RuntimeError("there are no ranks to agree with")
+        agreed = self._agreement.agree(
+            self.found_inf(),
+            square_sum,
+            has_gradients=bool(self.buckets),
+            scaled=self._is_scaled,
         )
-        if max_norm is not None and sums:
+        self.agreed = agreed
+        if self.largest is not None:
+            self.largest = self._agreement.largest_of_ranks(self.largest)
+        self.add(agreed.found_inf)
+        return agreed
+
+    def _conclude(self, total: Tensor, max_norm: float | None) -> Tensor:
+        """Makes the coefficient of a norm, 0-d float64 where the scale is; returns it rounded."""
+        if max_norm is not None:
             # torch.nn.utils.clip_grad_norm_ adds the same 1e-6; a norm that is not finite must not
             # reach the coefficient, or every gradient would look bad instead of the one that is
             shrink = (max_norm / (total + 1e-6)).clamp(max=1.0)
@@ -139,14 +172,17 @@ class Findings:
 
     def _square_sum(self, bucket: Bucket, stored: Stored, plan: StepPlan | None) -> Tensor:
         if torch.float64 not in ParameterSet.of(bucket.params).dtypes:
-            square_sum = self._inspection(bucket, stored, None, plan).square_sum.sum()
+            squares = self._inspection(bucket, stored, None, plan).square_sum
         else:
             coefficient = self.coefficient.now.to(bucket.device, non_blocking=True)
             norms = tensor_norms(stored(bucket.params), coefficient)
             # float64 gradients too large to be clipped: better no step than one without the clip
             bucket.add_flags(torch.isfinite(norms).logical_not().int())
-            square_sum = norms.square().sum()
-        return square_sum.to(self.coefficient.device, non_blocking=True)
+            squares = norms.square()
+        if self._agreement is not None:  # what several ranks hold counts once
+            counted = self._agreement.counted(bucket.params, squares.device) != 0
+            squares = torch.where(counted, squares, torch.zeros_like(squares))
+        return squares.sum().to(self.coefficient.device, non_blocking=True)
 
     def found_inf(self) -> Tensor:
         """Returns 0-d int32: not 0 if any gradient, loaded or unscaled, was not finite."""

@@ -103,6 +103,7 @@ class FusedPath:
         plan = self.plan(gradients.params)
         gradients.plan = plan  # the one that a clip prepared may hold a state that is gone
         gradients.inspect()
+        gradients.agree()
         coefficient, found_inf = gradients.coefficient, gradients.found_inf()
         home = self._saturated.device
         moved = False
@@ -156,6 +157,7 @@ class FusedPath:
             loss = closure()
             gradients = collect()
         if not gradients.params:
+            gradients.agree()
             return loss, gradients, False
         return loss, gradients, self.step(gradients, move)
 

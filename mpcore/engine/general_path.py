@@ -72,6 +72,7 @@ class GeneralPath:
         """Unscales, then steps or skips; syncs with the host only if `inner` needs it."""
         gradients.apply()
         gradients.inspect()
+        gradients.agree()
         found_inf = gradients.found_inf()
         if self._takes_found_inf(gradients.params):
             self._step_on_device(found_inf)
@@ -163,6 +164,7 @@ class GeneralPath:
         if first is not None:
             first.apply()
             first.inspect()
+            first.agree()
         called = StageError(
             f"step(closure): expected {type(self.inner).__name__} to call the closure, got a step "
             "that ignored it. Run backward() first and call step() without a closure."
@@ -212,6 +214,7 @@ class GeneralPath:
             gradients = collect()
         gradients.apply()
         gradients.inspect()
+        gradients.agree()
         return loss, gradients
 
     def _is_used(self, first: StepGradients) -> bool:

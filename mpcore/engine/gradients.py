@@ -21,6 +21,7 @@ from mpcore.engine.exposure import Exposure
 from mpcore.engine.findings import Findings
 from mpcore.engine.seen_gradients import SeenGradients
 from mpcore.masters import Accumulated, Masters, StepPlan
+from mpcore.ranks import Agreement
 
 
 class StepGradients:
@@ -41,6 +42,8 @@ class StepGradients:
         finds_largest: Whether looking at them also finds `largest`.
         statistics: Whether looking at them also counts values; None: nobody watches.
         collected: The gradients that `params` have, if somebody has them already.
+        agreement: What ranks find together; None: there is one.
+        scaled: Whether this rank has scaled a loss, or needs not.
     """
 
     def __init__(
@@ -55,6 +58,8 @@ class StepGradients:
         finds_largest: bool = False,
         statistics: bool | None = None,
         collected: GradientSet | None = None,
+        agreement: Agreement | None = None,
+        scaled: bool = True,
     ) -> None:
         self.params = ParameterSet.of(params)
         #: what `params` have in `p.grad`, while nobody can change it
@@ -77,7 +82,10 @@ class StepGradients:
             found_before=external_found_inf,
             finds_largest=finds_largest,
             statistics=statistics,
+            agreement=agreement,
+            scaled=scaled,
         )
+        self.has_ranks = agreement is not None  # others may have gradients
 
     def take_sums(self, accumulated: Accumulated) -> None:
         """Makes these the sums that masters hold now: unscaled, and seen to be finite or not."""
@@ -173,6 +181,14 @@ class StepGradients:
             self._look(None)
             if self.exposure is not None:
                 self.exposure.note(self.params)
+
+    def agree(self) -> None:
+        """Has ranks find together whether the step overflows, once a step; collective.
+
+        A clip has done so, but for gradients that were shown since: who knows what was written.
+        """
+        if self.has_ranks and (self.findings.agreed is None or self.exposure is not None):
+            self.findings.agree()
 
     def _look(self, max_norm: float | None) -> Tensor:
         plan = None if self.plan_is_stale else self.plan

@@ -18,6 +18,7 @@ from mpcore.engine.paths import GroupPath, Paths, check_path
 from mpcore.engine.readings import Readings
 from mpcore.engine.saving import add_section, take_over_edits
 from mpcore.engine.stage import Stage
+from mpcore.engine.step_ranks import StepRanks
 from mpcore.engine.step_result import StepResult
 from mpcore.engine.unscaling import Unscaling
 from mpcore.engine.wrapper import OptimizerWrapper
@@ -32,6 +33,7 @@ from mpcore.loss_scale import (
     resumed_state,
 )
 from mpcore.masters import WeightEdits, Writes, check_inner, check_rule, check_shared
+from mpcore.ranks import Ranks, check_ranks
 
 
 class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, InnerMethods, OptimizerWrapper):
@@ -52,6 +54,8 @@ class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, InnerMethods,
             elements that are no longer their rounded master become masters, all others keep theirs;
             one warning, no host sync. "always" looks at every weight in every step, and so sees
             writes through `.data` and NumPy. "raise": a StageError; a comparison then syncs.
+        ranks: `mpcore.Ranks(...)`: the ranks that skip, clip and move the loss scale as one. None:
+            those of the meshes of DTensors; without any, this process decides alone.
 
     Raises:
         ArgumentTypeError: `optimizer` or `loss_scale` is something else.
@@ -77,6 +81,7 @@ class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, InnerMethods,
     _kept = (
         *OptimizerWrapper._kept,
         *("loss_scaling", "_scale", "_losses", "_saturated", "_began", "_path", "on_weight_edit"),
+        "ranks",
     )
 
     #: torch.amp.GradScaler then hands over `grad_scale` and `found_inf` and always calls `step`
@@ -90,11 +95,13 @@ class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, InnerMethods,
         backend: str = "auto",
         path: str = "auto",
         on_weight_edit: str = "adopt",
+        ranks: Ranks | None = None,
     ) -> None:
         check_inner(optimizer, MixedPrecisionOptimizer)
         check_loss_scale(loss_scale)
         check_path(path)
         self.on_weight_edit = check_rule(on_weight_edit)
+        self.ranks = check_ranks(ranks)
         super().__init__(optimizer, backend)
         self.loss_scaling = loss_scale
         self._path = path
@@ -135,6 +142,7 @@ class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, InnerMethods,
             plan=self._paths.plan,
             writes=self._writes,
             edits=self._edits,
+            ranks=StepRanks(self.ranks, self.param_groups, self._masters, self._scale),
         )
 
     @property
@@ -190,6 +198,10 @@ class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, InnerMethods,
         if collected.params:
             move = self._stage.moves.of_step(External.of(self))
             self._finish(collected, self._paths.step(collected, move))
+        elif collected.has_ranks:
+            collected.agree()
+            self._paths.step_without_gradients()
+            self._finish(collected, moved=False)
         else:
             self._paths.step_without_gradients()
             self._stage.throw_away(last_step=True)
@@ -222,7 +234,7 @@ class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, InnerMethods,
         finally:
             self._stage.drop_gradients()
             self._stage.scaled = False
-        if any_gradient or first is not None:
+        if any_gradient or first is not None or gradients.has_ranks:
             self._finish(gradients, moved)
         else:
             self._stage.throw_away(last_step=True)

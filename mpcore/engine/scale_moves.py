@@ -29,6 +29,16 @@ class ScaleMoves:
         self._losses = losses
         self._backend = backend
 
+    def end_step(self, gradients: StepGradients, external: External | None, *, moved: bool) -> None:
+        """Moves scales and counts; of a rank without gradients only if any other has some."""
+        agreed = gradients.findings.agreed
+        if agreed is not None and not gradients.params:
+            self.advance_if(gradients, agreed.any_gradient)
+            return
+        if not moved:
+            self.advance(gradients, external)
+        self.count(gradients.found_inf())
+
     def advance(self, gradients: StepGradients, external: External | None) -> None:
         """Moves the scale of each loss that took part; no host sync."""
         update = self._backend.update_scale_
@@ -63,15 +73,19 @@ class ScaleMoves:
 
     def count_if_skipped(self, gradients: StepGradients) -> None:
         """Moves scales and counters as a skipped step does, if one was due."""
+        self.advance_if(gradients, gradients.found_inf() != 0)
+
+    def advance_if(self, gradients: StepGradients, condition: Tensor) -> None:
+        """Moves scales and counters as a step does, if a 0-d bool of the device says so."""
         found_inf, totals = gradients.found_inf(), self._losses.totals
         scales = [self._tensors, *(loss.tensors for loss in self._losses.each.values())]
         kept = [t for scale in scales for t in scale.every()] + ([] if totals is None else [totals])
         before = [tensor.clone() for tensor in kept]
-        counts = torch.zeros_like(found_inf, dtype=torch.bool)
+        counts = torch.zeros_like(condition)
         try:
             self.advance(gradients, None)
             self.count(found_inf)
-            counts = found_inf != 0
+            counts = condition
         finally:
             for tensor, old in zip(kept, before, strict=True):
                 tensor.copy_(torch.where(counts, tensor, old))

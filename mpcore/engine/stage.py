@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from mpcore.backends import Backend
-from mpcore.base import ParameterSet
 from mpcore.engine import stage_checks as checks
-from mpcore.engine.accumulation import Accumulation
 from mpcore.engine.checked_parameters import CheckedParameters, Collected
 from mpcore.engine.clip_watch import ClipWatch
 from mpcore.engine.external import External
@@ -20,7 +18,9 @@ from mpcore.engine.flush_watch import FlushWatch
 from mpcore.engine.gradients import StepGradients
 from mpcore.engine.leftovers import Leftovers
 from mpcore.engine.scale_moves import ScaleMoves
+from mpcore.engine.step_ranks import StepRanks
 from mpcore.engine.step_result import StepResult
+from mpcore.engine.step_sums import StepSums
 from mpcore.engine.waiting import WaitingGradients
 from mpcore.engine.watcher import Watcher
 from mpcore.loss_scale import (
@@ -47,6 +47,7 @@ class Stage:
         plan: Returns how the fused path updates the parameters given to it, None on another path.
         writes: Whether everything is whole.
         edits: Knows which weights do not go with their masters.
+        ranks: Who else has to agree with a step.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Stage:
         plan: Callable[[Sequence[Tensor]], StepPlan | None],
         writes: Writes,
         edits: WeightEdits,
+        ranks: StepRanks,
     ) -> None:
         self.gradients: StepGradients | None = None
         self.scaled = False  # whether scale() was called since the last step
@@ -76,10 +78,11 @@ class Stage:
         self._plan = plan
         self._writes = writes
         self._edits = edits
+        self._ranks = ranks
         self.moves = ScaleMoves(loss_scaling, tensors, losses, backend)
         self._outside_scale: Tensor | None = None
         losses.own_alarm = new_alarm(loss_scaling, 0)
-        self._sums: Accumulation | None = None
+        self._sums = StepSums(masters, backend)
         self._clip_watch = ClipWatch(groups)
         self.flush_watch = FlushWatch()
         self._leftovers = Leftovers()
@@ -90,7 +93,7 @@ class Stage:
     @property
     def _holds_any(self) -> bool:
         """Whether gradients were collected or added up for the next step."""
-        return self.gradients is not None or self._sums is not None
+        return self.gradients is not None or self._sums.exist
 
     @property
     def is_untouched(self) -> bool:
@@ -133,12 +136,14 @@ class Stage:
                 self.gradients.findings.add(external.found_inf)
             return self.gradients
         self._edits.check(caller)
-        if self._sums is not None:
-            self.gradients = self._summed(self._sums, caller, external)
+        if self._sums.exist:
+            self.gradients = self._summed(caller, external)
             return self.gradients
         if self._loss_scaling.scales:
             twice = self.scaled and not self._thrown
-            checks.check_scaled(caller, external, bool(params), self.scaled, twice)
+            # with ranks, the last stage of a pipeline may be the only one that has a loss
+            asked = bool(params) and (external is not None or not self._ranks.agree)
+            checks.check_scaled(caller, external, asked, self.scaled, twice)
         elif external is None:
             self.flush_watch.see(params, self._backend, self._tensors.scale.device)
         self._clip_watch.check()
@@ -209,32 +214,27 @@ class Stage:
         scale = self._tensors.scale if loss is None else loss.tensors.scale
         if not scaling.scales:
             self.flush_watch.see(params, self._backend, scale.device)
-        self._masters.create_for(params)
-        if self._sums is None:
-            self._sums = Accumulation(self._masters, self._backend)
         name = "" if loss is None else loss.name
-        self._sums.add(params, scale.reciprocal(), name, scaling.wants_largest)
+        self._sums.add(params, scale, name, scaling.wants_largest)
 
     @property
     def accumulated(self) -> Accumulated | None:
         """What was added up for the next step, None if nothing was."""
         self.check_whole("state_dict()")
-        return None if self._sums is None else self._sums.so_far()
+        return self._sums.so_far()
 
     def resume(self, accumulated: Accumulated | None) -> None:
         """Goes on from what was added up elsewhere."""
-        if accumulated is not None:
-            self._sums = Accumulation(self._masters, self._backend, accumulated)
+        self._sums.resume(accumulated)
 
-    def _summed(self, sums: Accumulation, caller: str, external: External | None) -> StepGradients:
+    def _summed(self, caller: str, external: External | None) -> StepGradients:
         """Returns the sums as the gradients of this step."""
         checks.check_no_outside_scaler(caller, external)
         self.accumulate(caller)  # what has come since
-        params = ParameterSet(param for param in self._params() if param in sums.sums)
+        params = self._sums.meet(self._params(), self._ranks.of_sums())
         gradients = self._gradients_of(Collected(params, None), self._tensors.scale, None)
-        gradients.take_sums(sums.so_far())
-        sums.hand_over()
-        self._sums, self._outside_scale = None, None
+        self._sums.hand_over(gradients)
+        self._outside_scale = None
         return gradients
 
     def begin_closure(self) -> None:
@@ -274,6 +274,8 @@ class Stage:
             finds_largest=external is None and self._loss_scaling.wants_largest,
             statistics=None if self.watcher is None else self.watcher.begin_step(params),
             collected=grads,
+            agreement=self._ranks.of_pass(external),
+            scaled=self.scaled or not self._loss_scaling.scales,
         )
 
     def finish(
@@ -284,9 +286,7 @@ class Stage:
         name = partial(name_of, groups=self._groups)
         result = StepResult(found_inf, gradients, name, self._outside_scale)
         self._writes.begin()
-        if not moved:
-            self.moves.advance(gradients, external)
-        self.moves.count(found_inf)
+        self.moves.end_step(gradients, external, moved=moved)
         left = gradients.left_as_they_were()
         self.drop_gradients()
         gradients.release()
@@ -312,6 +312,7 @@ class Stage:
     def start_anew(self, overflows_at_min: int) -> None:
         """Drops what belongs to a state that was replaced, by one with that counter."""
         self.forget(last_step=True)
+        self._ranks.start_anew()
         self._losses.own_alarm = new_alarm(self._loss_scaling, overflows_at_min)
 
     def forget(self, *, last_step: bool = False) -> None:
@@ -344,5 +345,6 @@ class Stage:
         """Drops gradients that were collected and not stepped."""
         if self.gradients is not None:
             self.gradients.release()
-        self.gradients = self._sums = None
+        self.gradients = None
+        self._sums.drop()
         self.waiting.forget()

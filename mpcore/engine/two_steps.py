@@ -125,6 +125,7 @@ class TwoSteps:
         self._edits.adopt(began=self._began)
         gradients.apply()
         gradients.inspect()
+        gradients.agree()
         return gradients
 
     def _call(self, gradients: StepGradients, method: Callable[[], Any]) -> Any:

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from mpcore.backends import Backend, reference
 from mpcore.base import SIXTEEN_BIT, HostCopy, are_same, comes_late, devices_of, is_capturing
@@ -26,6 +26,7 @@ from mpcore.errors import ArgumentError, StageError
 from mpcore.masters.masters import Groups, Masters
 from mpcore.masters.parameters import name_of
 from mpcore.masters.weights import stale_weights
+from mpcore.ranks import several_ranks
 
 RULES = ("adopt", "always", "raise")
 
@@ -165,7 +166,7 @@ class WeightEdits:
         self.hear()
         masters = self._masters
         written = [] if began else masters.written()
-        if written and _several_ranks():
+        if written and several_ranks():
             self._check_fit(
                 written,
                 "step()",
@@ -278,11 +279,3 @@ class WeightEdits:
     def _few(self, params: Collection[Tensor]) -> str:
         names = ", ".join(name_of(param, self._groups) for param in [*params][:3])
         return f"{names} and {len(params) - 3} more" if len(params) > 3 else names
-
-
-def _several_ranks() -> bool:
-    return (
-        distributed.is_available()
-        and distributed.is_initialized()
-        and distributed.get_world_size() > 1
-    )

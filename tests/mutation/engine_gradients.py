@@ -256,7 +256,7 @@ SCALE_MOVES = [
         ("all losses back off with one", "& known.logical_not()", ""),
         (
             "clean passes count and overflows do not",
-            "counts = found_inf != 0",
+            "counts = condition",
             "counts = found_inf == 0",
         ),
         ("a clean pass is counted in the totals", "([] if totals is None else [totals])", "[]"),

@@ -60,8 +60,8 @@ INTERRUPTIONS = [
         ("test_interruptions.py",),
         (
             "half a move of the scale is whole",
-            "        self._writes.begin()\n        if not moved:",
-            "        if not moved:",
+            "        self._writes.begin()\n        self.moves.end",
+            "        self.moves.end",
         ),
     ),
     *engine_mutants(
@@ -101,7 +101,7 @@ INNER = [
         ("gradients that wait are passed by", "return waits or self", "return self"),
         (
             "sums that wait are passed by",
-            "self.gradients is not None or self._sums is not None",
+            "self.gradients is not None or self._sums.exist",
             "self.gradients is not None",
         ),
     ),
@@ -165,7 +165,7 @@ INNER = [
     *engine_mutants(
         "engine/stage.py",
         ("test_two_steps.py",),
-        ("a pass without a scale never waits", "scaled or not self._loss_scaling.scales", "scaled"),
+        ("a pass without a scale never waits", "wait = scaled or not self._loss_scaling.scales", "wait = scaled"),
     ),
     *engine_mutants(
         "engine/optimizer.py",

@@ -79,7 +79,7 @@ EDITS = [
         ("counts are told again", "        self._known = now\n", ""),
         (
             "ranks may start from different masters",
-            "if written and _several_ranks():",
+            "if written and several_ranks():",
             "if not written and _several_ranks():",
         ),
         (

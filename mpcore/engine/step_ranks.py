@@ -1,0 +1,78 @@
+"""Which ranks a step has to agree with, and that they began alike."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import Tensor
+
+from mpcore.engine.external import External
+from mpcore.loss_scale import LossScaleTensors
+from mpcore.masters import Groups, Masters, name_of
+from mpcore.ranks import Agreement, Ranks, choose_agreement, several_ranks, warn_alone
+
+
+class StepRanks:
+    """Hands out what ranks agree by, once copies of parameters were compared.
+
+    Args:
+        ranks: What the user said.
+        groups: The optimizer's param groups.
+        masters: Where the masters are.
+        tensors: The loss scale.
+    """
+
+    def __init__(
+        self, ranks: Ranks | None, groups: Groups, masters: Masters, tensors: LossScaleTensors
+    ) -> None:
+        self._groups = groups
+        self._masters = masters
+        self._tensors = tensors
+        self._agreement = choose_agreement(ranks, self._params(), tensors)
+        self._of_sums: Agreement | None = None  # of ranks that nobody told us of
+        self._warned = False
+
+    @property
+    def agree(self) -> bool:
+        """Whether there are others to agree with."""
+        return self._agreement is not None
+
+    def of_pass(self, external: External | None) -> Agreement | None:
+        """Returns what the ranks of a step agree by; collective in the first one.
+
+        Args:
+            external: The outside scaler that drives this step, if one does: it has its own ranks.
+
+        Raises:
+            StageError: On every rank, if masters that should be copies differ.
+        """
+        if external is not None:
+            return None
+        if self._agreement is None and not self._warned and several_ranks():
+            self._warned = True
+            if self._of_sums is None:
+                warn_alone()
+        return self._begun(self._agreement)
+
+    def of_sums(self) -> Agreement | None:
+        """Returns what makes sums of copies their mean: of all ranks if nobody said of which."""
+        if self._agreement is None and self._of_sums is None and several_ranks():
+            self._of_sums = Agreement(Ranks(), self._tensors)
+        return self._begun(self._agreement or self._of_sums)
+
+    def start_anew(self) -> None:
+        """Notes that masters were replaced: copies are compared again."""
+        for agreement in (self._agreement, self._of_sums):
+            if agreement is not None:
+                agreement.start_anew()
+
+    def _begun(self, agreement: Agreement | None) -> Agreement | None:
+        if agreement is not None:
+            params = [param for param in self._params() if param.requires_grad]
+            self._masters.create_for(params)
+            name = partial(name_of, groups=self._groups)
+            agreement.begin(params, name, self._masters.of)
+        return agreement
+
+    def _params(self) -> list[Tensor]:
+        return [param for group in self._groups for param in group["params"]]

@@ -1,0 +1,20 @@
+"""Ranks that skip, clip and move their loss scale as one: who they are, and what they agree on.
+
+Start with `ranks.py`. Its face is what is imported here; its modules are its own.
+"""
+
+from __future__ import annotations
+
+from mpcore.ranks.agreement import Agreed, Agreement
+from mpcore.ranks.choice import check_ranks, choose_agreement, several_ranks, warn_alone
+from mpcore.ranks.ranks import Ranks
+
+__all__ = [
+    "Agreed",
+    "Agreement",
+    "Ranks",
+    "check_ranks",
+    "choose_agreement",
+    "several_ranks",
+    "warn_alone",
+]

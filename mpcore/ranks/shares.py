@@ -1,0 +1,133 @@
+"""Who holds which parameters: copies of them count once, and have to be copies."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from mpcore.base import held_here
+from mpcore.errors import StageError
+from mpcore.ranks.ranks import Ranks
+
+_AT_ONCE = 2**22  # elements: bounds what a digest needs besides them
+_ODD = 0x9E3779B97F4A7C15 - 2**64  # the golden ratio in 64 bits, as a signed number
+
+
+class Shares:
+    """Knows which parameters this rank counts, once copies were compared.
+
+    Args:
+        ranks: What the user said.
+        group: The process group of the step's collective.
+    """
+
+    def __init__(self, ranks: Ranks, group: Any) -> None:
+        self._ranks = ranks
+        self._group = group
+        self._counts: dict[int, bool] = {}  # by id of the parameter
+        self._group_of: dict[int, Any] = {}  # who holds copies of it
+
+    def counts(self, param: Tensor) -> bool:
+        """Whether this rank counts what it holds of a parameter."""
+        return self._counts[id(param)]
+
+    def group_of(self, param: Tensor) -> Any:
+        """Returns the process group whose ranks hold copies of a parameter, None if none does."""
+        return self._group_of.get(id(param))
+
+    def compare(
+        self,
+        params: Sequence[Tensor],
+        name_of: Callable[[Tensor], str],
+        value_of: Callable[[Tensor], Tensor],
+    ) -> None:
+        """Finds out who holds copies, and compares them; collective, syncs with the host.
+
+        Args:
+            params: All of the optimizer, in order.
+            name_of: Their names.
+            value_of: What must be equal where there are copies: masters.
+
+        Raises:
+            StageError: On all ranks of the group, if copies differ.
+        """
+        self._counts = {id(param): _is_first(param) for param in params}
+        plain = {name_of(param): param for param in params if not hasattr(param, "device_mesh")}
+        for group, names in self._holders(plain):
+            held = [plain[name] for name in names]
+            layout = _crc(f"{name} {list(plain[name].shape)}" for name in names)
+            value = _digest([value_of(param) for param in held])
+            found = _gathered(layout, value, group)
+            alike = {each[0] for each in found}
+            if self._ranks.replicas is None and len(alike) > 1:
+                continue  # stages of a pipeline: everybody has others
+            if len(set(found)) > 1:
+                raise StageError(_message(found, names, len(alike) > 1))
+            for param in held:
+                self._counts[id(param)] = distributed.get_rank(group) == 0
+                self._group_of[id(param)] = group
+
+    def _holders(self, plain: Mapping[str, Tensor]) -> list[tuple[Any, list[str]]]:
+        """Returns groups of ranks that hold copies, and the names of what each holds."""
+        replicas = self._ranks.replicas
+        if not isinstance(replicas, Mapping):
+            return [(self._group if replicas is None else replicas, list(plain))]
+        names: dict[str | None, list[str]] = {pattern: [] for pattern in [*replicas, None]}
+        for name in plain:
+            names[next((p for p in replicas if fnmatchcase(name, p)), None)].append(name)
+        groups = {**replicas, None: self._group}
+        return [(groups[p], each) for p, each in names.items() if groups[p] is not None]
+
+
+def _is_first(param: Any) -> bool:
+    """Whether no rank before this one holds the same elements of a DTensor; True of others."""
+    mesh = getattr(param, "device_mesh", None)
+    if mesh is None:
+        return True
+    place = mesh.get_coordinate()
+    copies = [at for at, spot in zip(place, param.placements, strict=True) if spot.is_replicate()]
+    return not any(copies)
+
+
+def _crc(lines: Any) -> int:
+    return zlib.crc32("\n".join(lines).encode())
+
+
+def _digest(tensors: Sequence[Tensor]) -> int:
+    """Returns 64 bits of the bits of tensors; syncs with the host."""
+    total = 0
+    for tensor in map(held_here, tensors):
+        size = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+        for part in torch.split(tensor.detach().reshape(-1).view(size), _AT_ONCE):
+            places = torch.arange(1, len(part) + 1, device=part.device) * _ODD
+            total = (total * 31 + int(((part.long() + 1) * places).sum())) % 2**63
+    return total
+
+
+def _gathered(layout: int, value: int, group: Any) -> list[tuple[int, int]]:
+    """Returns layout and value of each rank of a group."""
+    home = "cpu"
+    if distributed.get_backend(group) not in ("gloo", "mpi"):
+        home = f"cuda:{torch.cuda.current_device()}"
+    own = torch.tensor([layout, value], dtype=torch.int64, device=home)
+    every = [torch.empty_like(own) for _ in range(distributed.get_world_size(group))]
+    distributed.all_gather(every, own, group)
+    return [(int(each[0]), int(each[1])) for each in every]
+
+
+def _message(found: list[tuple[int, int]], names: Sequence[str], other_names: bool) -> str:
+    first = found[0]
+    others = [rank for rank, each in enumerate(found) if each != first]
+    what = "list other parameters" if other_names else "have other values"
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return (
+        f"step(): expected equal masters of {shown} on {len(found)} ranks, got ranks {others} that "
+        f"{what} than the first. Load or broadcast weights before the optimizer is made, from one "
+        "rank: DistributedDataParallel(model) first, then cast_model(model, dtype, optimizer). If "
+        'ranks hold different parameters, say so: ranks=mpcore.Ranks(replicas={"*": None}).'
+    )

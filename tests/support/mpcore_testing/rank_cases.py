@@ -1,0 +1,234 @@
+"""What ranks that act as one do, case by case: each runs on every rank and returns what it saw."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import mpcore
+import torch
+from torch import distributed, nn
+
+SCALE = 2.0**6
+PATHS = ("fused", "general")
+INNER: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "AdamW": lambda params: torch.optim.AdamW(params, lr=2.0**-6),
+    "SGD": lambda params: torch.optim.SGD(params, lr=2.0**-6, momentum=0.5),
+    "Lion": lambda params: mpcore.optim.Lion(params, lr=2.0**-6),
+}
+
+
+def wrapped(params: Any, path: str, inner: str = "SGD", **options: Any) -> Any:
+    scaling = options.pop("scaling", mpcore.DynamicLossScale(SCALE, growth_interval=2))
+    options.setdefault("ranks", mpcore.Ranks())
+    return mpcore.MixedPrecisionOptimizer(INNER[inner](params), scaling, path=path, **options)
+
+
+def values(sizes: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float16) -> list[Any]:
+    """Parameters whose gradients `pass_over` makes."""
+    draw = torch.Generator().manual_seed(seed)
+    return [nn.Parameter(torch.rand(n, generator=draw).to(dtype)) for n in sizes]
+
+
+def pass_over(optimizer: Any, params: list[Any], factor: float, bad: bool = False) -> None:
+    """A backward pass whose gradients are `factor` times the weights; `bad`: one is infinite."""
+    optimizer.backward(
+        sum((p.float().square().sum() / 2 for p in params), torch.zeros(())) * factor
+    )
+    if bad:
+        params[-1].grad[0] = torch.inf  # after what ranks exchange among themselves
+
+
+def seen(optimizer: Any, params: list[Any]) -> dict[str, Any]:
+    result = optimizer.last_step
+    return {
+        "skipped": result.skipped,
+        "norm": result.grad_norm,
+        "scale": optimizer.loss_scale,
+        "counters": (optimizer.steps, optimizer.skipped_steps),
+        "weights": [p.detach().float().tolist() for p in params],
+        "masters": [optimizer.state[p]["master"].tolist() for p in params],
+    }
+
+
+def copies(rank: int, path: str, inner: str, dtype: str, clips: bool, bad: int) -> Any:
+    """Equal parameters and gradients, as behind an all-reduce; one rank's overflows afterwards."""
+    params = values((5, 3), seed=0, dtype=getattr(torch, dtype))
+    optimizer = wrapped(params, path, inner)
+    found = []
+    for step in range(5):
+        pass_over(optimizer, params, 0.5, bad=step in (0, 3) and rank == bad)
+        if clips:
+            optimizer.clip_grad_norm_(0.25)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(seen(optimizer, params))
+    return found
+
+
+def stages(rank: int, path: str, clips: bool, bad: int) -> Any:
+    """Stages of a pipeline: parameters of their own; only the last one has the loss."""
+    params = values(((5, 3), (4,), (6, 2, 1))[rank], seed=rank)
+    optimizer = wrapped(params, path)
+    found = []
+    for step in range(4):
+        if rank == 0:  # its gradients come from the next stage, which has scaled the loss
+            for param in params:
+                param.grad = param.detach() * (0.5 * optimizer.loss_scale)
+            if bad == 0 and step == 1:
+                params[0].grad[0] = torch.inf
+        else:
+            pass_over(optimizer, params, 0.5, bad=step == 1 and rank == bad)
+        if clips:
+            optimizer.clip_grad_norm_(0.25)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(seen(optimizer, params))
+    return found
+
+
+def experts(rank: int, path: str, clips: bool, bad: int) -> Any:
+    """A layer that all ranks have, and an expert each; one expert overflows in step 1."""
+    shared, expert = values((5,), seed=0), values((4 + rank,), seed=1 + rank)
+    named = [("shared.weight", shared[0]), ("experts.0.weight", expert[0])]
+    ranks = mpcore.Ranks(replicas={"experts.*": None})
+    optimizer = wrapped(named, path, ranks=ranks)
+    found = []
+    for step in range(3):
+        pass_over(optimizer, [*shared, *expert], 0.5, bad=step == 1 and rank == bad)
+        if clips:
+            optimizer.clip_grad_norm_(0.25)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(seen(optimizer, [*shared, *expert]))
+    return found
+
+
+def idle(rank: int, path: str, clips: bool, bad: int) -> Any:
+    """Rank 0 has no gradient in step 1, nobody has one in step 2."""
+    params = values((4, 2 + rank), seed=rank)
+    optimizer = wrapped(params, path)
+    found = []
+    for step in range(4):
+        if step == 0 or step == 3 or (step == 1 and rank > 0):
+            pass_over(optimizer, params, 0.5, bad=step == 1 and rank == bad)
+        else:
+            optimizer.scale(torch.zeros(()))
+        if clips:
+            optimizer.clip_grad_norm_(0.25)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append((optimizer.loss_scale, optimizer.steps, optimizer.skipped_steps))
+    return found
+
+
+def summed(rank: int, path: str, told: bool, synced: bool) -> Any:
+    """DistributedDataParallel, `no_sync` in all passes but the last, sums in float32."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1)
+    options = {} if told else {"ranks": None}
+    scaling = mpcore.StaticLossScale(SCALE)
+    optimizer = wrapped(model.parameters(), path, scaling=scaling, **options)
+    mpcore.cast_model(model, torch.float16, optimizer)
+    ddp = nn.parallel.DistributedDataParallel(model)
+    for micro_batch in range(4):
+        x = torch.full((2, 4), float(rank + 1) * (micro_batch + 1) / 8)
+        if synced and micro_batch == 3:
+            optimizer.backward(ddp(x).float().mean() / 4)
+        else:
+            with ddp.no_sync():
+                optimizer.backward(ddp(x).float().mean() / 4)
+        optimizer.accumulate()
+    optimizer.step()
+    return seen(optimizer, list(model.parameters()))
+
+
+def headroom(rank: int, path: str) -> Any:
+    """The scale is computed from the largest gradient of all ranks."""
+    params = values((4, 2 + rank), seed=rank)
+    optimizer = wrapped(params, path, scaling=mpcore.HeadroomLossScale(SCALE, spare_bits=2))
+    pass_over(optimizer, params, 2.0 ** (-2 * rank))
+    largest = max(float(p.grad.abs().max()) for p in params) / SCALE
+    optimizer.step()
+    return largest, optimizer.loss_scale
+
+
+def collectives(rank: int, path: str, way: str) -> list[str]:
+    """Which calls of a step are collective, after the first step."""
+    params = values((4, 2), seed=0)
+    optimizer = wrapped(params, path)
+    counted: list[str] = []
+    own, now = distributed.all_reduce, ""
+
+    def counting(*arguments: Any, **options: Any) -> Any:
+        counted.append(now)
+        return own(*arguments, **options)
+
+    for step in range(2):
+        distributed.all_reduce = counting if step else own
+        for now in ("backward", "unscale_", "clip_grad_norm_", "step", "zero_grad"):
+            if now == "backward":
+                pass_over(optimizer, params, 0.5)
+            elif now in ("step", "zero_grad") or now in way.split():
+                getattr(optimizer, now)(*((1.0,) if now == "clip_grad_norm_" else ()))
+    distributed.all_reduce = own
+    return counted
+
+
+def refused(rank: int, what: str) -> str:
+    """What each rank is told."""
+    params = values((4, 2), seed=rank if what == "other masters" else 0)
+    scale = SCALE * (1 + (rank == 1) * (what == "other scale"))
+    optimizer = wrapped(params, "fused", scaling=mpcore.DynamicLossScale(scale))
+    if what == "no scale":
+        for param in params:
+            param.grad = torch.ones_like(param)
+    else:
+        pass_over(optimizer, params, 0.5)
+    try:
+        optimizer.step()
+    except mpcore.StageError as error:
+        masters = [optimizer.state[p]["master"].tolist() for p in params if p in optimizer.state]
+        assert masters in ([], [p.detach().float().tolist() for p in params])  # nothing has moved
+        return str(error)
+    return "stepped"
+
+
+def warned(rank: int) -> list[str]:
+    """What is said to whom nobody told of the other ranks."""
+    params = values((4,), seed=0)
+    optimizer = wrapped(params, "fused", ranks=None)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            pass_over(optimizer, params, 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+    return [str(warning.message) for warning in heard]
+
+
+CLIPS = (False, True)
+CASES: list[tuple[Any, ...]] = [
+    *((copies, p, "AdamW", "float16", c, 1) for p in PATHS for c in CLIPS),
+    *((copies, p, inner, "bfloat16", True, 0) for p in PATHS for inner in ("SGD", "Lion")),
+    *((stages, p, c, bad) for p in PATHS for c in CLIPS for bad in (0, 1)),
+    *((experts, p, c, 1) for p in PATHS for c in CLIPS),
+    *((idle, p, c, 1) for p in PATHS for c in CLIPS),
+    *((summed, p, told, synced) for p in PATHS for told in CLIPS for synced in CLIPS),
+    *((headroom, p) for p in PATHS),
+    *((collectives, p, w) for p in PATHS for w in ("", "clip_grad_norm_", "unscale_")),
+    *((refused, what) for what in ("other masters", "other scale", "no scale")),
+    (warned,),
+]
+
+
+def work(rank: int, folder: str, size: str) -> None:
+    distributed.init_process_group("gloo", f"file://{folder}/s", rank=rank, world_size=int(size))
+    torch.set_num_threads(1 + rank % 2)  # norms must not depend on it
+    cases = (
+        CASES if size == "2" else [case for case in CASES if case[0] in (copies, stages, experts)]
+    )
+    found = [(case.__name__, options, case(rank, *options)) for case, *options in cases]
+    torch.save(found, f"{folder}/rank{rank}.pt")
+    distributed.destroy_process_group()
