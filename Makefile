@@ -60,7 +60,7 @@ build: $(VENV)/.dev ## Build wheel and sdist into dist/; try both outside the re
 	$(BIN)/python .ci/check_dist.py dist
 
 audit: $(VENV)/.test ## Compile every kernel for four GPUs and judge the machine code.
-	$(BIN)/python -m mpcore_kernels.audit
+	$(BIN)/python -m mpcore_audit
 
 mutants: $(VENV)/.test ## Put errors into kernels and engine and see the tests find them; write docs/mutants.md.
 	$(BIN)/python tests/mutation/run.py --write

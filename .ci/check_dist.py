@@ -5,6 +5,8 @@
 An environment holds the distribution and exactly what its metadata says it needs: a link is made
 to each file of torch and of torch's own requirements in the running environment, so that a
 dependency which was never declared is missing there, and nothing is downloaded twice.
+
+Before that, the wheel is searched for what is for us alone: tests and the audit of machine code.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import venv
+import zipfile
 from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -22,6 +25,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 SMOKE = Path(__file__).resolve().parent / "dist_smoke.py"
+FOR_US_ALONE = {"mpcore_audit", "mpcore_testing", "tests"}
 
 
 def closure(requirements: Iterable[str]) -> Iterator[metadata.Distribution]:
@@ -64,11 +68,21 @@ def wheel_of(artifact: Path, folder: Path) -> Path:
     return next(folder.glob("*.whl"))
 
 
+def check_contents(wheel: Path) -> None:
+    """Ends the program if `wheel` holds a test, or a folder that is for us alone."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = [Path(name) for name in archive.namelist()]
+    found = [n for n in names if FOR_US_ALONE & {*n.parts} or n.name.startswith("test_")]
+    if found:
+        sys.exit(f"{wheel.name}: expected no tests and no audit, got {', '.join(map(str, found))}")
+
+
 def check(artifact: Path) -> None:
     """Installs `artifact` in a fresh environment and runs the smoke test there."""
     with tempfile.TemporaryDirectory(prefix="mpcore-dist-") as name:
         folder = Path(name)
         wheel = wheel_of(artifact, folder)
+        check_contents(wheel)
         venv.create(folder / "env", with_pip=False, symlinks=True)
         python = folder / "env" / "bin" / "python"
         flags = ("--quiet", "--no-deps", "--no-index", "--disable-pip-version-check")

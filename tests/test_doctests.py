@@ -1,4 +1,4 @@
-"""Runs the examples of every docstring of both packages."""
+"""Runs the examples of every docstring of what ships, and of the audit."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pkgutil
 import mpcore
 import pytest
 
+import mpcore_audit
 import mpcore_kernels
 
 
@@ -18,7 +19,10 @@ def module_names(package):
     return [package.__name__, *(name for name in found if not name.endswith("__main__"))]
 
 
-@pytest.mark.parametrize("name", [*module_names(mpcore), *module_names(mpcore_kernels)])
+NAMES = [n for each in (mpcore, mpcore_kernels, mpcore_audit) for n in module_names(each)]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_docstring_examples_print_what_they_show(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     failed, _ = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)

@@ -17,7 +17,6 @@ from mpcore_kernels.unscale import unscale_into as unscale_into
 from mpcore_kernels.update import plan_update as plan_update
 from mpcore_kernels.update import prepare_ as prepare_
 from mpcore_kernels.update import update_ as update_
-from mpcore_kernels.widen import widen_into as widen_into
 
 __all__ = [
     "Inspection",
@@ -32,5 +31,4 @@ __all__ = [
     "unscale_into",
     "update_",
     "update_scale_",
-    "widen_into",
 ]

@@ -115,12 +115,12 @@ def _inspect_kernel(
     if is_aligned(grad, GRAD, GRAD) & (count == CHUNK):
         grad_ptr = aligned_pointer(grad, start, GRAD, GRAD)
         total, largest = _inspect_block(
-            grad_ptr, None, coefficient, counters_ptr, GRAD, STATISTICS, CHUNK
+            grad_ptr, None, coefficient, counters_ptr, GRAD, STATISTICS, CHUNK=CHUNK
         )
     else:
         grad_ptr = pointer(grad, GRAD) + start
         total, largest = _inspect_block(
-            grad_ptr, count, coefficient, counters_ptr, GRAD, STATISTICS, CHUNK
+            grad_ptr, count, coefficient, counters_ptr, GRAD, STATISTICS, CHUNK=CHUNK
         )
     kinds = tl.full((), 0, tl.int32)
     first = tl.full((), 0, tl.int32)

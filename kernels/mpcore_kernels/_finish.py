@@ -82,27 +82,12 @@ def _latch(square_sum, kinds, coefficient, max_norm):
 
 
 @triton.jit
-def finish_program(
-    program,
-    segments_ptr,
-    sums_ptr,
-    facts_ptr,
-    all_chunks,
-    coefficient_ptr,
-    inverted,
-    max_norm,
-    kinds_ptr,
-    first_bad_ptr,
-    square_sum_ptr,
-    largest_ptr,
-    found_inf_ptr,
-    grad_norm_ptr,
-    unscale_ptr,
-    latched_ptr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Does what a program of `_finish_kernel` does."""
+def finish_program(program, found, given, tensors, total, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """Does what a program of `_finish_kernel` does, whose arguments come in groups."""
+    segments_ptr, sums_ptr, facts_ptr, all_chunks = found
+    coefficient_ptr, inverted, max_norm = given
+    kinds_ptr, first_bad_ptr, square_sum_ptr, largest_ptr = tensors
+    found_inf_ptr, grad_norm_ptr, unscale_ptr, latched_ptr = total
     begin = 0
     chunks = all_chunks
     if program > 0:
@@ -175,9 +160,13 @@ def _finish_kernel(
               and sums are over integers, so no order can be seen.
     """
     finish_program(
-        *(tl.program_id(0), segments_ptr, sums_ptr, facts_ptr, all_chunks),
-        *(coefficient_ptr, inverted, max_norm, kinds_ptr, first_bad_ptr, square_sum_ptr),
-        *(largest_ptr, found_inf_ptr, grad_norm_ptr, unscale_ptr, latched_ptr, CHUNK, BLOCK),
+        tl.program_id(0),
+        found=(segments_ptr, sums_ptr, facts_ptr, all_chunks),
+        given=(coefficient_ptr, inverted, max_norm),
+        tensors=(kinds_ptr, first_bad_ptr, square_sum_ptr, largest_ptr),
+        total=(found_inf_ptr, grad_norm_ptr, unscale_ptr, latched_ptr),
+        CHUNK=CHUNK,
+        BLOCK=BLOCK,
     )
 
 

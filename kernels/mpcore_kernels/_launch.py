@@ -7,7 +7,7 @@ kernel module builds it in one function of its own, from the dtypes of the table
     def variants() -> list[Variant]: ...                 # every one that its launchers can use
 
 Launchers launch through it (`Variant.launch`), and the audit compiles from the same object
-(`Variant.source` and `Variant.options`). `_variants.py` collects `variants()` of all kernel
+(`Variant.source` and `Variant.options`). `mpcore_audit.variants` collects those of all kernel
 modules; the test suite fails on a launch of a variant that is not in that collection.
 
 Two choices are written down for each launch and never inherited from the compiler's defaults:
@@ -22,6 +22,7 @@ Two choices are written down for each launch and never inherited from the compil
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,7 +114,7 @@ class Variant:
             if parameter.name not in constants and _is_specialized(parameter, next(types))
         ]
 
-    def launch(self, programs: int, *arguments: Tensor | int | float) -> None:
+    def launch(self, programs: int, arguments: Sequence[Tensor | int | float]) -> None:
         """Queues one launch on the current stream of the first argument's device.
 
         Args:
@@ -122,6 +123,7 @@ class Variant:
                 a tensor.
         """
         with torch.cuda.device_of(arguments[0]):
+            # by position: to bind the 22 arguments of `update_` by name takes Triton 3 us longer
             self.kernel[(programs,)](*arguments, **dict(self.constants), **self.options())
 
 

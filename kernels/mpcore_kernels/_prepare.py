@@ -42,9 +42,7 @@ def _numbers(first_ptr, mask, COUNT: tl.constexpr):
 @triton.jit
 def prepare_block(
     block,
-    owners_ptr,
-    numbers_ptr,
-    scalars_ptr,
+    tables,
     tensors,
     SCALARS: tl.constexpr,
     NUMBERS: tl.constexpr,
@@ -52,6 +50,7 @@ def prepare_block(
     BLOCK: tl.constexpr,
 ):
     """Writes the scalars of one block of tensors: see `_prepare_kernel`."""
+    owners_ptr, numbers_ptr, scalars_ptr = tables
     lanes = block * BLOCK + tl.arange(0, BLOCK)
     mask = lanes < tensors
     step = tl.load(owners_ptr + lanes * 2, mask=mask, other=0)
@@ -95,8 +94,13 @@ def _prepare_kernel(
               it reads.
     """
     prepare_block(
-        *(tl.program_id(0), owners_ptr, numbers_ptr, scalars_ptr, tensors),
-        *(SCALARS, NUMBERS, COLUMNS, BLOCK),
+        tl.program_id(0),
+        (owners_ptr, numbers_ptr, scalars_ptr),
+        tensors,
+        SCALARS=SCALARS,
+        NUMBERS=NUMBERS,
+        COLUMNS=COLUMNS,
+        BLOCK=BLOCK,
     )
 
 
@@ -158,14 +162,23 @@ def _finish_and_prepare_kernel(
     program = tl.program_id(0)
     if program > segments:
         prepare_block(
-            *(program - 1 - segments, owners_ptr, numbers_ptr, scalars_ptr, tensors),
-            *(SCALARS, NUMBERS, COLUMNS, BLOCK),
+            program - 1 - segments,
+            (owners_ptr, numbers_ptr, scalars_ptr),
+            tensors,
+            SCALARS=SCALARS,
+            NUMBERS=NUMBERS,
+            COLUMNS=COLUMNS,
+            BLOCK=BLOCK,
         )
     else:
         finish_program(
-            *(program, segments_ptr, sums_ptr, facts_ptr, all_chunks, coefficient_ptr),
-            *(inverted, max_norm, kinds_ptr, first_bad_ptr, square_sum_ptr, largest_ptr),
-            *(found_inf_ptr, grad_norm_ptr, unscale_ptr, latched_ptr, CHUNK, FINISH),
+            program,
+            found=(segments_ptr, sums_ptr, facts_ptr, all_chunks),
+            given=(coefficient_ptr, inverted, max_norm),
+            tensors=(kinds_ptr, first_bad_ptr, square_sum_ptr, largest_ptr),
+            total=(found_inf_ptr, grad_norm_ptr, unscale_ptr, latched_ptr),
+            CHUNK=CHUNK,
+            BLOCK=FINISH,
         )
 
 

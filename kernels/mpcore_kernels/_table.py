@@ -97,7 +97,11 @@ def build(sources: Sequence[Tensor], destinations: Sequence[Tensor]) -> list[Tab
         groups.setdefault(key, []).append(entry)
         programs[key] = first + -(-size // CHUNK)
     device = sources[0].device if sources else torch.device("cpu")
-    return [Table(*key, *_upload(rows, programs[key], device)) for key, rows in groups.items()]
+    tables = []
+    for key, rows in groups.items():
+        entries, owners = _upload(rows, programs[key], device)
+        tables.append(Table(*key, entries=entries, owners=owners))
+    return tables
 
 
 def _upload(

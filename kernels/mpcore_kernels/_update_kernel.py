@@ -70,26 +70,19 @@ def _values(masters, start, mask, other, offsets, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _update_block(
-    grad,
-    weight,
-    masters,
-    start,
-    count,
-    coefficient,
-    scalars,
-    saturated_ptr,
-    edits_ptr,
-    APPLY: tl.constexpr,
-    GRAD: tl.constexpr,
-    WEIGHT: tl.constexpr,
-    ADOPT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def _update_block(tensors, start, count, factors, counters, rule, formats, BLOCK: tl.constexpr):
     """Updates `count` of BLOCK elements from `start` on (None: all, at aligned addresses).
 
-    `masters` holds the addresses of the master and of its moments.
+    `tensors` are the addresses of gradient and weight, and a tuple of those of the master and its
+    moments; `factors` the coefficient and the scalars; the rest is as in `_update_or_adopt`.
     """
+    grad, weight, masters = tensors
+    coefficient, scalars = factors
+    saturated_ptr, edits_ptr = counters
+    APPLY: tl.constexpr = rule[0]
+    ADOPT: tl.constexpr = rule[1]
+    GRAD: tl.constexpr = formats[0]
+    WEIGHT: tl.constexpr = formats[1]
     aligned: tl.constexpr = count is None
     offsets = tl.arange(0, BLOCK)
     mask = None if count is None else offsets < count
@@ -118,24 +111,19 @@ def _update_block(
 
 
 @triton.jit
-def _update_chunk(
-    rows_ptr,
-    owners_ptr,
-    grads_ptr,
-    scalars_ptr,
-    coefficient_ptr,
-    saturated_ptr,
-    edits_ptr,
-    APPLY: tl.constexpr,
-    GRAD: tl.constexpr,
-    WEIGHT: tl.constexpr,
-    MOMENTS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ADOPT: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ROUND: tl.constexpr,
-):
-    """Updates the chunk of this program, and the step count if the chunk is a tensor's first."""
+def _update_chunk(tables, counters, rule, formats, sizes):
+    """Updates the chunk of this program, and the step count if the chunk is a tensor's first.
+
+    The groups are those of `_update_or_adopt`.
+    """
+    rows_ptr, owners_ptr, grads_ptr, scalars_ptr, coefficient_ptr = tables
+    saturated_ptr, edits_ptr = counters
+    MOMENTS: tl.constexpr = rule[2]
+    COLUMNS: tl.constexpr = rule[3]
+    GRAD: tl.constexpr = formats[0]
+    WEIGHT: tl.constexpr = formats[1]
+    CHUNK: tl.constexpr = sizes[0]
+    ROUND: tl.constexpr = sizes[1]
     program = tl.program_id(0)
     tensor = tl.load(owners_ptr + program)
     row_ptr = rows_ptr + tensor * _ROW
@@ -146,8 +134,9 @@ def _update_chunk(
     masters = loaded(row_ptr + 4, 1 + MOMENTS)
     scalars_ptr += tensor * (COLUMNS + 1)
     scalars = loaded(scalars_ptr, COLUMNS)
-    coefficient = tl.load(coefficient_ptr)
+    factors = (tl.load(coefficient_ptr), scalars)
     edits_ptr += 2 * tensor
+    tensors, counters = (grad, weight, masters), (saturated_ptr, edits_ptr)
     if (step != 0) & (start == 0):
         tl.store(step.to(tl.pointer_type(tl.float32)), tl.load(scalars_ptr + COLUMNS))
     aligned = is_aligned(grad, GRAD, tl.float32) & (start + CHUNK <= size)
@@ -156,17 +145,19 @@ def _update_chunk(
     if WEIGHT is not None:
         aligned = aligned & is_aligned(weight, WEIGHT, tl.float32)
     if aligned:
-        _update_block(
-            *(grad, weight, masters, start, None, coefficient, scalars, saturated_ptr, edits_ptr),
-            *(APPLY, GRAD, WEIGHT, ADOPT, CHUNK),
-        )
+        _update_block(tensors, start, None, factors, counters, rule, formats=formats, BLOCK=CHUNK)
     else:
         count = tl.minimum(size - start, CHUNK).to(tl.int32)
         for at in range(0, count, ROUND):
             _update_block(
-                *(grad, weight, masters, start + at, count - at),
-                *(coefficient, scalars, saturated_ptr, edits_ptr),
-                *(APPLY, GRAD, WEIGHT, ADOPT, ROUND),
+                tensors,
+                start + at,
+                count - at,
+                factors,
+                counters,
+                rule,
+                formats=formats,
+                BLOCK=ROUND,
             )
 
 
@@ -189,11 +180,28 @@ def _adopt_chunk(
     master_ptr = pointer(tl.load(row_ptr + 4), tl.float32) + start
     for at in range(0, count, ROUND):
         held, changed = adopt_block(
-            *(weight_ptr + at, master_ptr + at, count - at, WEIGHT, tl.float32, ROUND)
+            weight_ptr + at, master_ptr + at, count - at, WEIGHT, tl.float32, ROUND
         )
         # nothing has changed past the tensor's end
         tl.store(master_ptr + at + tl.arange(0, ROUND), held, mask=changed != 0)
         count_edits(edits_ptr + 2 * tensor, changed)
+
+
+@triton.jit
+def _update_or_adopt(found_inf_ptr, tables, counters, rule, formats, sizes):
+    """Updates the chunk of this program unless found_inf is set; then it adopts, if anything.
+
+    The arguments of `_update_kernel` come in groups: `rule` is (APPLY, ADOPT, MOMENTS, COLUMNS),
+    `formats` (GRAD, WEIGHT), `sizes` (CHUNK, ROUND).
+    """
+    ADOPT: tl.constexpr = rule[1]
+    WEIGHT: tl.constexpr = formats[1]
+    if tl.load(found_inf_ptr) == 0:
+        _update_chunk(tables, counters, rule, formats, sizes)
+    # behind the update: loads after a store are slower on AMD
+    if ADOPT:  # noqa: SIM102 - which the compiler decides
+        if tl.load(found_inf_ptr) != 0:
+            _adopt_chunk(tables[0], tables[1], counters[1], WEIGHT, sizes[0], sizes[1])
 
 
 @triton.jit(
@@ -259,20 +267,22 @@ def _update_kernel(
               written from the prepared scalars and read by nobody here. The counts of clamped,
               adopted and refused values are sums of integers, so their order cannot be seen.
     """
-    if tl.load(found_inf_ptr) == 0:
-        _update_chunk(
-            *(rows_ptr, owners_ptr, grads_ptr, scalars_ptr, coefficient_ptr, saturated_ptr),
-            *(edits_ptr, APPLY, GRAD, WEIGHT, MOMENTS, COLUMNS, ADOPT, CHUNK, ROUND),
-        )
-    # behind the update: loads after a store are slower on AMD
-    if ADOPT:  # noqa: SIM102 - which the compiler decides
-        if tl.load(found_inf_ptr) != 0:
-            _adopt_chunk(rows_ptr, owners_ptr, edits_ptr, WEIGHT, CHUNK, ROUND)
+    _update_or_adopt(
+        found_inf_ptr,
+        tables=(rows_ptr, owners_ptr, grads_ptr, scalars_ptr, coefficient_ptr),
+        counters=(saturated_ptr, edits_ptr),
+        rule=(APPLY, ADOPT, MOMENTS, COLUMNS),
+        formats=(GRAD, WEIGHT),
+        sizes=(CHUNK, ROUND),
+    )
     if (tl.program_id(0) == 0) & (moves != 0):
         move_scale(
-            *(scale_ptr, growth_tracker_ptr, overflows_left_ptr, counters_ptr),
-            *(found_inf_ptr, growth_factor, backoff_factor, growth_interval),
-            *(min_scale, max_scale, hysteresis, refill, few, of_steps),
+            found_inf_ptr,
+            state=(scale_ptr, growth_tracker_ptr, overflows_left_ptr, counters_ptr),
+            factors=(growth_factor, backoff_factor),
+            bounds=(min_scale, max_scale),
+            counts=(growth_interval, hysteresis, refill),
+            tolerance=(few, of_steps),
         )
 
 

@@ -111,8 +111,12 @@ class Plan:
         lrs = [None if lr is None else (lr.data_ptr(), lr.dtype, lr.device) for lr in hyper.lrs]
         key = (bits, tuple(map(len, hyper.numbers)), tuple(lrs))
         numbers = remembered(
-            *(self._numbers, key, "prepare_", "hyper-parameters that are new"),
-            *(self.device, lambda: self._upload_numbers(hyper, bits)),
+            self._numbers,
+            key,
+            name="prepare_",
+            what="hyper-parameters that are new",
+            device=self.device,
+            make=lambda: self._upload_numbers(hyper, bits),
         )
         return self.owners, numbers, self.scalars, self.tensors
 
@@ -163,8 +167,12 @@ class Plan:
         ]
         found = tuple(map(Tensor.data_ptr, chain.from_iterable(grads)))
         table = remembered(
-            *(self._addresses, (found, tuple(dtypes)), "update_", "gradients that are new"),
-            *(self.device, lambda: self._upload_addresses(found, dtypes)),
+            self._addresses,
+            (found, tuple(dtypes)),
+            name="update_",
+            what="gradients that are new",
+            device=self.device,
+            make=lambda: self._upload_addresses(found, dtypes),
         )
         return dtypes, table
 
@@ -219,8 +227,16 @@ def make_plan(rule: Rule, batches: Sequence[Batch]) -> Plan:
     device = next((batch.masters[0].device for batch in batches if len(batch.masters)), None)
     if device is None:
         nothing = torch.empty(0, dtype=torch.int64, device="cpu")
-        tables = (nothing.view(0, 2), torch.empty(0, rule.columns + 1, device="cpu"))
-        return Plan(rule, nothing.device, [], *tables, 0, [], (nothing, nothing))
+        return Plan(
+            rule=rule,
+            device=nothing.device,
+            parts=[],
+            owners=nothing.view(0, 2),
+            scalars=torch.empty(0, rule.columns + 1, device="cpu"),
+            groups=0,
+            written=[],
+            spans=(nothing, nothing),
+        )
     parts: list[Part] = []
     owners: list[tuple[int, int]] = []
     written: list[Tensor] = []

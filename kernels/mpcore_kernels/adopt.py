@@ -208,6 +208,6 @@ def adopt_(
 
     for table in cached(tables, "adopt_", [weights, masters], device, make):
         variant(table.source, table.destination).launch(
-            table.programs, table.entries, table.owners, counts
+            table.programs, (table.entries, table.owners, counts)
         )
     mark_written(*masters, counts)

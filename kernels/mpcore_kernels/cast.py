@@ -131,7 +131,7 @@ def _launch(tables: list[Table], found_inf: Tensor, saturated: Tensor) -> None:
     """Queues one launch per table on the current stream of the tensors' device."""
     for table in tables:
         variant(table.source, table.destination).launch(
-            table.programs, table.entries, table.owners, found_inf, saturated
+            table.programs, (table.entries, table.owners, found_inf, saturated)
         )
 
 

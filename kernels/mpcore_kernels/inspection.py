@@ -130,14 +130,7 @@ def _launch(
     for table in plan.tables:
         _chunks.variant(table.source, statistics).launch(
             table.programs,
-            table.entries,
-            table.owners,
-            *given,
-            sums,
-            facts,
-            chunks,
-            base,
-            counters,
+            (table.entries, table.owners, *given, sums, facts, chunks, base, counters),
         )
         base += table.programs
     segments = result.kinds.numel()
@@ -147,11 +140,11 @@ def _launch(
         *(result.found_inf, result.grad_norm, result.unscale, result.coefficient),
     )
     if update is None or prepare is None:
-        _finish.variant().launch(1 + segments, *arguments)
+        _finish.variant().launch(1 + segments, arguments)
         return
     programs = 1 + segments + _prepare.programs(update[0].tensors)
     rule = update[0].rule
-    _prepare.finishing_variant(rule).launch(programs, *arguments, segments, *prepare)
+    _prepare.finishing_variant(rule).launch(programs, (*arguments, segments, *prepare))
 
 
 def inspect(

@@ -16,7 +16,6 @@ from mpcore_kernels.inspection import Inspection, inspect
 from mpcore_kernels.scale import update_scale_
 from mpcore_kernels.unscale import unscale_, unscale_into
 from mpcore_kernels.update import plan_update, prepare_, update_
-from mpcore_kernels.widen import widen_into
 
 
 class Launcher:
@@ -67,10 +66,6 @@ class Launcher:
         """See `mpcore_kernels.cast_into`; no host sync."""
         cast_into(masters, weights, found_inf, saturated, tables=self._tables)
 
-    def widen_into(self, weights: Sequence[Tensor], masters: Sequence[Tensor]) -> None:
-        """See `mpcore_kernels.widen_into`; no host sync."""
-        widen_into(weights, masters, tables=self._tables)
-
     def adopt_(self, weights: Sequence[Tensor], masters: Sequence[Tensor], counts: Tensor) -> None:
         """See `mpcore_kernels.adopt_`; no host sync."""
         adopt_(weights, masters, counts, tables=self._tables)
@@ -88,7 +83,9 @@ class Launcher:
     ) -> Inspection:
         """See `mpcore_kernels.inspect`; no host sync."""
         return inspect(
-            *(grads, coefficient, max_norm),
+            grads,
+            coefficient,
+            max_norm,
             inverted=inverted,
             statistics=statistics,
             plan=plan,
@@ -115,7 +112,7 @@ class Launcher:
         edits: Tensor | None = None,
     ) -> None:
         """See `mpcore_kernels.update_`; no host sync."""
-        update_(plan, grads, coefficient, found_inf, saturated, then, edits)
+        update_(plan, grads, coefficient, found_inf, saturated, then=then, edits=edits)
 
     def update_scale_(self, move: ScaleMove, found_inf: Tensor) -> None:
         """See `mpcore_kernels.update_scale_`; no host sync."""

@@ -33,23 +33,13 @@ from mpcore_kernels._table import mark_written
 
 
 @triton.jit
-def move_scale(
-    scale_ptr,
-    growth_tracker_ptr,
-    overflows_left_ptr,
-    counters_ptr,
-    found_inf_ptr,
-    growth_factor,
-    backoff_factor,
-    growth_interval,
-    min_scale,
-    max_scale,
-    hysteresis,
-    refill,
-    few,
-    of_steps,
-):
+def move_scale(found_inf_ptr, state, factors, bounds, counts, tolerance):
     """Moves the loss scale and its counters by one step: see `_update_scale_kernel`."""
+    scale_ptr, growth_tracker_ptr, overflows_left_ptr, counters_ptr = state
+    growth_factor, backoff_factor = factors
+    min_scale, max_scale = bounds
+    growth_interval, hysteresis, refill = counts
+    few, of_steps = tolerance
     bad = tl.load(found_inf_ptr) != 0
     scale = tl.load(scale_ptr)
     tracker = tl.where(bad, 0, tl.load(growth_tracker_ptr) + 1)
@@ -113,9 +103,12 @@ def _update_scale_kernel(
     Order:    it must follow whatever multiplies by the scale or its reciprocal in this step.
     """
     move_scale(
-        *(scale_ptr, growth_tracker_ptr, overflows_left_ptr, counters_ptr),
-        *(found_inf_ptr, growth_factor, backoff_factor, growth_interval),
-        *(min_scale, max_scale, hysteresis, refill, few, of_steps),
+        found_inf_ptr,
+        state=(scale_ptr, growth_tracker_ptr, overflows_left_ptr, counters_ptr),
+        factors=(growth_factor, backoff_factor),
+        bounds=(min_scale, max_scale),
+        counts=(growth_interval, hysteresis, refill),
+        tolerance=(few, of_steps),
     )
 
 
@@ -170,5 +163,5 @@ def update_scale_(move: ScaleMove, found_inf: Tensor) -> None:
     check_device(_update_scale_kernel, device)
     check_state("found_inf", found_inf, torch.int32, (), device)
     state, numbers = state_of(move, device), numbers_of(move)
-    variant().launch(1, *state, found_inf, *numbers)
+    variant().launch(1, (*state, found_inf, *numbers))
     mark_written(*state)

@@ -101,7 +101,7 @@ def _unscale_kernel(
     if is_aligned(grad, GRAD, OUT) & is_aligned(out, OUT, GRAD) & (start + CHUNK <= size):
         grad_ptr = aligned_pointer(grad, start, GRAD, OUT)
         out_ptr = aligned_pointer(out, start, OUT, GRAD)
-        block = _unscale_block(grad_ptr, out_ptr, None, coefficient, GRAD, OUT, CHUNK)
+        block = _unscale_block(grad_ptr, out_ptr, None, coefficient, GRAD, OUT, BLOCK=CHUNK)
         largest = tl.max(block, axis=0)
     else:
         grad_ptr = pointer(grad, GRAD) + start
@@ -110,7 +110,7 @@ def _unscale_kernel(
         lanes = tl.zeros((ROUND,), tl.int32)
         for at in range(0, count, ROUND):
             block = _unscale_block(
-                grad_ptr + at, out_ptr + at, count - at, coefficient, GRAD, OUT, ROUND
+                grad_ptr + at, out_ptr + at, count - at, coefficient, GRAD, OUT, BLOCK=ROUND
             )
             lanes = tl.maximum(lanes, block)
         largest = tl.max(lanes, axis=0)
@@ -151,7 +151,7 @@ def _launch(tables: list[Table], coefficient: Tensor, nonfinite: Tensor) -> None
     """Queues one launch per table on the current stream of the tensors' device."""
     for table in tables:
         variant(table.source, table.destination).launch(
-            table.programs, table.entries, table.owners, coefficient, nonfinite
+            table.programs, (table.entries, table.owners, coefficient, nonfinite)
         )
 
 

@@ -23,7 +23,6 @@ Reference: Micikevicius et al., "Mixed Precision Training", ICLR 2018, section 3
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,7 +126,7 @@ def prepare_(plan: Plan, hyper: Hyper) -> None:
     """
     if plan.tensors:
         arguments = plan.prepare_arguments(hyper)
-        _prepare.variant(plan.rule).launch(_prepare.programs(plan.tensors), *arguments)
+        _prepare.variant(plan.rule).launch(_prepare.programs(plan.tensors), arguments)
     plan.prepared = True
 
 
@@ -187,7 +186,7 @@ def update_(
     check_state("found_inf", found_inf, torch.int32, (), device)
     check_state("saturated", saturated, torch.int64, (), device)
     rows = _rows_of(plan, edits, device)
-    move = _arguments(then, coefficient, found_inf, saturated)
+    state, numbers = _arguments(then, coefficient, found_inf, saturated)
     if plan.tensors and plan.device != device:
         raise ValueError(f"coefficient: expected a tensor on {plan.device}, got {device}.")
     dtypes, addresses = plan.addresses_of(grads)
@@ -205,22 +204,19 @@ def update_(
     for left, (part, dtype, table, counts) in enumerate(launches, start=1 - len(launches)):
         moves = int(then is not None and left == 0)
         variant = _update_kernel.variant(
-            *(plan.rule, len(part.batch.moments), dtype, part.weight, counts is not None)
+            plan.rule, len(part.batch.moments), dtype, part.weight, adopt=counts is not None
         )
-        variant.launch(
-            part.owners.numel(),
-            *(part.rows, part.owners, table, plan.scalars[part.place]),
-            # what is not looked at still has to be of the right type
-            *(coefficient, found_inf, saturated, saturated if counts is None else counts),
-            *(moves, *move),
-        )
+        tables = (part.rows, part.owners, table, plan.scalars[part.place])
+        # what is not looked at still has to be of the right type
+        scalars = (coefficient, found_inf, saturated, saturated if counts is None else counts)
+        variant.launch(part.owners.numel(), (*tables, *scalars, moves, *state, *numbers))
     torch.autograd.graph.increment_version([*plan.written, saturated])
     if edits is not None:
         mark_written(edits)
     if then is not None and launches:
-        mark_written(*move[:4])
+        mark_written(*state)
     elif then is not None:
-        scale.variant().launch(1, *move[:4], found_inf, *move[4:])
+        scale.variant().launch(1, (*state, found_inf, *numbers))
 
 
 def _rows_of(plan: Plan, edits: Tensor | None, device: torch.device) -> list[Tensor | None]:
@@ -239,7 +235,7 @@ def _rows_of(plan: Plan, edits: Tensor | None, device: torch.device) -> list[Ten
 
 def _arguments(
     then: ScaleMove | None, coefficient: Tensor, found_inf: Tensor, saturated: Tensor
-) -> tuple[Any, ...]:
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], tuple[float, ...]]:
     """Returns what a launch needs to move the loss scale: four tensors, nine numbers.
 
     Raises:
@@ -249,8 +245,8 @@ def _arguments(
     if then is None:
         # not looked at; of the right types
         stand_ins = (coefficient, found_inf, found_inf, saturated)
-        return (*stand_ins, 0.0, 0.0, 0, 0.0, 0.0, 0, 0, 0, 0)
+        return stand_ins, (0.0, 0.0, 0, 0.0, 0.0, 0, 0, 0, 0)
     state = state_of(then, coefficient.device)
     read = (coefficient, found_inf)
     check_no_overlap("then", (*state, saturated), "coefficient, found_inf", read)
-    return (*state, *numbers_of(then))
+    return state, numbers_of(then)

@@ -64,9 +64,6 @@ class Backend(Protocol):
     ) -> None:
         """Rounds masters into 16-bit weights unless `found_inf` is set."""
 
-    def widen_into(self, weights: Sequence[Tensor], masters: Sequence[Tensor]) -> None:
-        """Writes 16-bit weights as float32 masters."""
-
     def adopt_(self, weights: Sequence[Tensor], masters: Sequence[Tensor], counts: Tensor) -> None:
         """Makes weights that are not their rounded masters the masters, by element."""
 

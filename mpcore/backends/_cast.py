@@ -1,4 +1,4 @@
-"""`cast_into`, `widen_into` and `adopt_` of the reference backend: masters to weights and back."""
+"""`cast_into` and `adopt_` of the reference backend: masters to weights and back."""
 
 from __future__ import annotations
 
@@ -36,24 +36,6 @@ def cast_into(
         rounded = torch.where(clamped, rounded.clamp(-largest, largest), rounded)
         torch.where(keep, weight, rounded, out=weight)
         saturated.add_((clamped & keep.logical_not()).sum())
-
-
-@torch.no_grad()
-def widen_into(weights: Sequence[Tensor], masters: Sequence[Tensor]) -> None:
-    """Writes 16-bit weights as float32 masters, which is exact; no host sync.
-
-    Args:
-        weights: float16 / bfloat16, any shape. Left as they are.
-        masters: float32, shapes of `weights`. Overwritten.
-
-    Example:
-        >>> master = torch.empty(2)
-        >>> widen_into([torch.tensor([1.0, 6e-8]).half()], [master])
-        >>> master.tolist()
-        [1.0, 5.960464477539063e-08]
-    """
-    for weight, master in zip(weights, masters, strict=True):
-        master.copy_(weight)
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """The compiled CPU backend: C that is written from the rules; what "auto" takes on a CPU.
 
-    unscale, cast, widen    the cpu backend's
+    unscale, cast           the cpu backend's
     adopt                   the bits of the reference backend       `_c_adopt.py`
     inspect                 its flags; norms within 1e-6            `_c_inspection.py`
     prepare, update         the bits of the reference backend       `_c_scalars.py`, `_c_update.py`
@@ -23,7 +23,6 @@ from mpcore.backends._c_inspection import inspect
 from mpcore.backends._c_scalars import prepare_
 from mpcore.backends._c_scale import update_scale_
 from mpcore.backends._c_update import plan_update, update_
-from mpcore.backends._cast import widen_into
 from mpcore.backends.cpu import cast_into, unscale_, unscale_into
 
 __all__ = [
@@ -36,5 +35,4 @@ __all__ = [
     "unscale_into",
     "update_",
     "update_scale_",
-    "widen_into",
 ]

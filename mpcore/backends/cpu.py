@@ -1,6 +1,6 @@
 """The default backend for CPU tensors: what the reference backend does, blocked for the cache.
 
-    unscale, cast, widen    the bits of the reference backend
+    unscale, cast           the bits of the reference backend
     inspect                 its flags; norms within 1e-6            `_cpu_inspection.py`
     adopt                   the reference backend's
     update                  the bits of `torch.optim`, fused=True   `_cpu_update.py`
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mpcore.backends import reference
 from mpcore.backends._blocks import blocks, copy_all, cut, memory_order, new_scratch, none_reaches
-from mpcore.backends._cast import adopt_, widen_into
+from mpcore.backends._cast import adopt_
 from mpcore.backends._cpu_inspection import inspect
 from mpcore.backends._cpu_update import plan_update, prepare_, update_
 from mpcore.loss_scale import update_scale_
@@ -32,7 +32,6 @@ __all__ = [
     "unscale_into",
     "update_",
     "update_scale_",
-    "widen_into",
 ]
 
 

@@ -2,7 +2,6 @@
 
     unscale:  x = float32(g) * coefficient              one multiply, rounded to nearest even
     cast:     w = clamp(round_to_nearest_even(master))  clamped to the finite maximum of w's dtype
-    widen:    master = float32(w)                       exact
     adopt:    master = float32(w) where w is not cast(master)
     inspect:  overflow, norms and the clip factor       in `_inspection.py`
     scale:    the rule of `mpcore.loss_scale`           on tensors, in `_scale.py`
@@ -18,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mpcore.backends._cast import adopt_, cast_into, widen_into
+from mpcore.backends._cast import adopt_, cast_into
 from mpcore.backends._inspection import Inspection, inspect
 from mpcore.backends._update import plan_update, prepare_, update_
 from mpcore.loss_scale import update_scale_
@@ -34,7 +33,6 @@ __all__ = [
     "unscale_into",
     "update_",
     "update_scale_",
-    "widen_into",
 ]
 
 

@@ -55,12 +55,10 @@ class NoKernels:
 
     Args:
         inspection: What `inspect` returns.
-        real: The backend whose `widen_into` makes the masters in the first step.
     """
 
-    def __init__(self, inspection: Inspection, real: Any) -> None:
+    def __init__(self, inspection: Inspection) -> None:
         self._inspection = inspection
-        self.widen_into = real.widen_into
 
     def plan_update(self, rule: str, batches: Sequence[Any]) -> object:
         """Returns something to hold on to."""
@@ -110,7 +108,7 @@ class _Stubbed(MixedPrecisionOptimizer):
         )
         kinds = torch.zeros(count, dtype=torch.int32, device=device)
         values = {name: getattr(found, name) for name in Inspection.__dataclass_fields__}
-        stub: Any = NoKernels(Inspection(**{**values, "kinds": kinds}), self._module)
+        stub: Any = NoKernels(Inspection(**{**values, "kinds": kinds}))
         self._module = stub
         super()._start()
 

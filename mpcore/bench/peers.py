@@ -269,15 +269,15 @@ def _row(peer: Peer, device: torch.device) -> Row:
         missing = f"runs on {' and '.join(peer.devices)} only"
     make = ScaledWrapper if peer.scaled else Unscaled
     return Row(
-        peer.package,
-        peer.name,
-        peer.regime,
-        lambda problem: make(problem, peer),
-        NOT_STATED,
-        peer.bound,
-        peer.expected_bytes,
-        missing,
-        None if missing else version_of(peer.package),
+        key=peer.package,
+        label=peer.name,
+        regime=peer.regime,
+        make=lambda problem: make(problem, peer),
+        traffic=NOT_STATED,
+        bound=peer.bound,
+        expected_bytes=peer.expected_bytes,
+        missing=missing,
+        version=None if missing else version_of(peer.package),
     )
 
 

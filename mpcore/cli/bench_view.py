@@ -18,7 +18,8 @@ from mpcore.cli.output import Bars, check_writable, progress_on, show_table
 from mpcore.errors import ArgumentError
 
 _SUFFIXES = (".svg", ".png", ".pdf")
-_NO_EFFECT = {
+_NO_EFFECT: dict[str | None, tuple[str, ...]] = {
+    None: (),
     "host": ("shapes", "dtype", "rows", "csv", "plot"),
     "train": ("shapes", "dtype", "backend", "rows", "csv", "plot"),
 }
@@ -56,11 +57,11 @@ class BenchOptions:
             rows=None if self.rows is None else tuple(self.rows.split(",")),
         )
 
-    def refuse_what_has_no_effect(self, mode: str) -> None:
+    def refuse_what_has_no_effect(self, mode: str | None) -> None:
         """Raises if an option was given that a measurement would not look at.
 
         Args:
-            mode: "host" or "train".
+            mode: "host" or "train"; None of the measurement that looks at all of them.
 
         Raises:
             ArgumentError: One was.

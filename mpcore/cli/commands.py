@@ -106,14 +106,27 @@ def bench(
         from mpcore.cli.bench_view import BenchOptions, show_bench, show_host, show_training
 
         options = BenchOptions(
-            shapes, rounds, threads, device, dtype, backend, rows, quick, csv, plot
+            shapes=shapes,
+            rounds=rounds,
+            threads=threads,
+            device=device,
+            dtype=dtype,
+            backend=backend,
+            rows=rows,
+            quick=quick,
+            csv=csv,
+            plot=plot,
         )
-        if host and train:
-            raise ArgumentError("host: expected one of --host and --train, got both.")
-        if host or train:
-            options.refuse_what_has_no_effect("host" if host else "train")
+        options.refuse_what_has_no_effect(_mode(host, train))
         show = show_host if host else show_training if train else show_bench
         show(options, Console())
+
+
+def _mode(host: bool, train: bool) -> str | None:
+    """Returns which of `--host` and `--train` was given; raises if both were."""
+    if host and train:
+        raise ArgumentError("host: expected one of --host and --train, got both.")
+    return "host" if host else "train" if train else None
 
 
 @app.command()
@@ -169,7 +182,13 @@ def compare_command(
         from mpcore.cli.compare_view import CompareOptions, compare_and_show
 
         options = CompareOptions(
-            policies, seeds, first_seed, metric, higher_is_better, margin, output
+            policies=policies,
+            seeds=seeds,
+            first_seed=first_seed,
+            metric=metric,
+            higher_is_better=higher_is_better,
+            margin=margin,
+            output=output,
         )
         compare_and_show(target, options, Console())
 

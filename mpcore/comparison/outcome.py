@@ -42,6 +42,13 @@ class Outcome:
         log = run.log
         seconds = statistics.median(log.seconds) if log.seconds else None
         return Outcome(
-            *(run.label, run.seed, metric, log, seconds, run.memory, run.activations),
-            *(run.first_loss, failure),
+            label=run.label,
+            seed=run.seed,
+            metric=metric,
+            log=log,
+            seconds=seconds,
+            memory=run.memory,
+            activations=run.activations,
+            first_loss=run.first_loss,
+            failure=failure,
         )

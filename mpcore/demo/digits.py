@@ -188,7 +188,9 @@ def train_digits(
     images = Images.load()
     model, engine = prepare(
         SideBySideMLP((64, *settings.hidden, 10), settings.seeds),
-        *(regime, settings.adamw, settings.scale),
+        regime,
+        settings.adamw,
+        settings.scale,
     )
     tally = UpdateTally(engine)
     for done, batches in enumerate(images.epochs(settings), start=1):

@@ -178,7 +178,9 @@ def planned_runs(settings: DemoSettings) -> list[DemoRun]:
     gpt = [
         DemoRun(
             f"GPT: {regime.label}" + (f" (seed {seed})" if len(settings.seeds) > 1 else ""),
-            *(regime, seed, settings.gpt.steps),
+            regime,
+            seed,
+            settings.gpt.steps,
         )
         for seed in settings.seeds
         for regime in GPT_REGIMES
@@ -194,7 +196,10 @@ def run_one(
     if run.seed is None:
         return train_digits(run.regime, settings.digits, lambda done: advance(done, ""))
     return train_gpt(
-        *(run.regime, settings.gpt, corpus, run.seed),
+        run.regime,
+        settings.gpt,
+        corpus,
+        run.seed,
         lambda done, loss: advance(done, f"loss {loss:.3f}"),
     )
 

@@ -63,7 +63,9 @@ def run_schedule(
     images = Images.load()
     model, engine = prepare(
         SideBySideMLP((64, *settings.hidden, 10), settings.seeds),
-        *(FP16_MASTERS, settings.adamw, scale),
+        FP16_MASTERS,
+        settings.adamw,
+        scale,
     )
     tally, steps = SubnormalTally(), 0
     for batches in images.epochs(settings):

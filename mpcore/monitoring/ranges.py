@@ -159,14 +159,14 @@ def range_of(kind: str, name: str, tensors: Sequence[Tensor]) -> Range:
         for dtype, form in _FORMATS.items()
     }
     return Range(
-        kind,
-        name,
-        float(values.amax()),
-        float(values.amin()),
-        _counted(exponents),
-        infinite,
-        rounding_up,
-        _counted(exponents[fractions == 0.5]),
+        kind=kind,
+        name=name,
+        largest=float(values.amax()),
+        smallest=float(values.amin()),
+        exponents=_counted(exponents),
+        infinite=infinite,
+        rounding_up=rounding_up,
+        powers=_counted(exponents[fractions == 0.5]),
     )
 
 

@@ -128,7 +128,15 @@ def _frames_of(
         finite_in, largest_in = _look(into)
         finite_out, largest_out = _look(out)
         kind = getattr(what, "__name__", type(what).__name__)
-        frame = Frame(phase, name, kind, largest_in, largest_out, finite_in, finite_out)
+        frame = Frame(
+            phase,
+            name,
+            kind,
+            largest_in=largest_in,
+            largest_out=largest_out,
+            finite_in=finite_in,
+            finite_out=finite_out,
+        )
         frames.append(frame)
 
     run_and_visit(model, batch, loss_of, visit, loss_scale=loss_scale)

@@ -115,7 +115,8 @@ def what_if_figure(reading: Reading, name: str = "what-if") -> str:
     axes.set_xscale("log", base=2)
     axes.plot(scales, [100 * lost for lost, _ in shares], color="#0072B2", label="become 0")
     axes.plot(
-        *(scales, [100 * over for _, over in shares]),
+        scales,
+        [100 * over for _, over in shares],
         color="#D55E00",
         ls="--",
         label="become infinite: the step is skipped",
@@ -144,7 +145,8 @@ def lost_updates_figure(logs: Sequence[RunLog], names: Sequence[str], name: str 
         )
         colour, dashes = style_of(log.name, names)
         axes.plot(
-            *([step for step, _ in known], [lost for _, lost in known]),
+            [step for step, _ in known],
+            [lost for _, lost in known],
             color=colour,
             ls=dashes,
             marker="o",

@@ -1,4 +1,4 @@
-"""inspect, widen_into and update_scale_ on a real device: the same bits as the reference."""
+"""inspect and update_scale_ on a real device: the same bits as the reference."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from mpcore.loss_scale import DynamicLossScale, initial_state, next_state
 from mpcore.loss_scale.tensors import LossScaleTensors
 
 import mpcore_kernels
-from mpcore_kernels import inspect, update_scale_, widen_into
+from mpcore_kernels import inspect, update_scale_
 from mpcore_kernels._table import CHUNK
 from mpcore_testing.batches import Move
 from mpcore_testing.gpu import DEVICE, many, no_sync
@@ -88,17 +88,6 @@ def test_inspect_reaches_tensors_beyond_two_to_the_31_elements_to_the_last():
     assert (found.kinds.item(), found.first_bad.item()) == (1, size - 1)
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-def test_widen_into_is_exact_for_all_65536_patterns_on_the_device(dtype):
-    values = torch.cat([all_patterns(dtype), random_bits(CHUNK + 5, dtype, seed=0)])
-    for offset in (0, 1, 4):
-        weight = guarded(values, DEVICE, offset)
-        master = guarded(torch.full((values.numel(),), 3.0), DEVICE, offset)
-        widen_into([weight.tensor], [master.tensor])
-        assert_same_bits(master.tensor.cpu(), values.float())
-        master.assert_margins_intact()
-
-
 def test_update_scale_follows_the_specification_on_the_device():
     loss_scale = DynamicLossScale(init=8.0, growth_interval=2, max_scale=16.0, hysteresis=2)
     state = initial_state(loss_scale)
@@ -118,7 +107,6 @@ def test_inspect_and_update_never_wait_for_the_device(backend):
     with no_sync():
         for _ in range(3):
             found = backend.inspect([half, master], one, 1.0, statistics=True)
-            backend.widen_into([half], [master])
             backend.update_scale_(move, found.found_inf)
 
 

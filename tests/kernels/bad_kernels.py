@@ -11,13 +11,13 @@ import torch
 import triton
 import triton.language as tl
 
+from mpcore_audit.facts import examine
+from mpcore_audit.rows import TARGETS
+from mpcore_audit.verdict import findings
 from mpcore_kernels import _dtypes
 from mpcore_kernels._dtypes import narrow_product, widen
-from mpcore_kernels._facts import examine
 from mpcore_kernels._launch import Variant
 from mpcore_kernels._table import CHUNK, WARPS
-from mpcore_kernels._verdict import findings
-from mpcore_kernels.audit import TARGETS
 
 NAMES = ["x_ptr", "y_ptr"]
 

@@ -15,9 +15,9 @@ import torch
 import triton
 
 import mpcore_kernels
-from mpcore_kernels._facts import examine
-from mpcore_kernels._variants import variants
-from mpcore_kernels.audit import TARGETS, _plain, row, target_name
+from mpcore_audit.facts import examine
+from mpcore_audit.rows import TARGETS, plain, row, target_name
+from mpcore_audit.variants import variants
 
 FORMATS = re.compile(r" (fp16|bf16|fp32|WEIGHT=None)\b")
 
@@ -30,7 +30,7 @@ def audit(chosen):
         kernel = FORMATS.sub("", variant.name)
         for name in ("sm_90", "gfx942") if kernel not in seen else ("sm_90",):
             found = examine(variant, targets[name])
-            rows.append({**row(variant, found), "facts": _plain(asdict(found))})
+            rows.append({**row(variant, found), "facts": plain(asdict(found))})
         seen.add(kernel)
     return rows
 

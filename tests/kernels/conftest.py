@@ -4,9 +4,9 @@ import pytest
 import torch
 import triton
 
+from mpcore_audit.variants import variants
 from mpcore_kernels import _update_plan
 from mpcore_kernels._launch import Variant, argument_type
-from mpcore_kernels._variants import variants
 from mpcore_kernels.unscale import _unscale_kernel
 
 
@@ -26,11 +26,11 @@ def launched(monkeypatch):
     found = []
     launch = Variant.launch
 
-    def watched(variant, programs, *arguments):
+    def watched(variant, programs, arguments):
         assert variant in variants(), f"the audit does not compile {variant}"
         assert tuple(map(argument_type, arguments)) == variant.arguments
         found.append(variant)
-        launch(variant, programs, *arguments)
+        launch(variant, programs, arguments)
 
     monkeypatch.setattr(Variant, "launch", watched)
     return found

@@ -123,16 +123,14 @@ def test_backends_agree_on_tensors_of_several_chunks(device):
 def every_result(backend, values, device):
     """What the backend's functions on tensors make of `values`, as flat lists of tensors."""
     coefficient, nonfinite = torch.tensor(0.37, device=device), flags(2 * len(values), device)
-    grads, halves = copies(values, device), [v for v in values if v.dtype in HALVES]
+    grads = copies(values, device)
     outs = [torch.full_like(g, 3.0, dtype=torch.float32) for g in grads]
     backend.unscale_into(grads, outs, coefficient, nonfinite[: len(values)])
     backend.unscale_(grads, coefficient, nonfinite[len(values) :])
     weights = [torch.full_like(o, 3.0, dtype=HALVES[i % 2]) for i, o in enumerate(outs)]
     saturated = torch.tensor(0, device=device)
     backend.cast_into(outs, weights, flags(1, device)[0], saturated)
-    masters = [torch.full_like(v, 3.0, dtype=torch.float32, device=device) for v in halves]
-    backend.widen_into(copies(halves, device), masters)
-    return [*grads, *outs, *weights, *masters], [nonfinite.tolist(), saturated.item()]
+    return [*grads, *outs, *weights], [nonfinite.tolist(), saturated.item()]
 
 
 @pytest.mark.parametrize(("size", "dtype"), in_turn(SIZES, FLOATS))
@@ -208,16 +206,6 @@ def test_backends_inspect_dense_tensors_alike_in_the_order_of_memory(dtype, devi
     one = torch.tensor(1.0, device=device)
     found = [b.inspect(grads, one, 1.0, statistics=True) for b in (mpcore_kernels, reference)]
     assert_same_inspection(*found)
-
-
-@given(values=tensors(dtypes=tuple(HALVES)))
-def test_backends_widen_alike(values, device):
-    results = []
-    for backend in (mpcore_kernels, reference):
-        masters = [torch.full(v.shape, 3.0, device=device) for v in values]
-        backend.widen_into(copies(values, device), masters)
-        results.append(masters)
-    assert_all_same(*results)
 
 
 @given(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mpcore_kernels import _amdgcn
+from mpcore_audit import amdgcn
 
 # what LLVM makes of a / b, of sqrt(a) and, in float64, of sqrt(a): the arithmetic of each
 DIVISION = """
@@ -45,7 +45,7 @@ ROOT_64 = """
 
 
 def approximations(code):
-    return _amdgcn.approximations(f".Lfunc_begin0:\n{code}\ts_endpgm\n.Lfunc_end0:\n")
+    return amdgcn.approximations(f".Lfunc_begin0:\n{code}\ts_endpgm\n.Lfunc_end0:\n")
 
 
 @pytest.mark.parametrize("routine", [DIVISION, ROOT, ROOT_64, DIVISION + ROOT + DIVISION])

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import triton
 
-from mpcore_kernels import audit
-from mpcore_kernels._variants import variants
+from mpcore_audit import command, rows
+from mpcore_audit.variants import variants
 
 
 def environment(**changes):
@@ -88,18 +88,18 @@ def test_a_sign_that_compilers_lose_is_seen_and_kept_by_rounding_magnitudes(bad)
 def test_interpreted_kernels_are_refused(capsys):
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("the kernels are compiled here")
-    assert audit.main([]) == 2
+    assert command.main([]) == 2
     assert "Unset TRITON_INTERPRET" in capsys.readouterr().err
 
 
 def test_every_variant_is_compiled_for_every_gpu():
-    names = [target.arch for target in audit.TARGETS]
+    names = [target.arch for target in rows.TARGETS]
     assert names == [80, 90, 100, "gfx942"]
     assert len(variants()) == len({variant.name for variant in variants()})
 
 
 def test_the_table_is_markdown_with_one_line_per_row():
-    row = dict.fromkeys(audit.COLUMNS, "x") | {"kernel": "a longer name"}
-    lines = audit.table([row, row]).splitlines()
+    row = dict.fromkeys(rows.COLUMNS, "x") | {"kernel": "a longer name"}
+    lines = rows.table([row, row]).splitlines()
     assert len(lines) == 4
     assert len({len(line) for line in lines}) == 1

@@ -28,8 +28,6 @@ def arguments(name, device):
         lists = {"masters": pair(full, device), "weights": pair(half, device)}
         counts = {"saturated": scalar(torch.int64, device)}
         return lists | {"found_inf": torch.zeros_like(flags(1, device)[0])} | counts
-    if name == "widen_into":
-        return {"weights": pair(half, device), "masters": pair(full, device)}
     if name == "adopt_":
         counts = {"counts": torch.zeros(2, 2, dtype=torch.int64, device=device)}
         return {"weights": pair(half, device), "masters": pair(full, device)} | counts
@@ -50,7 +48,7 @@ def call(function, name, given):
 
 
 def cases():
-    passes = ("unscale_", "unscale_into", "cast_into", "widen_into", "adopt_", "inspect")
+    passes = ("unscale_", "unscale_into", "cast_into", "adopt_", "inspect")
     for name in (*passes, "update_scale_"):
         for argument, value in arguments(name, "cpu").items():
             if isinstance(value, list):

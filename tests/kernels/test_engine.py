@@ -77,10 +77,10 @@ class Launches(TorchDispatchMode):
         self.found, self.inside = [], False
         launch = Variant.launch
 
-        def counting(variant, programs, *arguments):
+        def counting(variant, programs, arguments):
             self.found.append(variant.name)
             self.inside = True  # the interpreter is made of operations, too
-            launch(variant, programs, *arguments)
+            launch(variant, programs, arguments)
             self.inside = False
 
         monkeypatch.setattr(Variant, "launch", counting)

@@ -24,12 +24,16 @@ def finish(segments, sums, largest, kinds, places, device, max_norm=math.inf):
     ]
     _finish.variant().launch(
         1 + tensors,
-        torch.tensor(segments, device=device),
-        torch.tensor(sums, device=device),
-        torch.tensor([largest, kinds, places], dtype=torch.int32, device=device),
-        chunks,
-        *(torch.ones((), device=device), 0, max_norm),
-        *outs,
+        (
+            torch.tensor(segments, device=device),
+            torch.tensor(sums, device=device),
+            torch.tensor([largest, kinds, places], dtype=torch.int32, device=device),
+            chunks,
+            torch.ones((), device=device),
+            0,
+            max_norm,
+            *outs,
+        ),
     )
     return [out.tolist() for out in outs]
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mpcore_kernels import _chunks, _finish, adopt, cast, inspect, scale, unscale, widen
+from mpcore_kernels import _chunks, _finish, adopt, cast, inspect, scale, unscale
 from mpcore_kernels._dtypes import FORMATS
 from mpcore_testing.batches import Move
 from mpcore_testing.kernels import FLOATS, HALVES, flags
@@ -27,7 +27,6 @@ def recorded(monkeypatch):
     recorder = Recorder()
     monkeypatch.setattr(unscale, "_unscale_kernel", recorder)
     monkeypatch.setattr(cast, "_cast_kernel", recorder)
-    monkeypatch.setattr(widen, "_widen_kernel", recorder)
     monkeypatch.setattr(adopt, "_adopt_kernel", recorder)
     monkeypatch.setattr(_chunks, "_inspect_kernel", recorder)
     monkeypatch.setattr(_finish, "_finish_kernel", recorder)
@@ -59,12 +58,6 @@ def test_cast_launches_once_per_dtype_whatever_the_number_of_tensors(recorded):
     assert recorded.formats("MASTER", "WEIGHT") == [(full, FORMATS[d]) for d in HALVES]
 
 
-def test_widen_launches_once_per_dtype_whatever_the_number_of_tensors(recorded):
-    widen.widen_into(tensors(100, HALVES), tensors(100, [torch.float32]))
-    full = FORMATS[torch.float32]
-    assert recorded.formats("WEIGHT", "MASTER") == [(FORMATS[d], full) for d in HALVES]
-
-
 def test_adopt_launches_once_per_dtype_whatever_the_number_of_tensors(recorded):
     counts = torch.zeros(100, 2, dtype=torch.int64)
     adopt.adopt_(tensors(100, HALVES), tensors(100, [torch.float32]), counts)
@@ -91,7 +84,6 @@ def test_nothing_to_do_is_no_launch(recorded):
     empty = tensors(3, FLOATS, size=0)
     unscale.unscale_(empty, torch.tensor(1.0), flags(3, "cpu"))
     cast.cast_into([], [], flags(1, "cpu")[0], torch.tensor(0))
-    widen.widen_into([], [])
     assert recorded.launches == []
 
 
@@ -100,5 +92,4 @@ def test_every_launch_switches_contraction_off(recorded):
     masters = tensors(2, [torch.float32])
     cast.cast_into(masters, tensors(2, HALVES), flags(1, "cpu")[0], torch.tensor(0))
     inspect(tensors(3, FLOATS), torch.tensor(1.0), None)
-    widen.widen_into(tensors(2, HALVES), tensors(2, [torch.float32]))
-    assert [options["enable_fp_fusion"] for _, options in recorded.launches] == [False] * 11
+    assert [options["enable_fp_fusion"] for _, options in recorded.launches] == [False] * 9

@@ -4,10 +4,11 @@ import dataclasses
 
 import pytest
 
-from mpcore_kernels import _amdgcn, _sass, audit
-from mpcore_kernels._blocks import Block, Instruction
-from mpcore_kernels._facts import fused_on_nvidia
-from mpcore_kernels._machine_code import bodies, thread_dependent
+from mpcore_audit import amdgcn, sass
+from mpcore_audit.blocks import Block, Instruction
+from mpcore_audit.facts import fused_on_nvidia
+from mpcore_audit.machine_code import bodies, thread_dependent
+from mpcore_audit.rows import plain
 
 # a flag and a size are read by all threads alike; R0 is the thread's index
 SASS = """
@@ -79,14 +80,14 @@ def instructions(blocks):
 
 
 def test_sass_full_chunks_take_the_path_with_the_fewest_accesses():
-    full, masked = bodies(_sass.parse(SASS), frozenset(), 16)
+    full, masked = bodies(sass.parse(SASS), frozenset(), 16)
     assert summary(full) == ({16: 2}, {16: 1}, 1, 0, 14)
     assert summary(masked) == ({2: 1, 4: 1}, {1: 1}, 0, 2, 14)
     assert (full.bytes, full.accesses, full.loops) == (48, 3, False)
 
 
 def test_sass_accesses_at_addresses_that_all_threads_share_are_not_those_of_elements():
-    blocks = _sass.parse(SASS)
+    blocks = sass.parse(SASS)
     found = thread_dependent(blocks, frozenset())
     by_opcode = [
         (instruction.opcode, is_element)
@@ -98,16 +99,16 @@ def test_sass_accesses_at_addresses_that_all_threads_share_are_not_those_of_elem
 
 
 def test_sass_outside_the_code_is_not_read():
-    assert sum(i.barrier for i in instructions(_sass.parse(SASS))) == 1
+    assert sum(i.barrier for i in instructions(sass.parse(SASS))) == 1
 
 
 def test_sass_a_register_forgets_the_thread_when_it_is_overwritten():
     code = SASS.replace("LDC.64 R4, c[0x0][0x210]", "S2R R4, SR_TID.X")
-    (first, *_) = _sass.parse(code.replace("S2R R0, SR_TID.X", "LDC.64 R4, c[0x0][0x210]"))
+    (first, *_) = sass.parse(code.replace("S2R R0, SR_TID.X", "LDC.64 R4, c[0x0][0x210]"))
     assert thread_dependent([Block("entry", first.instructions)], frozenset())["entry"][2] is False
     # a predicate may have kept the old value
     kept = code.replace("     S2R R0, SR_TID.X", " @P0 LDC.64 R4, c[0x0][0x210]")
-    (first, *_) = _sass.parse(kept)
+    (first, *_) = sass.parse(kept)
     assert thread_dependent([Block("entry", first.instructions)], frozenset())["entry"][2] is True
 
 
@@ -115,7 +116,7 @@ def test_sass_a_uniform_path_that_goes_nowhere_is_no_body():
     assert (
         len(
             bodies(
-                _sass.parse(
+                sass.parse(
                     SASS.replace("LDG.E.U16", "LDC")
                     .replace("STG.E.U8", "LDC")
                     .replace("LDG.E R13", "LDC R13")
@@ -133,7 +134,7 @@ def test_sass_loops_around_elements_are_seen():
     without_exit = looped.replace(
         "BRA `(.L_x_0) ;\n        /*00e0*/", "@P3 BRA `(.L_x_0) ;\n        /*00e0*/"
     )
-    _, masked = bodies(_sass.parse(without_exit), frozenset(), 16)
+    _, masked = bodies(sass.parse(without_exit), frozenset(), 16)
     assert masked.loops
 
 
@@ -141,7 +142,7 @@ def test_sass_threads_that_wait_go_on_where_the_region_ends():
     code = SASS.replace("BAR.SYNC.DEFER_BLOCKING 0x0", "BSSY B0, `(.L_x_1)").replace(
         "BRA `(.L_x_1)", "BSYNC B0"
     )
-    by_label = {block.label: block for block in _sass.parse(code)}
+    by_label = {block.label: block for block in sass.parse(code)}
     (block,) = [b for b in by_label.values() if any(i.opcode == "BSYNC" for i in b.instructions)]
     assert block.successors == [".L_x_1"]
 
@@ -165,13 +166,13 @@ REGIONS = """
 
 
 def test_sass_regions_one_after_the_other_may_share_a_register():
-    by_label = {block.label: block for block in _sass.parse(REGIONS)}
+    by_label = {block.label: block for block in sass.parse(REGIONS)}
     assert by_label[".L_x_0"].successors == [".L_x_1"]
     assert by_label[".L_x_2"].successors == [".L_x_3"]
     nested = REGIONS.replace("FADD R1, R1, R1", "BSSY B1, `(.L_x_0)").replace(
         ".L_x_0:", "        /*0028*/                   BSYNC B1 ;\n.L_x_0:"
     )
-    blocks = _sass.parse(nested)
+    blocks = sass.parse(nested)
     assert [b.successors for b in blocks if b.instructions[-1].opcode == "BSYNC"] == [
         [".L_x_0"],
         [".L_x_1"],
@@ -181,23 +182,23 @@ def test_sass_regions_one_after_the_other_may_share_a_register():
 
 def test_sass_local_memory_is_told_apart():
     code = SASS.replace("STS.64 [R9+UR4], R12", "STL.64 [R1+0x8], R12")
-    assert [i.opcode for i in instructions(_sass.parse(code)) if i.memory == "local"] == ["STL.64"]
+    assert [i.opcode for i in instructions(sass.parse(code)) if i.memory == "local"] == ["STL.64"]
 
 
 def test_sass_fused_multiply_adds_are_counted_but_not_constants():
-    assert _sass.fused(SASS) == 0
+    assert sass.fused(SASS) == 0
     line = "        /*0012*/                   {} ;\n        /*0020*/"
     for real in ("FFMA R5, R6, R7, R8", "@P0 DFMA R5, R6, R7, R8", "FFMA2 R4, R6, R8, R10"):
-        assert _sass.fused(SASS.replace("        /*0020*/", line.format(real))) == 1
-        assert _sass.adds_zero(SASS.replace("        /*0020*/", line.format(real))) == 0
+        assert sass.fused(SASS.replace("        /*0020*/", line.format(real))) == 1
+        assert sass.adds_zero(SASS.replace("        /*0020*/", line.format(real))) == 0
     for zero in ("FFMA R5, R6, R7, RZ", "HFMA2 R5, R6.H0_H0, R7, RZ.H0_H0"):
-        assert _sass.adds_zero(SASS.replace("        /*0020*/", line.format(zero))) == 1
+        assert sass.adds_zero(SASS.replace("        /*0020*/", line.format(zero))) == 1
     minus = "FFMA R5, R6, RZ, -RZ"
-    assert _sass.adds_zero(SASS.replace("        /*0020*/", line.format(minus))) == 0
+    assert sass.adds_zero(SASS.replace("        /*0020*/", line.format(minus))) == 0
     constant = "HFMA2.MMA R5, -RZ, RZ, 0, RZ"
-    assert _sass.adds_zero(SASS.replace("        /*0020*/", line.format(constant))) == 0
+    assert sass.adds_zero(SASS.replace("        /*0020*/", line.format(constant))) == 0
     constant = "HFMA2.MMA R5, -RZ, RZ, 0, 1.5"
-    assert _sass.fused(SASS.replace("        /*0020*/", line.format(constant))) == 0
+    assert sass.fused(SASS.replace("        /*0020*/", line.format(constant))) == 0
 
 
 def test_sass_pairs_fused_by_the_assembler_are_found_beside_a_routine():
@@ -216,35 +217,35 @@ def test_sass_pairs_fused_by_the_assembler_are_found_beside_a_routine():
 
 
 def test_amd_full_chunks_take_one_body_though_the_code_could_run_both():
-    full, masked = bodies(_amdgcn.parse(AMD), _amdgcn.ENTRY, 24)
+    full, masked = bodies(amdgcn.parse(AMD), amdgcn.ENTRY, 24)
     assert summary(full) == ({16: 1}, {8: 1}, 0, 0, 10)
     assert summary(masked) == ({2: 1}, {4: 1}, 1, 1, 13)
 
 
 def test_amd_a_store_by_one_thread_is_not_that_of_an_element():
-    blocks = _amdgcn.parse(AMD)
-    found = thread_dependent(blocks, _amdgcn.ENTRY)
+    blocks = amdgcn.parse(AMD)
+    found = thread_dependent(blocks, amdgcn.ENTRY)
     last = blocks[-1]
     assert last.instructions[1].access == "store"
     assert found[last.label][1] is False
 
 
 def test_amd_exchanges_between_threads_are_no_accesses_to_shared_memory():
-    found = [i.opcode for i in instructions(_amdgcn.parse(AMD)) if i.memory == "shared"]
+    found = [i.opcode for i in instructions(amdgcn.parse(AMD)) if i.memory == "shared"]
     assert found == ["ds_write_b32"]
 
 
 def test_amd_scratch_is_local_memory():
     code = AMD.replace("s_barrier\n\tds_bp", "scratch_store_dword off, v2, s0\n\tds_bp")
-    assert [i.opcode for i in instructions(_amdgcn.parse(code)) if i.memory == "local"] == [
+    assert [i.opcode for i in instructions(amdgcn.parse(code)) if i.memory == "local"] == [
         "scratch_store_dword"
     ]
 
 
 def test_amd_adding_minus_zero_is_no_fused_multiply_add():
-    assert _amdgcn.fused(AMD) == 1
-    assert _amdgcn.fused(AMD.replace("neg(0)", "v1")) == 2
-    assert _amdgcn.adds_zero(AMD) == 0
+    assert amdgcn.fused(AMD) == 1
+    assert amdgcn.fused(AMD.replace("neg(0)", "v1")) == 2
+    assert amdgcn.adds_zero(AMD) == 0
 
 
 @pytest.mark.parametrize(
@@ -260,8 +261,8 @@ def test_amd_adding_minus_zero_is_no_fused_multiply_add():
 )
 def test_amd_adding_plus_zero_is_seen(product):
     line = "v_fma_mix_f32 v9, v7, s4, neg(0) op_sel_hi:[1,0,0]"
-    assert _amdgcn.adds_zero(AMD.replace(line, product)) == 1
-    assert _amdgcn.fused(AMD.replace(line, product)) == 2
+    assert amdgcn.adds_zero(AMD.replace(line, product)) == 1
+    assert amdgcn.fused(AMD.replace(line, product)) == 2
 
 
 def test_amd_constants_of_fused_multiply_adds_are_not_taken_for_zero():
@@ -271,8 +272,8 @@ def test_amd_constants_of_fused_multiply_adds_are_not_taken_for_zero():
         "v_fmac_f32_e32 v9, v7, v0",
         "v_fma_f32 v9, 0, v7, 1.0",
     ):
-        assert _amdgcn.adds_zero(AMD.replace(line, other)) == 0
-        assert _amdgcn.fused(AMD.replace(line, other)) == 2
+        assert amdgcn.adds_zero(AMD.replace(line, other)) == 0
+        assert amdgcn.fused(AMD.replace(line, other)) == 2
 
 
 def test_what_one_thread_writes_behind_a_jump_counts_for_the_chunk():
@@ -282,7 +283,7 @@ def test_what_one_thread_writes_behind_a_jump_counts_for_the_chunk():
         "RED.E.ADD.64.STRONG.GPU desc[UR6][R4.64], R2 ;\n.L_x_3:\n"
         "        /*0121*/                   EXIT ;\n.L_x_2:",
     )
-    full, masked = bodies(_sass.parse(code), frozenset(), 16)
+    full, masked = bodies(sass.parse(code), frozenset(), 16)
     assert (dict(full.results), full.atomics) == ({4: 1}, 1)
     assert (dict(masked.results), masked.atomics) == ({4: 1}, 1)
     assert full.bytes_per_chunk == 4
@@ -292,23 +293,23 @@ def test_what_one_thread_writes_behind_a_jump_counts_for_the_chunk():
 def test_what_one_thread_jumps_to_and_writes_counts_for_the_chunk():
     jump = "@P2 BRA `(.L_x_5) ;\n        /*0101*/                   EXIT ;\n.L_x_5:"
     code = SASS.replace("@!P2 EXIT ;", jump)
-    for body in bodies(_sass.parse(code), frozenset(), 16):
+    for body in bodies(sass.parse(code), frozenset(), 16):
         assert dict(body.results) == {4: 1}
 
 
 def test_what_a_body_does_can_be_written_as_json():
-    full, _ = bodies(_sass.parse(SASS), frozenset(), 16)
-    assert audit._plain(dataclasses.asdict(full))["loads"] == {"16": 2}
+    full, _ = bodies(sass.parse(SASS), frozenset(), 16)
+    assert plain(dataclasses.asdict(full))["loads"] == {"16": 2}
 
 
 def test_barriers_in_loops_are_seen():
-    full, masked = bodies(_sass.parse(SASS), frozenset(), 16)
+    full, masked = bodies(sass.parse(SASS), frozenset(), 16)
     assert not full.waits_in_a_loop
     looped = SASS.replace(
         "        /*00a0*/", "        /*0091*/    @P4 BRA `(.L_x_4) ;\n        /*00a0*/"
     )
     looped = looped.replace("        /*0090*/", ".L_x_4:\n        /*0090*/")
-    full, masked = bodies(_sass.parse(looped), frozenset(), 16)
+    full, masked = bodies(sass.parse(looped), frozenset(), 16)
     assert (full.waits_in_a_loop, full.loops, masked.waits_in_a_loop) == (True, False, False)
 
 

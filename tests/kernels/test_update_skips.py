@@ -109,12 +109,12 @@ def test_the_scale_moves_in_the_last_launch(device, monkeypatch):
     twin, move = Twin(RULE, [*parts, make_batch(MOMENTS, HALF, [])], device), Move.on(device)
     found = []
 
-    def recorded(variant, programs, *arguments):
+    def recorded(variant, programs, arguments):
         if variant.name.startswith("update"):
             moves, *state = arguments[8:14]
             assert all(a is b for a, b in zip(state, vars(move).values(), strict=False))
             found.append(moves)
-        launch(variant, programs, *arguments)
+        launch(variant, programs, arguments)
 
     launch = Variant.launch
     monkeypatch.setattr(Variant, "launch", recorded)

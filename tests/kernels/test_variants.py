@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import mpcore_kernels
+from mpcore_audit.variants import variants
 from mpcore_kernels import unscale
 from mpcore_kernels._launch import argument_type
-from mpcore_kernels._variants import variants
 from mpcore_testing.batches import COMBINATIONS, KINDS, Hyper, Move, make_batch
 from mpcore_testing.kernels import FLOATS, HALVES, flags
 
@@ -50,7 +50,6 @@ def call_every_launcher(device):
     outs = zeros([torch.float32] * 3, device)
     mpcore_kernels.unscale_into(grads, outs, one, flags(3, device))
     mpcore_kernels.cast_into(masters, halves, found_inf, scalar(torch.int64, device))
-    mpcore_kernels.widen_into(halves, masters)
     counts = torch.zeros(len(halves), 2, dtype=torch.int64, device=device)
     mpcore_kernels.adopt_(halves, masters, counts)
     for statistics in (False, True):
@@ -105,7 +104,7 @@ def test_a_launch_with_arguments_of_other_types_fails(device):
     variant = unscale.variant(torch.float32, torch.float32)
     wrong = [scalar(torch.int64, device)] * 4
     with pytest.raises(AssertionError):
-        variant.launch(1, *wrong)
+        variant.launch(1, wrong)
 
 
 def test_argument_types_are_those_of_triton():

@@ -15,7 +15,7 @@ MARKS = ("<!-- the audit's table -->\n\n", "\n\n<!-- end of the audit's table --
 if __name__ == "__main__":
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, "-m", "mpcore_kernels.audit"],
+        [sys.executable, "-m", "mpcore_audit"],
         env=environment | {"PYTHONPATH": str(ROOT / "kernels")},
         stdout=subprocess.PIPE,
         text=True,

@@ -124,15 +124,6 @@ OFFSETS = [
         ),
     ),
     *mutants(
-        "widen.py",
-        ("test_long_tensors.py",),
-        (
-            "masked writes start at 32 bits of their offset",
-            "pointer(master, MASTER) + start",
-            "pointer(master, MASTER) + start.to(tl.int32)",
-        ),
-    ),
-    *mutants(
         "_finish.py",
         ("test_long_tensors.py",),
         ("places are counted in 32 bits", "at.to(tl.int64) * CHUNK", "at * CHUNK"),
@@ -242,20 +233,4 @@ CAST = mutants(
         "mark_written(*weights)",
     ),
 )
-WIDEN = mutants(
-    "widen.py",
-    ("test_widen.py",),
-    ("mask one too long", "offsets < count", "offsets <= count"),
-    ("mask one too short", "offsets < count", "offsets < count - 1"),
-    ("every chunk counts as full", "(start + CHUNK <= size)", "(start < size)"),
-    ("masked bodies stop after a round", "range(0, count, ROUND)", "range(0, ROUND, ROUND)"),
-    (
-        "an element between rounds is skipped",
-        "range(0, count, ROUND)",
-        "range(0, count, ROUND + 1)",
-    ),
-    ("every round is masked like the first", "count - at, WEIGHT", "count, WEIGHT"),
-    ("the masters' version is not raised", "mark_written(*masters)", "mark_written(*weights)"),
-)
-
-ELEMENTWISE = [*DTYPES, *TABLE, *OFFSETS, *UNSCALE, *CAST, *WIDEN]
+ELEMENTWISE = [*DTYPES, *TABLE, *OFFSETS, *UNSCALE, *CAST]

@@ -103,8 +103,8 @@ MACHINE_CODE = [
         ),
     ),
     *mutants(
-        "widen.py",
-        ("audit widen fp16 fp32",),
+        "cast.py",
+        ("audit cast fp32 fp16",),
         ("masked bodies take whole chunks", '("ROUND", ROUND)', '("ROUND", CHUNK)'),
     ),
     *mutants(

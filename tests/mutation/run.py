@@ -108,7 +108,7 @@ def run_audit(folder, name):
     """Audits the variants of one name; returns the status and the first broken rule."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(folder / "kernels")
-    command = [sys.executable, "-m", "mpcore_kernels.audit", "--kernel", name]
+    command = [sys.executable, "-m", "mpcore_audit", "--kernel", name]
     run = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, check=False
     )

@@ -102,7 +102,10 @@ def measure(
     return {
         weight: {
             name: train(
-                *(dtype, scale, weight, settings),
+                dtype,
+                scale,
+                weight,
+                settings,
                 on_run(f"loss x {small(weight)}: {name}", settings.epochs),
             )
             for name, dtype, scale in WAYS

@@ -38,7 +38,6 @@ def run(record: Recorder, setting: Setting) -> None:
         rows.append((f"unscale_into {name(dtype)}", lambda d=dtype: _unscale_into(setting, d)))
     for dtype in HALVES:
         rows.append((f"cast_into {name(dtype)}", lambda d=dtype: _cast(setting, d)))
-        rows.append((f"widen_into {name(dtype)}", lambda d=dtype: _widen(setting, d)))
     for dtype in FLOATS:
         if setting.on_a_gpu:
             rows.append((f"inspect {name(dtype)}", lambda d=dtype: _inspect(setting, d, False)))
@@ -105,17 +104,6 @@ def _cast(setting: Setting, dtype: torch.dtype) -> Row:
         )
         found.add("weight", ours, theirs, {"master": masters})
         found.add("saturated", *counts)
-    return found.to_row()
-
-
-def _widen(setting: Setting, dtype: torch.dtype) -> Row:
-    found, weights = Differences(), _values(setting, dtype)
-    placed = weights.to(setting.device)
-    ours = torch.zeros_like(placed, dtype=torch.float32)
-    theirs = torch.zeros_like(weights, dtype=torch.float32)
-    mpcore_kernels.widen_into([placed], [ours])
-    reference.widen_into([weights], [theirs])
-    found.add("master", ours, theirs, {"weight": weights})
     return found.to_row()
 
 

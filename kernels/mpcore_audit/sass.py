@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from mpcore_kernels._blocks import Block, Instruction
+from mpcore_audit.blocks import Block, Instruction
 
 # "        /*0210*/              @!P2 STG.E.128 desc[UR6][R32.64+0x10], R16 ;"
 _LINE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P(?:\d|T))\s+)?([A-Z][\w.]*)\s*([^;]*);")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mpcore_kernels import adopt, cast, inspection, scale, unscale, update, widen
+from mpcore_kernels import adopt, cast, inspection, scale, unscale, update
 from mpcore_kernels._launch import Variant
 
 
@@ -13,5 +13,5 @@ def variants() -> list[Variant]:
         >>> [variant.name for variant in variants()][:2]
         ['unscale fp16 fp16', 'unscale bf16 bf16']
     """
-    modules = (unscale, cast, widen, adopt, inspection, scale, update)
+    modules = (unscale, cast, adopt, inspection, scale, update)
     return [variant for module in modules for variant in module.variants()]

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 import triton
 
-from mpcore_kernels._facts import Facts
+from mpcore_audit.facts import Facts
 from mpcore_kernels._launch import Variant
 
 # what the widest access moves

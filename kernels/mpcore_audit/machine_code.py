@@ -1,6 +1,6 @@
 """What one compiled kernel does, found by following its instructions.
 
-`_sass.py` and `_amdgcn.py` turn disassembly into the blocks of `_blocks.py`; this module asks two
+`sass.py` and `amdgcn.py` turn disassembly into the blocks of `blocks.py`; this module asks two
 questions of them, the same for both makers.
 
 *Which accesses belong to the elements of a tensor?* A program also reads its entry of the table
@@ -27,7 +27,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from mpcore_kernels._blocks import Block, after_successors, back_edges, in_a_loop
+from mpcore_audit.blocks import Block, after_successors, back_edges, in_a_loop
 
 _MOST_PATHS = 1000
 
@@ -174,7 +174,18 @@ def _cheapest(
     )
 
 
-_EMPTY = Body({}, {}, {}, 0, 0, 0, 0, False, False, frozenset())
+_EMPTY = Body(
+    loads={},
+    stores={},
+    results={},
+    atomics=0,
+    barriers=0,
+    shared=0,
+    instructions=0,
+    loops=False,
+    waits_in_a_loop=False,
+    labels=frozenset(),
+)
 
 
 def _part(block: Block, is_element: Sequence[bool], in_a_loop: bool) -> Body:

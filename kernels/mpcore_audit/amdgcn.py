@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from mpcore_kernels._blocks import Block, Instruction
+from mpcore_audit.blocks import Block, Instruction
 
 # "\tbuffer_store_dwordx4 v[2:5], v14, s[16:19], 0 offen"
 _LINE = re.compile(r"^\t([a-z]\w+)\s*([^;]*)")

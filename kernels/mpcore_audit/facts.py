@@ -25,10 +25,10 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 
-from mpcore_kernels import _amdgcn, _sass
-from mpcore_kernels._blocks import Block
+from mpcore_audit import amdgcn, sass
+from mpcore_audit.blocks import Block
+from mpcore_audit.machine_code import Body, bodies
 from mpcore_kernels._launch import Variant
-from mpcore_kernels._machine_code import Body, bodies
 
 # arithmetic that PTX lets its assembler contract, or that is contracted already
 _PTX_FUSED = re.compile(r"\s(?:(?:fma|mad)\.[\w.]*f(?:16|32|64)|(?:mul|add|sub)\.f(?:32|64)\s)")
@@ -101,9 +101,9 @@ def _read_nvidia(variant: Variant, target: GPUTarget, compiled: Any) -> Facts:
         usage = _tool("cuobjdump", "-res-usage", str(cubin))
         code = _tool("nvdisasm", str(cubin))
     resources = {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", usage)}
-    blocks, ptx = _sass.parse(code), compiled.asm["ptx"]
+    blocks, ptx = sass.parse(code), compiled.asm["ptx"]
     instructions = [i for block in blocks for i in block.instructions]
-    adds_zero = _sass.adds_zero(code)
+    adds_zero = sass.adds_zero(code)
     flushes = any("FTZ" in i.opcode.split(".") for i in instructions)
     if _PTX_ROUTINES.search(ptx):
         # the routines fuse and flush where they may; everything else has its origin in the PTX
@@ -129,16 +129,16 @@ def fused_on_nvidia(disassembly: str, ptx: str) -> int:
     Packed ones count wherever they come from: no routine has any.
     """
     if _PTX_ROUTINES.search(ptx):
-        return max(len(_PTX_FUSED.findall(ptx)), _sass.fused_pairs(disassembly))
-    return _sass.fused(disassembly)
+        return max(len(_PTX_FUSED.findall(ptx)), sass.fused_pairs(disassembly))
+    return sass.fused(disassembly)
 
 
 def _read_amd(variant: Variant, target: GPUTarget, compiled: Any) -> Facts:
     code, middle = compiled.asm["amdgcn"], compiled.asm["llir"]
     numbers = {name: int(value) for name, value in re.findall(r"\.(\w+): +(\d+)\n", code)}
     modes = dict(re.findall(r"\.amdhsa_float_(\w+) (\d)", code))
-    blocks = _amdgcn.parse(code)
-    fused = _amdgcn.fused(code)
+    blocks = amdgcn.parse(code)
+    fused = amdgcn.fused(code)
     if _LLVM_ROUTINES.search(middle):
         fused = len(_LLVM_FUSED.findall(middle))
     # 3: subnormals are neither flushed when read nor when written; 0: to nearest even
@@ -150,12 +150,12 @@ def _read_amd(variant: Variant, target: GPUTarget, compiled: Any) -> Facts:
         stack=numbers["private_segment_fixed_size"],
         spills=numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"],
         fused=fused,
-        adds_zero=_amdgcn.adds_zero(code),
-        approximations=_amdgcn.approximations(code)
+        adds_zero=amdgcn.adds_zero(code),
+        approximations=amdgcn.approximations(code)
         + tuple(sorted(set(_LLVM_APPROXIMATE.findall(middle)))),
         flushes=any(modes[name] != value for name, value in exact.items()),
         float_atomics=_float_atomics(blocks, r"_f\d\d|_bf16"),
-        **_common(variant, target, compiled, blocks, _amdgcn.ENTRY),
+        **_common(variant, target, compiled, blocks, amdgcn.ENTRY),
     )
 
 
