@@ -18,6 +18,9 @@ if not torch.cuda.is_available():
 
     patch_language_once()
 
+# Collecting makes some 100,000 objects that stay: nothing is to go through them again and again.
+gc.disable()
+
 # The same examples in every run, so that a change is judged by what it changed; `make test-random`
 # looks for new ones. An example it finds is kept as an @example of its test.
 # Nothing depends on how busy the machine is.
@@ -38,6 +41,7 @@ def pytest_collection_finish(session):
     importlib.import_module("torch._dynamo")  # the largest one; any optimizer of torch imports it
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(wrapper=True)

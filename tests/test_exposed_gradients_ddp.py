@@ -18,6 +18,7 @@ from torch import nn
 
 from mpcore_testing.ranks import run_ranks
 
+pytestmark = pytest.mark.ranks
 SCALE = 2.0**6
 WAYS = ("zero_grad", "zero_grad(False)", "None", "nothing")
 

@@ -15,9 +15,12 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from mpcore_testing.ranks import run_ranks
 
 INF = float("inf")
-pytestmark = pytest.mark.skipif(
-    not distributed.is_available() or not distributed.is_gloo_available(), reason="no gloo"
-)
+pytestmark = [
+    pytest.mark.ranks,
+    pytest.mark.skipif(
+        not distributed.is_available() or not distributed.is_gloo_available(), reason="no gloo"
+    ),
+]
 
 
 def scaled_step(

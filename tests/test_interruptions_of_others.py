@@ -259,7 +259,7 @@ def test_a_pass_that_is_added_up_in_part_is_not_gone_on_from(
         optimizer.accumulate()
 
     accumulate()
-    sums: Any = optimizer._stage._sums
+    sums: Any = optimizer._stage._sums._sums
     unscaled = sums._unscaled
     monkeypatch.setattr(sums, "_unscaled", lambda some, *rest: fails(some) or unscaled(some, *rest))
     with pytest.raises(MemoryError):

@@ -61,6 +61,7 @@ def test_reports_and_the_log_name_the_rank(
 ) -> None:
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: rank is not None)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
     params, optimizer = make(QUICK, mpcore.DynamicLossScale(2.0**10))
     monitor = mpcore.Monitor(optimizer)
     with logged() as records:

@@ -18,12 +18,16 @@ from torch import distributed, nn
 from mpcore_testing import rank_cases
 from mpcore_testing.rank_cases import (
     SCALE,
+    behind,
     collectives,
+    copied,
     copies,
     experts,
     headroom,
     idle,
+    not_there_yet,
     refused,
+    shards,
     stages,
     summed,
     values,
@@ -32,9 +36,12 @@ from mpcore_testing.rank_cases import (
 )
 from mpcore_testing.ranks import run_ranks
 
-pytestmark = pytest.mark.skipif(
-    not distributed.is_available() or not distributed.is_gloo_available(), reason="no gloo"
-)
+pytestmark = [
+    pytest.mark.ranks,
+    pytest.mark.skipif(
+        not distributed.is_available() or not distributed.is_gloo_available(), reason="no gloo"
+    ),
+]
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids=lambda size: f"{size}-ranks")
@@ -159,6 +166,42 @@ def test_ranks_that_did_not_begin_alike_are_told_on_every_rank(world: list[Any])
     assert own == ["7", "8"]
     assert all("7.5 on average" in message for message in told["other scale"])
     assert all("no scale() on any rank" in message for message in told["no scale"])
+
+
+def test_what_writes_behind_masters_is_refused(world: list[Any]) -> None:
+    for (kind,), ranks in of(world, behind):
+        for message in ranks:
+            assert f"got {kind}, which writes to them behind the masters" in message
+            assert "ranks=mpcore.Ranks()" in message
+
+
+def test_what_ranks_cannot_agree_about_yet_is_an_error(world: list[Any]) -> None:
+    told = {options[0]: ranks for options, ranks in of(world, not_there_yet)}
+    assert all("expected an optimizer that decides alone" in m for m in told["add_loss"])
+    assert all("wants the largest gradient of each pass" in m for m in told["accumulate"])
+
+
+def test_a_copy_of_an_optimizer_agrees_as_well(world: list[Any]) -> None:
+    for _, ranks in of(world, copied):
+        for own, copy in ranks:
+            assert own["skipped"]
+            del own["norm"], copy["norm"]  # NaN
+            assert own == copy
+
+
+def test_shards_of_a_mesh_agree_without_being_told(world: list[Any]) -> None:
+    for (clips, _), ranks in of(world, shards):
+        for step, found in enumerate(zip(*ranks, strict=True)):
+            for each in found:
+                assert each["skipped"] == (step == 1,) * 2
+                assert each["scales"][0] == each["scales"][1]
+                for one, other in zip(*each["weights"], strict=True):
+                    torch.testing.assert_close(
+                        torch.tensor(one), torch.tensor(other), rtol=0.0, atol=2.0**-22
+                    )  # ranks add halves of a mean of gradients in another order
+                if clips and step != 1:
+                    assert each["norms"][0] == pytest.approx(each["norms"][1], rel=1e-6)
+            assert found[0]["weights"] == found[1]["weights"]
 
 
 def test_an_optimizer_that_was_told_of_no_ranks_says_so_once(world: list[Any]) -> None:

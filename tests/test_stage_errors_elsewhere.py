@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpcore_testing.batches import FULL, HALF, OPTIONS, make_batch, make_grads, scalar
 from mpcore_testing.loops import batch, loop, make
+from mpcore_testing.stage_errors import ranks
 from mpcore_testing.stage_errors.rows import ROWS
 from mpcore_testing.stage_errors.sites import site_of, sites
 
@@ -206,6 +207,21 @@ def failing_job(function: Any, count: int) -> Pair:
 
 
 TABLE: list[tuple[str, str, Callable[[], Pair]]] = [
+    (
+        "shares.py Shares.compare 1",
+        "Load or broadcast weights before the optimizer is made",
+        ranks.other_masters,
+    ),
+    (
+        "agreement.py Agreement._raise_if_apart 1",
+        "Load one checkpoint on all ranks.",
+        ranks.other_scale,
+    ),
+    (
+        "agreement.py Agreement._raise_if_apart 2",
+        "Clear the gradients and call optimizer.backward(loss)",
+        ranks.no_scale,
+    ),
     ("_update.py take_scalars 1", "Call prepare_(plan, hyper)", update_without_scalars),
     ("cast_model.py _check_stage 1", "Cast the model, then wrap it.", wrapped_too_early),
     (

@@ -186,6 +186,7 @@ def two_ranks() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("two_ranks")
+@pytest.mark.filterwarnings("ignore:this process is one of several ranks")
 def test_ranks_do_not_start_from_masters_that_differ(engine: Engine) -> None:
     """Whose weights were broadcast would keep digits that the other ranks never had."""
     training = Training(engine)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
+
+from mpcore.ranks import reduced
 
 
 def process_groups(optimizer: torch.optim.Optimizer, given: Any) -> list[Any]:
@@ -34,18 +36,5 @@ def largest_of_ranks(value: Tensor, groups: list[Any]) -> Tensor:
         groups: `torch.distributed.ProcessGroup`s, the same ones in the same order on all ranks.
     """
     for group in groups:
-        value = _largest_of_group(value, group)
+        value = reduced(value, group, distributed.ReduceOp.MAX)
     return value
-
-
-def _largest_of_group(value: Tensor, group: Any) -> Tensor:
-    from torch import distributed
-
-    device = value.device
-    if distributed.get_backend(group) in ("gloo", "mpi"):
-        device = torch.device("cpu")
-    elif device.type == "cpu":  # NCCL and its like know accelerators only
-        device = torch.device("cuda", torch.cuda.current_device())
-    shared = value.to(device, copy=True)
-    distributed.all_reduce(shared, distributed.ReduceOp.MAX, group)
-    return shared.to(value.device)

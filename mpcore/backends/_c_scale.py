@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -25,6 +26,13 @@ class Move(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("hysteresis", "refill")),
     ]
 
+    def point_to(self, move: ScaleMove) -> None:
+        """Takes the addresses of the tensors as they are now."""
+        self.scale = move.scale.data_ptr()
+        self.growth_tracker = move.growth_tracker.data_ptr()
+        self.overflows_left = move.overflows_left.data_ptr()
+        self.counters = move.counters.data_ptr()
+
 
 def update_scale_(move: ScaleMove, found_inf: Tensor) -> None:
     """Moves the loss scale in place; bitwise `reference.update_scale_`, which tells the arguments.
@@ -35,14 +43,30 @@ def update_scale_(move: ScaleMove, found_inf: Tensor) -> None:
     Raises:
         BackendError: The compiler refused.
     """
-    if not _is_usual(move.state, found_inf):
+    numbers = _numbers_of(move)
+    if numbers is None or type(found_inf) is not Tensor or not found_inf.is_cpu:
         plain_update_scale_(move, found_inf)
         return
-    numbers = Move(
-        scale=move.scale.data_ptr(),
-        growth_tracker=move.growth_tracker.data_ptr(),
-        overflows_left=move.overflows_left.data_ptr(),
-        counters=move.counters.data_ptr(),
+    numbers.point_to(move)
+    move_scale = declared("move_scale", None, ctypes.c_void_p, ctypes.c_int32)
+    move_scale(ctypes.addressof(numbers), int(bool(found_inf)))
+    # writes by address tell autograd nothing
+    torch.autograd.graph.increment_version(move.state)
+
+
+@lru_cache(maxsize=16)  # an optimizer has one for all its steps
+def _numbers_of(move: ScaleMove) -> Move | None:
+    """Returns what C is told, but for addresses; None if the tensors are not an optimizer's."""
+    state = move.state
+    usual = (
+        all(type(tensor) is Tensor and tensor.is_cpu for tensor in state)
+        and tuple(tensor.dtype for tensor in state) == _DTYPES
+        and [tensor.numel() for tensor in state] == [1, 1, 1, 6]
+        and state[3].is_contiguous()
+    )
+    if not usual:
+        return None
+    return Move(
         growth_factor=move.growth_factor,
         backoff_factor=move.backoff_factor,
         min_scale=move.min_scale,
@@ -52,17 +76,4 @@ def update_scale_(move: ScaleMove, found_inf: Tensor) -> None:
         of_steps=move.tolerance[1],
         hysteresis=move.hysteresis,
         refill=move.refill,
-    )
-    move_scale = declared("move_scale", None, ctypes.c_void_p, ctypes.c_int32)
-    move_scale(ctypes.addressof(numbers), int(bool(found_inf)))
-    # writes by address tell autograd nothing
-    torch.autograd.graph.increment_version(move.state)
-
-
-def _is_usual(tensors: tuple[Tensor, ...], found_inf: Tensor) -> bool:
-    return (
-        all(type(t) is Tensor and t.is_cpu for t in (*tensors, found_inf))
-        and tuple(t.dtype for t in tensors) == _DTYPES
-        and [t.numel() for t in tensors] == [1, 1, 1, 6]
-        and tensors[3].is_contiguous()
     )

@@ -69,7 +69,6 @@ def _table(batch: Batch) -> Table:
     return Table.of([[tensor.data for tensor in role] for role in roles])
 
 
-@torch.no_grad()
 def update_(
     plan: Plan,
     grads: Sequence[Sequence[Tensor]],

@@ -126,14 +126,16 @@ def inspection_of(
     """
     norm = math.sqrt(math.fsum(square_sum.tolist()))
     clip = 1.0 if overflow else min(limit / (norm + 1e-6), 1.0)
+    numbers = torch.tensor([norm, float(coefficient) * clip], dtype=torch.float32, device="cpu")
+    grad_norm, clipped = numbers.unbind()
     return Inspection(
         kinds=kinds,
         first_bad=first_bad,
         square_sum=square_sum,
         largest=None,
         found_inf=torch.tensor(int(overflow), dtype=torch.int32, device="cpu"),
-        grad_norm=torch.tensor(norm, dtype=torch.float32, device="cpu"),
-        coefficient=torch.tensor(float(coefficient) * clip, dtype=torch.float32, device="cpu"),
+        grad_norm=grad_norm,
+        coefficient=clipped,
         unscale=coefficient,
     )
 

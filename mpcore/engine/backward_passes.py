@@ -111,7 +111,7 @@ class BackwardPasses:
 
         Raises:
             ArgumentTypeError: `loss_scale` is something else.
-            ArgumentError: The name is empty or taken.
+            ArgumentError: The name is empty or taken, or there are ranks to agree with.
 
         Example:
             >>> import torch, mpcore
@@ -127,4 +127,5 @@ class BackwardPasses:
             >>> weight.tolist()
             [-2.0, -2.0]
         """
+        self._stage.ranks.check_losses()
         return self._losses.add(self, name, check_loss_scale(loss_scale), self._scale)

@@ -142,7 +142,9 @@ class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, InnerMethods,
             plan=self._paths.plan,
             writes=self._writes,
             edits=self._edits,
-            ranks=StepRanks(self.ranks, self.param_groups, self._masters, self._scale),
+            ranks=StepRanks(
+                self.ranks, self.param_groups, self._masters, self.loss_scaling, self._scale
+            ),
         )
 
     @property

@@ -28,6 +28,7 @@ class ScaleMoves:
         self._tensors = tensors
         self._losses = losses
         self._backend = backend
+        self._own_move = loss_scaling.move(tensors)
 
     def end_step(self, gradients: StepGradients, external: External | None, *, moved: bool) -> None:
         """Moves scales and counts; of a rank without gradients only if any other has some."""
@@ -69,7 +70,7 @@ class ScaleMoves:
         """Returns how the scale moves at the end of a step, None if it only counts."""
         if external is not None or self._losses.totals is not None:
             return None  # several scales do not move alike
-        return self._loss_scaling.move(self._tensors)
+        return self._own_move
 
     def count_if_skipped(self, gradients: StepGradients) -> None:
         """Moves scales and counters as a skipped step does, if one was due."""

@@ -78,7 +78,7 @@ class Stage:
         self._plan = plan
         self._writes = writes
         self._edits = edits
-        self._ranks = ranks
+        self.ranks = ranks
         self.moves = ScaleMoves(loss_scaling, tensors, losses, backend)
         self._outside_scale: Tensor | None = None
         losses.own_alarm = new_alarm(loss_scaling, 0)
@@ -142,7 +142,7 @@ class Stage:
         if self._loss_scaling.scales:
             twice = self.scaled and not self._thrown
             # with ranks, the last stage of a pipeline may be the only one that has a loss
-            asked = bool(params) and (external is not None or not self._ranks.agree)
+            asked = bool(params) and (external is not None or not self.ranks.agree)
             checks.check_scaled(caller, external, asked, self.scaled, twice)
         elif external is None:
             self.flush_watch.see(params, self._backend, self._tensors.scale.device)
@@ -231,7 +231,7 @@ class Stage:
         """Returns the sums as the gradients of this step."""
         checks.check_no_outside_scaler(caller, external)
         self.accumulate(caller)  # what has come since
-        params = self._sums.meet(self._params(), self._ranks.of_sums())
+        params = self._sums.meet(self._params(), self.ranks.of_sums())
         gradients = self._gradients_of(Collected(params, None), self._tensors.scale, None)
         self._sums.hand_over(gradients)
         self._outside_scale = None
@@ -274,7 +274,7 @@ class Stage:
             finds_largest=external is None and self._loss_scaling.wants_largest,
             statistics=None if self.watcher is None else self.watcher.begin_step(params),
             collected=grads,
-            agreement=self._ranks.of_pass(external),
+            agreement=self.ranks.of_pass(external),
             scaled=self.scaled or not self._loss_scaling.scales,
         )
 
@@ -312,7 +312,7 @@ class Stage:
     def start_anew(self, overflows_at_min: int) -> None:
         """Drops what belongs to a state that was replaced, by one with that counter."""
         self.forget(last_step=True)
-        self._ranks.start_anew()
+        self.ranks.start_anew()
         self._losses.own_alarm = new_alarm(self._loss_scaling, overflows_at_min)
 
     def forget(self, *, last_step: bool = False) -> None:

@@ -7,7 +7,8 @@ from functools import partial
 from torch import Tensor
 
 from mpcore.engine.external import External
-from mpcore.loss_scale import LossScaleTensors
+from mpcore.errors import ArgumentError
+from mpcore.loss_scale import LossScale, LossScaleTensors
 from mpcore.masters import Groups, Masters, name_of
 from mpcore.ranks import Agreement, Ranks, choose_agreement, several_ranks, warn_alone
 
@@ -19,14 +20,21 @@ class StepRanks:
         ranks: What the user said.
         groups: The optimizer's param groups.
         masters: Where the masters are.
+        scaling: How the loss scale moves.
         tensors: The loss scale.
     """
 
     def __init__(
-        self, ranks: Ranks | None, groups: Groups, masters: Masters, tensors: LossScaleTensors
+        self,
+        ranks: Ranks | None,
+        groups: Groups,
+        masters: Masters,
+        scaling: LossScale,
+        tensors: LossScaleTensors,
     ) -> None:
         self._groups = groups
         self._masters = masters
+        self._scaling = scaling
         self._tensors = tensors
         self._agreement = choose_agreement(ranks, self._params(), tensors)
         self._of_sums: Agreement | None = None  # of ranks that nobody told us of
@@ -36,6 +44,14 @@ class StepRanks:
     def agree(self) -> bool:
         """Whether there are others to agree with."""
         return self._agreement is not None
+
+    def check_losses(self) -> None:
+        """Raises if ranks agree: they do of one loss scale."""
+        if self.agree:
+            raise ArgumentError(
+                "add_loss(): expected an optimizer that decides alone, got one with ranks, which "
+                "agree about one loss scale. Add the losses up and call backward() once."
+            )
 
     def of_pass(self, external: External | None) -> Agreement | None:
         """Returns what the ranks of a step agree by; collective in the first one.
@@ -55,7 +71,17 @@ class StepRanks:
         return self._begun(self._agreement)
 
     def of_sums(self) -> Agreement | None:
-        """Returns what makes sums of copies their mean: of all ranks if nobody said of which."""
+        """Returns what makes sums of copies their mean: of all ranks if nobody said of which.
+
+        Raises:
+            ArgumentError: The loss scale is one that wants the largest gradient.
+        """
+        if self.agree and self._scaling.wants_largest:
+            raise ArgumentError(
+                f"accumulate(): expected a loss scale that ranks agree about, got {self._scaling}, "
+                "which wants the largest gradient of each pass. Use DynamicLossScale() with "
+                "accumulate() and several ranks, or clear the gradients and leave accumulate() out."
+            )
         if self._agreement is None and self._of_sums is None and several_ranks():
             self._of_sums = Agreement(Ranks(), self._tensors)
         return self._begun(self._agreement or self._of_sums)

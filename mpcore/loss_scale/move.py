@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # of tensors, which have no one answer to ==
 class ScaleMove:
     """Everything that moves a dynamic loss scale but `found_inf`.
 

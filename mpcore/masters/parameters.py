@@ -41,6 +41,13 @@ def check_inner(optimizer: object, wrapper: type) -> None:
             "optimizer: expected one for dense gradients, got SparseAdam. Use Adam or Adagrad, and "
             "torch.nn.Embedding(..., sparse=False)."
         )
+    if type(optimizer).__module__.startswith("torch.distributed.optim"):
+        raise ArgumentError(
+            "optimizer: expected one that steps the parameters it is given, got "
+            f"{type(optimizer).__name__}, which writes to them behind the masters. Pass the "
+            "optimizer that it wraps, and ranks=mpcore.Ranks(); for shards of masters and moments "
+            "use fully_shard() of torch.distributed.fsdp."
+        )
     if any(group.get("differentiable") for group in optimizer.param_groups):
         raise ArgumentError(
             "optimizer: expected differentiable=False, got True. Casts to 16 bits have no gradient."

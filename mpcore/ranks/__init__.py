@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from mpcore.ranks.agreement import Agreed, Agreement
 from mpcore.ranks.choice import check_ranks, choose_agreement, several_ranks, warn_alone
+from mpcore.ranks.collective import reduced
 from mpcore.ranks.ranks import Ranks
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Ranks",
     "check_ranks",
     "choose_agreement",
+    "reduced",
     "several_ranks",
     "warn_alone",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor, distributed
 from mpcore.base import HostCopy, comes_late, is_capturing
 from mpcore.errors import StageError
 from mpcore.loss_scale import LossScaleTensors
+from mpcore.ranks.collective import reduced
 from mpcore.ranks.exact_sum import DIGITS, from_digits, to_digits
 from mpcore.ranks.ranks import Ranks
 from mpcore.ranks.shares import Shares
@@ -19,6 +21,8 @@ from mpcore.ranks.shares import Shares
 _COMMON = ("exponent of the loss scale", "growth tracker", "steps")
 # counters are compared by this many of their last bits, so that squares of them can be added
 _BITS = 20
+# steps after which a device's answer is looked at: the host may run so far ahead
+_LATE = 8
 
 
 class Agreed(NamedTuple):
@@ -50,7 +54,7 @@ class Agreement:
         self._shares = Shares(ranks, self._group)
         self._begun = False
         self._mask: tuple[Sequence[Tensor], Tensor] | None = None  # of some parameters
-        self._sent: HostCopy | None = None
+        self._sent: deque[HostCopy] = deque()
 
     def begin(
         self,
@@ -58,7 +62,7 @@ class Agreement:
         name_of: Callable[[Tensor], str],
         value_of: Callable[[Tensor], Tensor],
     ) -> None:
-        """Compares copies before the first step, and after `start_anew`: collective, syncs then.
+        """Compares copies before the first step, and if parameters are others: collective then.
 
         Args:
             params: All of the optimizer.
@@ -68,12 +72,12 @@ class Agreement:
         Raises:
             StageError: On every rank, if copies differ.
         """
-        if not self._begun:
+        if not (self._begun and self._shares.know(params)):
             self._shares.compare(params, name_of, value_of)
             self._begun, self._mask = True, None
 
     def start_anew(self) -> None:
-        """Notes that masters were replaced, or parameters added: copies are compared again."""
+        """Notes that masters were replaced: copies are compared again."""
         self._begun = False
 
     def counted(self, params: Sequence[Tensor], device: torch.device) -> Tensor:
@@ -95,7 +99,7 @@ class Agreement:
             scaled: Whether it has scaled a loss, or needs not.
 
         Raises:
-            StageError: On every rank, of a CPU at once, elsewhere a step later: loss scales or
+            StageError: On every rank, of a CPU at once, elsewhere some steps later: loss scales or
                 counters differ, or no rank has scaled a loss.
         """
         home = square_sum.device
@@ -113,7 +117,7 @@ class Agreement:
 
     def largest_of_ranks(self, largest: Tensor) -> Tensor:
         """Returns the largest of a 0-d float64 of each rank; a collective of its own."""
-        return self._reduced(largest, self._group, distributed.ReduceOp.MAX)
+        return reduced(largest, self._group, distributed.ReduceOp.MAX)
 
     @torch.no_grad()
     def average_(self, sums: dict[Tensor, Tensor], params: Sequence[Tensor]) -> None:
@@ -142,29 +146,19 @@ class Agreement:
         counters = (self._state.growth_tracker, self._state.count("steps"))
         return torch.stack([exponent, *(number.long() & (2**_BITS - 1) for number in counters)])
 
-    def _add_up(self, numbers: Tensor, group: Any) -> Tensor:
-        return self._reduced(numbers, group, distributed.ReduceOp.SUM)
-
     @staticmethod
-    def _reduced(numbers: Tensor, group: Any, operation: Any) -> Tensor:
-        """Returns numbers of the ranks of a group, reduced; `numbers` stays."""
-        device = numbers.device
-        if distributed.get_backend(group) in ("gloo", "mpi"):
-            device = torch.device("cpu")
-        elif device.type == "cpu":  # NCCL and its like know accelerators only
-            device = torch.device("cuda", torch.cuda.current_device())
-        shared = numbers.to(device, copy=True)
-        distributed.all_reduce(shared, operation, group)
-        return shared.to(numbers.device)
+    def _add_up(numbers: Tensor, group: Any) -> Tensor:
+        return reduced(numbers, group, distributed.ReduceOp.SUM)
 
     def _check(self, found: Tensor) -> None:
         """Raises if ranks were apart in this step, or in one that the host has heard of since."""
         if not comes_late(found.device):
             self._raise_if_apart(found)
         elif not is_capturing(found.device):
-            sent, self._sent = self._sent, HostCopy(found)
-            if sent is not None:
-                sent.wait()  # of a step before: it has long arrived
+            self._sent.append(HostCopy(found))
+            if len(self._sent) > _LATE:
+                sent = self._sent.popleft()
+                sent.wait()  # it has long arrived, and all ranks look at the same step's
                 self._raise_if_apart(sent.values)
 
     def _raise_if_apart(self, found: Tensor) -> None:

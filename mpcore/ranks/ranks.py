@@ -29,3 +29,6 @@ class Ranks:
 
     group: Any = None
     replicas: Any | Mapping[str, Any] = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
+        return self  # a process group cannot be copied, and a copy is of the same ranks

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from mpcore.base import held_here
+from mpcore.base import are_same, held_here
 from mpcore.errors import StageError
+from mpcore.ranks.collective import gathered
 from mpcore.ranks.ranks import Ranks
 
 _AT_ONCE = 2**22  # elements: bounds what a digest needs besides them
@@ -29,8 +30,13 @@ class Shares:
     def __init__(self, ranks: Ranks, group: Any) -> None:
         self._ranks = ranks
         self._group = group
+        self._params: list[Tensor] = []  # that were compared; keeps their ids valid
         self._counts: dict[int, bool] = {}  # by id of the parameter
         self._group_of: dict[int, Any] = {}  # who holds copies of it
+
+    def know(self, params: Sequence[Tensor]) -> bool:
+        """Whether these parameters were compared, and no others."""
+        return are_same(params, self._params)
 
     def counts(self, param: Tensor) -> bool:
         """Whether this rank counts what it holds of a parameter."""
@@ -56,13 +62,14 @@ class Shares:
         Raises:
             StageError: On all ranks of the group, if copies differ.
         """
+        self._params, self._group_of = list(params), {}
         self._counts = {id(param): _is_first(param) for param in params}
         plain = {name_of(param): param for param in params if not hasattr(param, "device_mesh")}
         for group, names in self._holders(plain):
             held = [plain[name] for name in names]
             layout = _crc(f"{name} {list(plain[name].shape)}" for name in names)
             value = _digest([value_of(param) for param in held])
-            found = _gathered(layout, value, group)
+            found = gathered([layout, value], group)
             alike = {each[0] for each in found}
             if self._ranks.replicas is None and len(alike) > 1:
                 continue  # stages of a pipeline: everybody has others
@@ -109,18 +116,7 @@ def _digest(tensors: Sequence[Tensor]) -> int:
     return total
 
 
-def _gathered(layout: int, value: int, group: Any) -> list[tuple[int, int]]:
-    """Returns layout and value of each rank of a group."""
-    home = "cpu"
-    if distributed.get_backend(group) not in ("gloo", "mpi"):
-        home = f"cuda:{torch.cuda.current_device()}"
-    own = torch.tensor([layout, value], dtype=torch.int64, device=home)
-    every = [torch.empty_like(own) for _ in range(distributed.get_world_size(group))]
-    distributed.all_gather(every, own, group)
-    return [(int(each[0]), int(each[1])) for each in every]
-
-
-def _message(found: list[tuple[int, int]], names: Sequence[str], other_names: bool) -> str:
+def _message(found: Sequence[tuple[int, ...]], names: Sequence[str], other_names: bool) -> str:
     first = found[0]
     others = [rank for rank, each in enumerate(found) if each != first]
     what = "list other parameters" if other_names else "have other values"

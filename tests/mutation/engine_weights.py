@@ -80,7 +80,7 @@ EDITS = [
         (
             "ranks may start from different masters",
             "if written and several_ranks():",
-            "if not written and _several_ranks():",
+            "if not written and several_ranks():",
         ),
         (
             "refused elements are not told of",

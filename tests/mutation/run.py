@@ -33,6 +33,7 @@ import triton.language  # noqa: F401
 from adopting import ADOPT
 from elementwise import ELEMENTWISE
 from engine_gradients import GRADIENTS
+from engine_ranks import RANKS
 from engine_state import STATE
 from engine_weights import WEIGHTS
 from fused_updates import UPDATES
@@ -40,7 +41,7 @@ from launches import LAUNCHES, MACHINE_CODE
 from reductions import REDUCTIONS
 
 OF_KERNELS = [*ELEMENTWISE, *REDUCTIONS, *ADOPT, *LAUNCHES, *UPDATES, *MACHINE_CODE]
-OF_THE_ENGINE = [*GRADIENTS, *WEIGHTS, *STATE]
+OF_THE_ENGINE = [*GRADIENTS, *WEIGHTS, *STATE, *RANKS]
 MUTANTS = [*OF_KERNELS, *OF_THE_ENGINE]
 ROOT = Path(__file__).resolve().parents[2]
 PROCESSES = 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -195,6 +196,103 @@ def refused(rank: int, what: str) -> str:
     return "stepped"
 
 
+def behind(rank: int, kind: str) -> str:
+    """What is said to whom wraps an optimizer that writes to weights behind masters."""
+    from torch.distributed import optim
+    from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+
+    params = values((4,), seed=0)
+    if kind == "ZeroRedundancyOptimizer":
+        inner: Any = optim.ZeroRedundancyOptimizer(params, torch.optim.SGD, lr=0.5)
+    else:
+        averager = PeriodicModelAverager(period=1)
+        inner = optim.PostLocalSGDOptimizer(torch.optim.SGD(params, lr=0.5), averager)
+    try:
+        mpcore.MixedPrecisionOptimizer(inner)
+    except mpcore.ArgumentError as error:
+        return str(error)
+    return "wrapped"
+
+
+def not_there_yet(rank: int, what: str) -> str:
+    """What ranks cannot agree about is an error, and leaves the optimizer usable."""
+    params = values((4,), seed=0)
+    headroom = mpcore.HeadroomLossScale(SCALE)
+    optimizer = wrapped(params, "fused", scaling=headroom)
+    pass_over(optimizer, params, 0.5)
+    told = "nothing"
+    try:
+        if what == "add_loss":
+            optimizer.add_loss("other", mpcore.NoLossScale())
+        else:
+            optimizer.accumulate()
+            optimizer.step()
+    except mpcore.ArgumentError as error:
+        told = str(error)
+    if what == "accumulate":
+        optimizer.zero_grad()
+        pass_over(optimizer, params, 0.5)
+    optimizer.step()
+    assert not optimizer.last_step.skipped
+    return told
+
+
+def copied(rank: int) -> Any:
+    """A copy of an optimizer agrees with the copies of the others."""
+    group = distributed.new_group(list(range(distributed.get_world_size())))
+    params = values((4,), seed=0)
+    optimizer = wrapped(params, "fused", ranks=mpcore.Ranks(group))
+    pass_over(optimizer, params, 0.5)
+    optimizer.step()
+    optimizer.zero_grad()
+    copies_of = copy.deepcopy((params, optimizer))
+    for each, other in ((params, optimizer), copies_of):
+        pass_over(other, each, 0.5, bad=rank == 1)
+        other.clip_grad_norm_(1.0)
+        other.step()
+    return [seen(other, each) for each, other in ((params, optimizer), copies_of)]
+
+
+def shards(rank: int, clips: bool, bad: int) -> Any:
+    """FSDP2 over float32 weights; the gradient of one shard overflows in step 1."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    torch.manual_seed(0)
+    model, twin = (nn.Sequential(nn.Linear(6, 5), nn.GELU(), nn.Linear(5, 3)) for _ in "12")
+    twin.load_state_dict(model.state_dict())
+    for layer in (model[0], model[2], model):  # five rows over two ranks: uneven shards
+        fully_shard(layer, mesh=mesh)
+    pair = [
+        wrapped(m.parameters(), "general", "AdamW", ranks=None if m is model else mpcore.Ranks())
+        for m in (model, twin)
+    ]
+    found = []
+    for step in range(4):
+        x = torch.arange(24.0).view(4, 6) / 24 + step
+        for m, optimizer, inputs in zip((model, twin), pair, (x[rank::2], x), strict=True):
+            optimizer.backward(m(inputs).square().mean())
+            grad: Any = next(iter(m.parameters())).grad
+            if step == 1 and (m is twin or rank == bad):
+                (grad if m is twin else grad.to_local())[0] = torch.inf
+            if clips:
+                optimizer.clip_grad_norm_(0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+        whole = [p.full_tensor().tolist() for p in model.parameters()]
+        result, other = (optimizer.last_step for optimizer in pair)
+        found.append(
+            {
+                "skipped": (result.skipped, other.skipped),
+                "scales": (pair[0].loss_scale, pair[1].loss_scale),
+                "norms": (result.grad_norm, other.grad_norm),
+                "weights": (whole, [p.tolist() for p in twin.parameters()]),
+            }
+        )
+    return found
+
+
 def warned(rank: int) -> list[str]:
     """What is said to whom nobody told of the other ranks."""
     params = values((4,), seed=0)
@@ -219,6 +317,10 @@ CASES: list[tuple[Any, ...]] = [
     *((headroom, p) for p in PATHS),
     *((collectives, p, w) for p in PATHS for w in ("", "clip_grad_norm_", "unscale_")),
     *((refused, what) for what in ("other masters", "other scale", "no scale")),
+    *((behind, kind) for kind in ("ZeroRedundancyOptimizer", "PostLocalSGDOptimizer")),
+    *((not_there_yet, what) for what in ("add_loss", "accumulate")),
+    *((shards, c, bad) for c in CLIPS for bad in (0, 1)),
+    (copied,),
     (warned,),
 ]
 

@@ -79,7 +79,7 @@ def model_loaded(world: World) -> None:
 
 def on_ranks(do: Do) -> Do:
     def as_of_several(world: World) -> None:
-        with patch("mpcore.masters.weight_edits._several_ranks", return_value=True):
+        with patch("mpcore.masters.weight_edits.several_ranks", return_value=True):
             do(world)
 
     return as_of_several

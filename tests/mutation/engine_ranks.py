@@ -1,0 +1,76 @@
+"""Errors in what ranks agree on: the collective, what counts, and what they are told."""
+
+from mutant import engine_mutants
+
+_TESTS = ("test_ranks.py",)
+
+RANKS = [
+    *engine_mutants(
+        "ranks/agreement.py",
+        _TESTS,
+        (
+            "the largest stands for the sum",
+            "reduced(numbers, group, distributed.ReduceOp.SUM)",
+            "reduced(numbers, group, distributed.ReduceOp.MAX)",
+        ),
+        ("ranks drift apart unseen", "self._check(torch.cat(", "bool(torch.cat("),
+        ("sums are not divided", ".div_(distributed.get_world_size(group))", ""),
+        ("squares of counters are not compared", "squares * self._size != sums", "sums != sums"),
+        ("gradients that nobody scaled pass", "(flags[1] != 0) & (flags[2] == 0)", "flags[1] < 0"),
+    ),
+    *engine_mutants(
+        "ranks/collective.py",
+        _TESTS,
+        ("nobody is asked", "distributed.all_reduce(shared, operation, group)", "pass"),
+    ),
+    *engine_mutants(
+        "ranks/shares.py",
+        _TESTS,
+        (
+            "copies count on each rank",
+            "self._counts[id(param)] = distributed.get_rank(group) == 0",
+            "self._counts[id(param)] = True",
+        ),
+        ("copies are not compared", "if len(set(found)) > 1:", "if False:"),
+        ("experts are taken for copies", "if groups[p] is not None]", "if groups]"),
+    ),
+    *engine_mutants(
+        "ranks/exact_sum.py",
+        ("properties/test_exact_sum.py",),
+        ("a digit is lost", "(low >> 32) + (high & _MASK)", "(high & _MASK)"),
+        ("digits are one place off", "- 53 - _LOWEST", "- 52 - _LOWEST"),
+    ),
+    *engine_mutants(
+        "engine/findings.py",
+        _TESTS,
+        (
+            "a rank clips by its own norm",
+            "torch.where(agreed.found_inf, torch.inf, agreed.square_sum)",
+            "torch.where(agreed.found_inf, torch.inf, total)",
+        ),
+        ("what ranks found is forgotten", "        self.add(agreed.found_inf)\n", ""),
+        (
+            "ranks compute scales of their own gradients",
+            "self.largest = self._agreement.largest_of_ranks(self.largest)",
+            "pass",
+        ),
+    ),
+    *engine_mutants(
+        "engine/gradients.py",
+        _TESTS,
+        (
+            "ranks are asked once more after a clip",
+            "self.has_ranks and (self.findings.agreed is None or",
+            "self.has_ranks and (True or",
+        ),
+    ),
+    *engine_mutants(
+        "engine/scale_moves.py",
+        _TESTS,
+        (
+            "a step that no rank takes is one",
+            "self.advance_if(gradients, agreed.any_gradient)",
+            "self.advance_if(gradients, agreed.any_gradient | True)",
+        ),
+    ),
+]
