@@ -47,6 +47,7 @@ def main() -> None:
     assert torch.equal(weights, first), "ranks have drifted apart"
     if dist.get_rank() == 0:
         print(f"ranks agree; loss scale {optimizer.loss_scale:g}")
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -54,6 +54,7 @@ def main(folder: str) -> None:
             dcp.save({"model": weights, "optimizer": states}, checkpoint_id=folder)
     if dist.get_rank() == 0:
         print(f"from step {begin}: loss {loss.item()!r}, norm {norm.item()!r}")
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -15,23 +15,30 @@ import pytest
 import torch
 from torch import distributed, nn
 
-from mpcore_testing import rank_cases
+from mpcore_testing import rank_runs
+from mpcore_testing.rank_accidents import (
+    behind,
+    copied,
+    dropped,
+    lacking,
+    not_there_yet,
+    refused,
+    reported,
+    thawed,
+    warned,
+    zeros_first,
+)
 from mpcore_testing.rank_cases import (
     SCALE,
-    behind,
     collectives,
-    copied,
     copies,
     experts,
     headroom,
     idle,
-    not_there_yet,
-    refused,
     shards,
     stages,
     summed,
     values,
-    warned,
     wrapped,
 )
 from mpcore_testing.ranks import run_ranks
@@ -48,7 +55,7 @@ pytestmark = [
 def world(request: Any, tmp_path_factory: Any) -> list[Any]:
     """What each case found: (name, options, [of rank 0, of rank 1, ...])."""
     folder: Path = tmp_path_factory.mktemp("ranks")
-    run_ranks(rank_cases.__file__, folder, request.param, count=request.param)
+    run_ranks(rank_runs.__file__, folder, request.param, count=request.param)
     ranks = [torch.load(folder / f"rank{rank}.pt") for rank in range(request.param)]
     return [(*each[0][:2], [found for *_, found in each]) for each in zip(*ranks, strict=True)]
 
@@ -187,6 +194,35 @@ def test_a_copy_of_an_optimizer_agrees_as_well(world: list[Any]) -> None:
             assert own["skipped"]
             del own["norm"], copy["norm"]  # NaN
             assert own == copy
+
+
+def test_a_report_says_that_it_was_another_rank(world: list[Any]) -> None:
+    for _, ranks in of(world, reported):
+        assert "No gradient of this rank overflowed" in ranks[0]
+        assert "group 0, parameter 1" in ranks[1]
+
+
+def test_what_no_step_took_no_rank_counts_alone(world: list[Any]) -> None:
+    for _, ranks in of(world, dropped):
+        assert ranks == [(SCALE, 1, 0)] * 2
+
+
+def test_parameters_that_come_later_are_compared_and_count(world: list[Any]) -> None:
+    for (way,), ranks in of(world, thawed):
+        assert ranks[0]["masters"] == ranks[1]["masters"], way
+        assert [found["counters"] for found in ranks] == [(3, 1)] * 2
+
+
+def test_zeros_of_one_rank_are_no_step_before_training(world: list[Any]) -> None:
+    for _, ranks in of(world, zeros_first):
+        assert ranks == [(2, SCALE * 2)] * 2
+
+
+def test_a_sum_that_one_rank_has_is_halved_for_both(world: list[Any]) -> None:
+    for _, ranks in of(world, lacking):
+        assert ranks[0] == ranks[1]
+        # half the weight, times the rate, over two ranks
+        assert ranks[0] == pytest.approx([2.0**-6 / 4] * 2, rel=1e-2)
 
 
 def test_shards_of_a_mesh_agree_without_being_told(world: list[Any]) -> None:

@@ -7,6 +7,7 @@ import pickle
 from collections import defaultdict
 from typing import Any
 
+import mpcore
 import pytest
 import torch
 from torch import nn
@@ -189,3 +190,35 @@ def test_clearing_the_state_starts_moments_again_and_keeps_masters(
     for param, before in zip(model.layers.parameters(), masters, strict=True):
         moved = (optimizer.state[param]["master"] - before).abs().max()
         assert 0 < moved < 0.06  # a first step of Adam is as long as the learning rate
+
+
+@pytest.mark.parametrize("entry", ["master", "exp_avg", "all"])
+def test_what_is_put_into_the_state_before_a_clip_of_other_gradients_is_used(
+    engine: Engine, entry: str
+) -> None:
+    """A clip plans for parameters that it knows and the last step did not have."""
+
+    def trained(clips: bool) -> list[Any]:
+        params = [nn.Parameter(torch.full((3,), 1.0 + k).half()) for k in range(2)]
+        inner = torch.optim.AdamW(params, lr=2.0**-4, betas=(0.5, 0.5))
+        optimizer = engine.wrap(inner, mpcore.StaticLossScale(2.0))
+
+        def backward(some: list[Any]) -> None:
+            optimizer.backward(torch.stack([p.float().square().sum() for p in some]).sum())
+
+        backward(params)
+        optimizer.accumulate()
+        backward(params[:1])
+        optimizer.step()  # over the sums of both, of which one has had a further pass
+        optimizer.zero_grad()
+        if entry == "all":
+            del optimizer.state[params[0]]
+        else:
+            optimizer.state[params[0]][entry] = torch.full((3,), 0.5)
+        backward(params[:1])
+        if clips:
+            optimizer.clip_grad_norm_(1e9)
+        optimizer.step()
+        return [optimizer.state[p]["master"].tolist() for p in params]
+
+    assert trained(clips=True) == trained(clips=False)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mpcore.backends import Backend, Inspection
-from mpcore.base import ParameterSet
+from mpcore.base import ParameterSet, held_here
 from mpcore.engine.coefficient import Coefficient
 from mpcore.engine.gradient_buckets import (
     Bucket,
@@ -54,6 +54,7 @@ class Findings:
         agreement: Agreement | None = None,
         scaled: bool = True,
     ) -> None:
+        self._params = params
         self.buckets = buckets_of(params)
         self.coefficient = coefficient
         self.are_all = False  # whether flags tell everything about what is stored
@@ -89,6 +90,8 @@ class Findings:
         """
         self._found = None
         together = self._agreement is not None and max_norm is not None
+        if self._agreement is not None and together:
+            self._agreement.check_norm([g for b in self.buckets for g in stored(b.params)])
         if len(self.buckets) == 1 and not self._has_float64 and not together:
             first = self.buckets[0].nonfinite is None
             found = self._inspection(self.buckets[0], stored, max_norm, plan)
@@ -121,7 +124,7 @@ class Findings:
         agreed = self._agreement.agree(
             self.found_inf(),
             square_sum,
-            has_gradients=bool(self.buckets),
+            params=self._params,
             scaled=self._is_scaled,
         )
         self.agreed = agreed
@@ -175,7 +178,7 @@ class Findings:
             squares = self._inspection(bucket, stored, None, plan).square_sum
         else:
             coefficient = self.coefficient.now.to(bucket.device, non_blocking=True)
-            norms = tensor_norms(stored(bucket.params), coefficient)
+            norms = tensor_norms(list(map(held_here, stored(bucket.params))), coefficient)
             # float64 gradients too large to be clipped: better no step than one without the clip
             bucket.add_flags(torch.isfinite(norms).logical_not().int())
             squares = norms.square()
@@ -226,3 +229,4 @@ class Findings:
         for bucket in self.buckets:
             bucket.keep(params, flag_of)
         self.buckets = [bucket for bucket in self.buckets if bucket.params]
+        self._params = ParameterSet(param for param in self._params if param in params)

@@ -95,7 +95,9 @@ class StepGradients:
         self.findings.coefficient.spend()
         flag_of = accumulated.flags()
         for bucket in self.findings.buckets:
-            bucket.add_flags(torch.stack([flag_of[param] for param in bucket.params]))
+            # of a sum that only other ranks have there is no flag: it is looked at with the others
+            none = torch.zeros((), dtype=torch.int32, device=bucket.device)
+            bucket.add_flags(torch.stack([flag_of.get(param, none) for param in bucket.params]))
 
     def apply(self) -> None:
         """Multiplies what is pending: 16-bit gradients into masters' `.grad`, others in place."""
@@ -181,6 +183,14 @@ class StepGradients:
             self._look(None)
             if self.exposure is not None:
                 self.exposure.note(self.params)
+
+    @property
+    def counts(self) -> bool:
+        """Whether an overflow of theirs counts, although no step took them.
+
+        What ranks have not agreed on, none of them counts.
+        """
+        return self.was_seen and not (self.has_ranks and self.findings.agreed is None)
 
     def agree(self) -> None:
         """Has ranks find together whether the step overflows, once a step; collective.

@@ -190,8 +190,11 @@ class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, InnerMethods,
 
     def _step(self) -> None:
         zeros = None
-        if not self._began and self._stage.is_untouched and not External.of(self):
-            zeros = zero_gradients(self._stage.parameters, self._masters, self._module)
+        if not self._began and not External.of(self):
+            if self._stage.is_untouched:
+                zeros = zero_gradients(self._stage.parameters, self._masters, self._module)
+            if not self._stage.ranks.all(zeros is not None):
+                zeros = None
         if zeros is not None:
             self._paths.initialise_state(zeros)
             return
@@ -202,7 +205,7 @@ class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, InnerMethods,
             self._finish(collected, self._paths.step(collected, move))
         elif collected.has_ranks:
             collected.agree()
-            self._paths.step_without_gradients()
+            self._paths.step_without_gradients(collected.found_inf())
             self._finish(collected, moved=False)
         else:
             self._paths.step_without_gradients()

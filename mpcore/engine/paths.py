@@ -241,9 +241,14 @@ class Paths:
         if self._fused is not None:
             self._fused.hand_over()
 
-    def step_without_gradients(self) -> None:
-        """Lets the wrapped optimizer do what it does without gradients: usually nothing."""
-        if self._now() is None:
+    def step_without_gradients(self, found_inf: Tensor | None = None) -> None:
+        """Lets the wrapped optimizer do what it does without gradients: usually nothing.
+
+        Args:
+            found_inf: 0-d, what other ranks have found, which the general path waits for: not 0
+                means that nobody steps. None: there are no others.
+        """
+        if self._now() is None and (found_inf is None or not bool(found_inf)):
             self.general.step_without_gradients()
 
     def call_inner(self, adopt: Callable[[], None], method: Callable[[], Any]) -> Any:

@@ -275,7 +275,7 @@ class Stage:
             statistics=None if self.watcher is None else self.watcher.begin_step(params),
             collected=grads,
             agreement=self.ranks.of_pass(external),
-            scaled=self.scaled or not self._loss_scaling.scales,
+            scaled=self.scaled or grads is None or not self._loss_scaling.scales,
         )
 
     def finish(
@@ -333,7 +333,7 @@ class Stage:
         """Ends a step that nobody took, as skipped if a look found overflow; may raise; no sync."""
         self.waiting.warn_if_any()
         gradients, self._thrown = self.gradients, self._clip_watch.has_begun
-        counts = gradients is not None and gradients.was_seen and self._outside_scale is None
+        counts = gradients is not None and gradients.counts and self._outside_scale is None
         # first: if it fails, what was found is not forgotten
         if gradients is not None and counts and not gradients.torn:
             self.moves.count_if_skipped(gradients)

@@ -10,7 +10,15 @@ from mpcore.engine.external import External
 from mpcore.errors import ArgumentError
 from mpcore.loss_scale import LossScale, LossScaleTensors
 from mpcore.masters import Groups, Masters, name_of
-from mpcore.ranks import Agreement, Ranks, choose_agreement, several_ranks, warn_alone
+from mpcore.ranks import (
+    Agreement,
+    Ranks,
+    choose_agreement,
+    find_replicated,
+    several_ranks,
+    warn_alone,
+    warn_scaler,
+)
 
 
 class StepRanks:
@@ -34,6 +42,7 @@ class StepRanks:
     ) -> None:
         self._groups = groups
         self._masters = masters
+        self._told = ranks is not None
         self._scaling = scaling
         self._tensors = tensors
         self._agreement = choose_agreement(ranks, self._params(), tensors)
@@ -63,6 +72,9 @@ class StepRanks:
             StageError: On every rank, if masters that should be copies differ.
         """
         if external is not None:
+            if self._told and not self._warned:
+                self._warned = True
+                warn_scaler()
             return None
         if self._agreement is None and not self._warned and several_ranks():
             self._warned = True
@@ -71,7 +83,9 @@ class StepRanks:
         return self._begun(self._agreement)
 
     def of_sums(self) -> Agreement | None:
-        """Returns what makes sums of copies their mean: of all ranks if nobody said of which.
+        """Returns what makes sums of copies their mean.
+
+        If nobody said who has copies, DistributedDataParallel knows.
 
         Raises:
             ArgumentError: The loss scale is one that wants the largest gradient.
@@ -83,8 +97,14 @@ class StepRanks:
                 "accumulate() and several ranks, or clear the gradients and leave accumulate() out."
             )
         if self._agreement is None and self._of_sums is None and several_ranks():
-            self._of_sums = Agreement(Ranks(), self._tensors)
+            replicated = find_replicated(self._params())
+            if replicated is not None:
+                self._of_sums = Agreement(replicated, self._tensors)
         return self._begun(self._agreement or self._of_sums)
+
+    def all(self, here: bool) -> bool:
+        """Returns whether something is so on all ranks that agree; collective, syncs."""
+        return here if self._agreement is None else self._agreement.all(here)
 
     def start_anew(self) -> None:
         """Notes that masters were replaced: copies are compared again."""
@@ -94,8 +114,8 @@ class StepRanks:
 
     def _begun(self, agreement: Agreement | None) -> Agreement | None:
         if agreement is not None:
-            params = [param for param in self._params() if param.requires_grad]
-            self._masters.create_for(params)
+            params = self._params()
+            self._masters.create_for(param for param in params if param.requires_grad)
             name = partial(name_of, groups=self._groups)
             agreement.begin(params, name, self._masters.of)
         return agreement

@@ -102,7 +102,7 @@ class TwoSteps:
                 f"zero_grad(), and {FIRST}() after a backward pass."
             )
         gradients = self._collect_pass(f"{SECOND}()")
-        if not gradients.params:
+        if not gradients.params and not gradients.has_ranks:
             self._descend(climb)
             self._stage.throw_away(last_step=True)
             return None

@@ -73,6 +73,7 @@ def verdict_on(facts: Facts) -> Verdict:
         _damaged,
         _saturated,
         _forward,
+        _elsewhere,
         _other,
         _always_nan,
         _floor,
@@ -149,6 +150,16 @@ def _floor(facts: Facts) -> Verdict | None:
         "same.",
         "Lower min_scale if the loss is large; otherwise look for its source with "
         "mpcore.trace_overflow(model, batch, ...).",
+    )
+
+
+def _elsewhere(facts: Facts) -> Verdict | None:
+    if facts.bad():
+        return None
+    return Verdict(
+        "elsewhere",
+        True,
+        "No gradient of this rank overflowed, but one of another rank, which says more.",
     )
 
 

@@ -6,7 +6,14 @@ Start with `ranks.py`. Its face is what is imported here; its modules are its ow
 from __future__ import annotations
 
 from mpcore.ranks.agreement import Agreed, Agreement
-from mpcore.ranks.choice import check_ranks, choose_agreement, several_ranks, warn_alone
+from mpcore.ranks.choice import (
+    check_ranks,
+    choose_agreement,
+    find_replicated,
+    several_ranks,
+    warn_alone,
+    warn_scaler,
+)
 from mpcore.ranks.collective import reduced
 from mpcore.ranks.ranks import Ranks
 
@@ -16,7 +23,9 @@ __all__ = [
     "Ranks",
     "check_ranks",
     "choose_agreement",
+    "find_replicated",
     "reduced",
     "several_ranks",
     "warn_alone",
+    "warn_scaler",
 ]

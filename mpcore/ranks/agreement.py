@@ -9,16 +9,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, distributed
 
-from mpcore.base import HostCopy, comes_late, is_capturing
-from mpcore.errors import StageError
+from mpcore.base import HostCopy, are_same, comes_late, is_capturing
+from mpcore.errors import ArgumentError, StageError
 from mpcore.loss_scale import LossScaleTensors
-from mpcore.ranks.collective import reduced
+from mpcore.ranks.collective import gathered, reduced
 from mpcore.ranks.exact_sum import DIGITS, from_digits, to_digits
 from mpcore.ranks.ranks import Ranks
 from mpcore.ranks.shares import Shares
 
 #: What ranks must have in common: by name, as a difference is reported.
-_COMMON = ("exponent of the loss scale", "growth tracker", "steps")
+_COMMON = ("exponent of the loss scale", "growth tracker", "steps", "gradients of copies")
 # counters are compared by this many of their last bits, so that squares of them can be added
 _BITS = 20
 # steps after which a device's answer is looked at: the host may run so far ahead
@@ -45,15 +45,20 @@ class Agreement:
     Args:
         ranks: Who they are.
         state: This rank's loss scale.
+        knows_norm: Whether every element is known to count once: see `check_norm`.
     """
 
-    def __init__(self, ranks: Ranks, state: LossScaleTensors) -> None:
-        self._group = distributed.group.WORLD if ranks.group is None else ranks.group
+    def __init__(self, ranks: Ranks, state: LossScaleTensors, *, knows_norm: bool = True) -> None:
+        self._knows_norm = knows_norm
+        # None is all ranks: whoever held their group past its end would abort the process
+        self._group = ranks.group
         self._size = distributed.get_world_size(self._group)
         self._state = state
         self._shares = Shares(ranks, self._group)
         self._begun = False
-        self._mask: tuple[Sequence[Tensor], Tensor] | None = None  # of some parameters
+        #: by device: parameters, and which of them count
+        self._masks: dict[torch.device, tuple[Sequence[Tensor], Tensor | None]] = {}
+        self._copies: tuple[Sequence[Tensor], int] | None = None  # of some parameters
         self._sent: deque[HostCopy] = deque()
 
     def begin(
@@ -74,7 +79,9 @@ class Agreement:
         """
         if not (self._begun and self._shares.know(params)):
             self._shares.compare(params, name_of, value_of)
-            self._begun, self._mask = True, None
+            self._begun = True
+            self._masks.clear()
+            self._copies = None
 
     def start_anew(self) -> None:
         """Notes that masters were replaced: copies are compared again."""
@@ -82,20 +89,43 @@ class Agreement:
 
     def counted(self, params: Sequence[Tensor], device: torch.device) -> Tensor:
         """Returns 1 for each parameter that this rank counts, 0 for others; float64 on `device`."""
-        if self._mask is None or self._mask[0] is not params or self._mask[1].device != device:
+        known, mask = self._masks.get(device, ([], None))
+        if mask is None or not are_same(known, params):
             counts = [float(self._shares.counts(param)) for param in params]
-            self._mask = params, torch.tensor(counts, dtype=torch.float64, device=device)
-        return self._mask[1]
+            mask = torch.tensor(counts, dtype=torch.float64, device=device)
+            self._masks[device] = params, mask
+        return mask
+
+    def check_norm(self, grads: Sequence[Any]) -> None:
+        """Raises if nobody knows a norm of these gradients over all ranks."""
+        partial = any(
+            spot.is_partial() for grad in grads for spot in getattr(grad, "placements", ())
+        )
+        if partial or not self._knows_norm:
+            raise ArgumentError(
+                "clip_grad_norm_(): expected DTensors over one mesh of all ranks that agree, with "
+                "gradients that are whole or sharded, got "
+                f"{'partial gradients' if partial else 'several meshes'}. Clip float32 parameters "
+                "by torch.nn.utils.clip_grad_norm_ after unscale_()."
+            )
+
+    def copies(self, params: Sequence[Tensor]) -> int:
+        """Returns how many of these parameters all ranks hold."""
+        if self._copies is None or not are_same(self._copies[0], params):
+            held = [param for param in params if self._shares.are_copies(param)]
+            count = sum(self._shares.group_of(param) is self._group for param in held)
+            self._copies = params, count
+        return self._copies[1]
 
     def agree(
-        self, found_inf: Tensor, square_sum: Tensor, *, has_gradients: bool, scaled: bool
+        self, found_inf: Tensor, square_sum: Tensor, *, params: Sequence[Tensor], scaled: bool
     ) -> Agreed:
         """Returns what all ranks have found; waits for them, not for the host.
 
         Args:
             found_inf: 0-d, non-zero: this rank's overflow.
             square_sum: 0-d float64: of the elements that this rank counts.
-            has_gradients: Whether this rank has any.
+            params: Those of which this rank has gradients.
             scaled: Whether it has scaled a loss, or needs not.
 
         Raises:
@@ -103,9 +133,10 @@ class Agreement:
                 counters differ, or no rank has scaled a loss.
         """
         home = square_sum.device
-        own = self._common().to(home)
-        host = torch.tensor([has_gradients, scaled]).to(home, non_blocking=True).long()
-        flags = torch.cat([(found_inf != 0).long().reshape(1), host])
+        own = self._common(self.copies(params)).to(home)
+        # filling happens on the device; torch.tensor would copy from the host
+        known = [torch.full((), int(n), device=home) for n in (bool(params), scaled)]
+        flags = torch.stack([(found_inf != 0).long().reshape(()), *known])
         total = self._add_up(torch.cat([flags, to_digits(square_sum), own, own * own]), self._group)
         flags, digits, sums, squares = torch.split_with_sizes(
             total, [len(flags), DIGITS, len(own), len(own)]
@@ -114,6 +145,10 @@ class Agreement:
         forgotten = (flags[1] != 0) & (flags[2] == 0)
         self._check(torch.cat([own, sums, apart.long(), forgotten.long().reshape(1)]))
         return Agreed(flags[0] != 0, flags[1] != 0, from_digits(digits))
+
+    def all(self, here: bool) -> bool:
+        """Returns whether something is so on all ranks; a collective of its own, which syncs."""
+        return all(there for (there,) in gathered([here], self._group))
 
     def largest_of_ranks(self, largest: Tensor) -> Tensor:
         """Returns the largest of a 0-d float64 of each rank; a collective of its own."""
@@ -130,7 +165,7 @@ class Agreement:
             sums: By parameter; one that only other ranks have is added.
             params: All of the optimizer.
         """
-        shared = [param for param in params if self._shares.group_of(param) is not None]
+        shared = [param for param in params if self._shares.are_copies(param)]
         for group in dict.fromkeys(map(self._shares.group_of, shared)):
             here = [param for param in shared if self._shares.group_of(param) is group]
             there = torch.tensor([param in sums for param in here]).long().to(here[0].device)
@@ -141,10 +176,11 @@ class Agreement:
                     total = self._add_up(total.detach(), group)
                     sums[param] = total.div_(distributed.get_world_size(group))
 
-    def _common(self) -> Tensor:
+    def _common(self, copies: int) -> Tensor:
         exponent = torch.frexp(self._state.scale)[1].long()
         counters = (self._state.growth_tracker, self._state.count("steps"))
-        return torch.stack([exponent, *(number.long() & (2**_BITS - 1) for number in counters)])
+        last = [number.long() & (2**_BITS - 1) for number in counters]
+        return torch.stack([exponent, *last, torch.full_like(exponent, copies)])
 
     @staticmethod
     def _add_up(numbers: Tensor, group: Any) -> Tensor:
@@ -172,7 +208,7 @@ class Agreement:
         ]
         if lines:
             raise StageError(
-                f"step(): expected {self._size} ranks with one loss scale, got some that differ: "
+                f"step(): expected {self._size} ranks that go the same way, got some that differ: "
                 f"{'; '.join(lines)}. Weights may differ as well. Load one checkpoint on all "
                 "ranks. If they train different models, give ranks= the group of each."
             )

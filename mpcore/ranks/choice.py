@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, distributed
+from torch.nn.parallel import DistributedDataParallel
 
 from mpcore.errors import ArgumentError, ArgumentTypeError
 from mpcore.loss_scale import LossScaleTensors
@@ -29,6 +31,19 @@ def check_ranks(ranks: object) -> Ranks | None:
             "torch.distributed.init_process_group() before the optimizer is made, or leave ranks "
             "out in a process that trains alone."
         )
+    groups = ranks.replicas.values() if isinstance(ranks.replicas, Mapping) else [ranks.replicas]
+    for name, group in [("group", ranks.group), *(("replicas", each) for each in groups)]:
+        if group is not None and not isinstance(group, distributed.ProcessGroup):
+            raise ArgumentTypeError(
+                f"ranks: expected a torch.distributed.ProcessGroup or None for {name}, got "
+                f"{type(group).__name__}. torch.distributed.new_group([0, 1]) makes one; that of a "
+                "mesh is mesh.get_group()."
+            )
+        if group is not None and distributed.get_rank(group) < 0:
+            raise ArgumentError(
+                f"ranks: expected a {name} that this rank is in, got one of other ranks. Pass the "
+                "group of this rank."
+            )
     return ranks
 
 
@@ -51,13 +66,34 @@ def choose_agreement(
         params: All of the optimizer.
         state: The loss scale.
     """
-    if ranks is None and several_ranks():
-        meshes = {mesh: None for mesh in map(_mesh_of, params) if mesh is not None}
-        if not any(mesh.size() > 1 for mesh in meshes):
-            return None
-        widest = max(meshes, key=lambda mesh: int(mesh.size()))
-        ranks = Ranks(group=_group_of(widest))
-    return None if ranks is None else Agreement(ranks, state)
+    meshes = {mesh: None for mesh in map(_mesh_of, params) if mesh is not None}
+    meshes = {mesh: None for mesh in meshes if mesh.size() > 1}
+    if ranks is None and not (meshes and several_ranks()):
+        return None
+    if ranks is None:
+        # ranks of several meshes are tied to each other by the parameters of each: all are asked
+        ranks = Ranks(group=_group_of(next(iter(meshes))) if len(meshes) == 1 else None)
+    size = distributed.get_world_size(ranks.group)
+    knows_norm = not meshes or (len(meshes) == 1 and next(iter(meshes)).size() == size)
+    return Agreement(ranks, state, knows_norm=knows_norm)
+
+
+def find_replicated(params: Sequence[Tensor]) -> Ranks | None:
+    """Returns the ranks of the DistributedDataParallel module that holds parameters, if one does.
+
+    Nothing leads from a parameter to it, so that all objects are gone through: once.
+
+    Args:
+        params: Some.
+    """
+    known = set(map(id, params))
+    for each in gc.get_objects():
+        if type(each) is DistributedDataParallel and not known.isdisjoint(
+            map(id, each.module.parameters())
+        ):
+            whole = each.process_group is distributed.group.WORLD
+            return Ranks(None if whole else each.process_group)
+    return None
 
 
 def warn_alone() -> None:
@@ -67,6 +103,16 @@ def warn_alone() -> None:
         "one: if gradients overflow on one of them only, it alone skips the step, and "
         "clip_grad_norm_ knows its own norm. Pass ranks=mpcore.Ranks() to the optimizer. This is "
         "said once.",
+        stacklevel=6,
+    )
+
+
+def warn_scaler() -> None:
+    """Warns that an outside scaler decides, whatever ranks the optimizer was told of."""
+    warnings.warn(
+        "a GradScaler drives the step of an optimizer that has ranks=: it decides alone which "
+        "ranks skip, and the optimizer asks no rank. Leave ranks= out and pass process_group= to "
+        "mpcore.GradScaler, or leave the scaler out: optimizer.backward(loss). This is said once.",
         stacklevel=6,
     )
 

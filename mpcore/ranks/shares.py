@@ -24,7 +24,7 @@ class Shares:
 
     Args:
         ranks: What the user said.
-        group: The process group of the step's collective.
+        group: The process group of the step's collective; None: all ranks.
     """
 
     def __init__(self, ranks: Ranks, group: Any) -> None:
@@ -42,9 +42,13 @@ class Shares:
         """Whether this rank counts what it holds of a parameter."""
         return self._counts[id(param)]
 
+    def are_copies(self, param: Tensor) -> bool:
+        """Whether other ranks hold copies of a parameter."""
+        return id(param) in self._group_of
+
     def group_of(self, param: Tensor) -> Any:
-        """Returns the process group whose ranks hold copies of a parameter, None if none does."""
-        return self._group_of.get(id(param))
+        """Returns the process group whose ranks hold copies of a parameter; None is all ranks."""
+        return self._group_of[id(param)]
 
     def compare(
         self,
@@ -64,31 +68,46 @@ class Shares:
         """
         self._params, self._group_of = list(params), {}
         self._counts = {id(param): _is_first(param) for param in params}
-        plain = {name_of(param): param for param in params if not hasattr(param, "device_mesh")}
-        for group, names in self._holders(plain):
-            held = [plain[name] for name in names]
-            layout = _crc(f"{name} {list(plain[name].shape)}" for name in names)
-            value = _digest([value_of(param) for param in held])
-            found = gathered([layout, value], group)
-            alike = {each[0] for each in found}
-            if self._ranks.replicas is None and len(alike) > 1:
+        plain = [param for param in params if not hasattr(param, "device_mesh")]
+        wrong = ""
+        for group, held in self._holders(plain, name_of):
+            names = list(map(name_of, held))
+            layout = _crc(f"{name} {list(p.shape)}" for name, p in zip(names, held, strict=True))
+            found = gathered([layout, _digest([value_of(param) for param in held])], group)
+            others = len({each[0] for each in found}) > 1
+            if self._ranks.replicas is None and others:
                 continue  # stages of a pipeline: everybody has others
             if len(set(found)) > 1:
-                raise StageError(_message(found, names, len(alike) > 1))
+                wrong = wrong or _message(found, names, others)
             for param in held:
                 self._counts[id(param)] = distributed.get_rank(group) == 0
                 self._group_of[id(param)] = group
+        # those whose own copies are equal must not wait for ever for the others
+        told = gathered([bool(wrong)], self._group)
+        bad = [rank for rank, (is_bad,) in enumerate(told) if is_bad]
+        if bad:
+            self._params = []
+            raise StageError(
+                wrong
+                or "step(): expected equal masters wherever ranks hold copies, got ranks "
+                f"{bad} whose copies differ; their own messages tell of which parameters. Load or "
+                "broadcast weights before the optimizer is made, on all ranks."
+            )
 
-    def _holders(self, plain: Mapping[str, Tensor]) -> list[tuple[Any, list[str]]]:
-        """Returns groups of ranks that hold copies, and the names of what each holds."""
+    def _holders(
+        self, plain: Sequence[Tensor], name_of: Callable[[Tensor], str]
+    ) -> list[tuple[Any, list[Tensor]]]:
+        """Returns groups of ranks that hold copies, and what each holds."""
         replicas = self._ranks.replicas
         if not isinstance(replicas, Mapping):
             return [(self._group if replicas is None else replicas, list(plain))]
-        names: dict[str | None, list[str]] = {pattern: [] for pattern in [*replicas, None]}
-        for name in plain:
-            names[next((p for p in replicas if fnmatchcase(name, p)), None)].append(name)
-        groups = {**replicas, None: self._group}
-        return [(groups[p], each) for p, each in names.items() if groups[p] is not None]
+        held: dict[str | None, list[Tensor]] = {pattern: [] for pattern in [*replicas, None]}
+        for param in plain:
+            name = name_of(param)
+            held[next((p for p in replicas if fnmatchcase(name, p)), None)].append(param)
+        groups = {p: group for p, group in replicas.items() if group is not None}
+        groups[None] = self._group
+        return [(groups[p], each) for p, each in held.items() if p in groups]
 
 
 def _is_first(param: Any) -> bool:
@@ -112,7 +131,9 @@ def _digest(tensors: Sequence[Tensor]) -> int:
         size = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
         for part in torch.split(tensor.detach().reshape(-1).view(size), _AT_ONCE):
             places = torch.arange(1, len(part) + 1, device=part.device) * _ODD
-            total = (total * 31 + int(((part.long() + 1) * places).sum())) % 2**63
+            mixed = (part.long() + places) * _ODD
+            mixed = (mixed ^ (mixed >> 29)) * _ODD  # not linear in the bits: no swap goes unseen
+            total = (total * 31 + int((mixed ^ (mixed >> 32)).sum())) % 2**63
     return total
 
 

@@ -156,8 +156,8 @@ STAGE = [
         ("test_steps_nobody_takes.py",),
         (
             "a pass of an outside scaler counts here too",
-            "gradients.was_seen and self._outside_scale is None",
-            "gradients.was_seen",
+            "gradients.counts and self._outside_scale is None",
+            "gradients.counts",
         ),
         (
             "a pass that was thrown away never counts",
@@ -235,8 +235,8 @@ STAGE = [
         ("test_state_initialisation.py",),
         (
             "zeros of a scaled loss only make the state",
-            "if not self._began and self._stage.is_untouched and",
-            "if not self._began and",
+            "            if self._stage.is_untouched:",
+            "            if True:",
         ),
     ),
     *engine_mutants(

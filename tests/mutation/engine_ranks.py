@@ -32,7 +32,7 @@ RANKS = [
             "self._counts[id(param)] = True",
         ),
         ("copies are not compared", "if len(set(found)) > 1:", "if False:"),
-        ("experts are taken for copies", "if groups[p] is not None]", "if groups]"),
+        ("experts are taken for copies", "if p in groups]", "if groups.setdefault(p) or True]"),
     ),
     *engine_mutants(
         "ranks/exact_sum.py",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -177,82 +175,6 @@ def collectives(rank: int, path: str, way: str) -> list[str]:
     return counted
 
 
-def refused(rank: int, what: str) -> str:
-    """What each rank is told."""
-    params = values((4, 2), seed=rank if what == "other masters" else 0)
-    scale = SCALE * (1 + (rank == 1) * (what == "other scale"))
-    optimizer = wrapped(params, "fused", scaling=mpcore.DynamicLossScale(scale))
-    if what == "no scale":
-        for param in params:
-            param.grad = torch.ones_like(param)
-    else:
-        pass_over(optimizer, params, 0.5)
-    try:
-        optimizer.step()
-    except mpcore.StageError as error:
-        masters = [optimizer.state[p]["master"].tolist() for p in params if p in optimizer.state]
-        assert masters in ([], [p.detach().float().tolist() for p in params])  # nothing has moved
-        return str(error)
-    return "stepped"
-
-
-def behind(rank: int, kind: str) -> str:
-    """What is said to whom wraps an optimizer that writes to weights behind masters."""
-    from torch.distributed import optim
-    from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
-
-    params = values((4,), seed=0)
-    if kind == "ZeroRedundancyOptimizer":
-        inner: Any = optim.ZeroRedundancyOptimizer(params, torch.optim.SGD, lr=0.5)
-    else:
-        averager = PeriodicModelAverager(period=1)
-        inner = optim.PostLocalSGDOptimizer(torch.optim.SGD(params, lr=0.5), averager)
-    try:
-        mpcore.MixedPrecisionOptimizer(inner)
-    except mpcore.ArgumentError as error:
-        return str(error)
-    return "wrapped"
-
-
-def not_there_yet(rank: int, what: str) -> str:
-    """What ranks cannot agree about is an error, and leaves the optimizer usable."""
-    params = values((4,), seed=0)
-    headroom = mpcore.HeadroomLossScale(SCALE)
-    optimizer = wrapped(params, "fused", scaling=headroom)
-    pass_over(optimizer, params, 0.5)
-    told = "nothing"
-    try:
-        if what == "add_loss":
-            optimizer.add_loss("other", mpcore.NoLossScale())
-        else:
-            optimizer.accumulate()
-            optimizer.step()
-    except mpcore.ArgumentError as error:
-        told = str(error)
-    if what == "accumulate":
-        optimizer.zero_grad()
-        pass_over(optimizer, params, 0.5)
-    optimizer.step()
-    assert not optimizer.last_step.skipped
-    return told
-
-
-def copied(rank: int) -> Any:
-    """A copy of an optimizer agrees with the copies of the others."""
-    group = distributed.new_group(list(range(distributed.get_world_size())))
-    params = values((4,), seed=0)
-    optimizer = wrapped(params, "fused", ranks=mpcore.Ranks(group))
-    pass_over(optimizer, params, 0.5)
-    optimizer.step()
-    optimizer.zero_grad()
-    copies_of = copy.deepcopy((params, optimizer))
-    for each, other in ((params, optimizer), copies_of):
-        pass_over(other, each, 0.5, bad=rank == 1)
-        other.clip_grad_norm_(1.0)
-        other.step()
-    return [seen(other, each) for each, other in ((params, optimizer), copies_of)]
-
-
 def shards(rank: int, clips: bool, bad: int) -> Any:
     """FSDP2 over float32 weights; the gradient of one shard overflows in step 1."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -291,46 +213,3 @@ def shards(rank: int, clips: bool, bad: int) -> Any:
             }
         )
     return found
-
-
-def warned(rank: int) -> list[str]:
-    """What is said to whom nobody told of the other ranks."""
-    params = values((4,), seed=0)
-    optimizer = wrapped(params, "fused", ranks=None)
-    with warnings.catch_warnings(record=True) as heard:
-        warnings.simplefilter("always")
-        for _ in range(2):
-            pass_over(optimizer, params, 0.5)
-            optimizer.step()
-            optimizer.zero_grad()
-    return [str(warning.message) for warning in heard]
-
-
-CLIPS = (False, True)
-CASES: list[tuple[Any, ...]] = [
-    *((copies, p, "AdamW", "float16", c, 1) for p in PATHS for c in CLIPS),
-    *((copies, p, inner, "bfloat16", True, 0) for p in PATHS for inner in ("SGD", "Lion")),
-    *((stages, p, c, bad) for p in PATHS for c in CLIPS for bad in (0, 1)),
-    *((experts, p, c, 1) for p in PATHS for c in CLIPS),
-    *((idle, p, c, 1) for p in PATHS for c in CLIPS),
-    *((summed, p, told, synced) for p in PATHS for told in CLIPS for synced in CLIPS),
-    *((headroom, p) for p in PATHS),
-    *((collectives, p, w) for p in PATHS for w in ("", "clip_grad_norm_", "unscale_")),
-    *((refused, what) for what in ("other masters", "other scale", "no scale")),
-    *((behind, kind) for kind in ("ZeroRedundancyOptimizer", "PostLocalSGDOptimizer")),
-    *((not_there_yet, what) for what in ("add_loss", "accumulate")),
-    *((shards, c, bad) for c in CLIPS for bad in (0, 1)),
-    (copied,),
-    (warned,),
-]
-
-
-def work(rank: int, folder: str, size: str) -> None:
-    distributed.init_process_group("gloo", f"file://{folder}/s", rank=rank, world_size=int(size))
-    torch.set_num_threads(1 + rank % 2)  # norms must not depend on it
-    cases = (
-        CASES if size == "2" else [case for case in CASES if case[0] in (copies, stages, experts)]
-    )
-    found = [(case.__name__, options, case(rank, *options)) for case, *options in cases]
-    torch.save(found, f"{folder}/rank{rank}.pt")
-    distributed.destroy_process_group()

@@ -24,6 +24,8 @@ def _world(of_the_other: Callable[[Tensor], Tensor], other_masters: bool = False
         return numbers + of_the_other(numbers)
 
     def gathered(numbers: list[int], group: Any) -> list[tuple[int, ...]]:
+        if len(numbers) == 1:
+            return [tuple(numbers)] * 2
         layout, value = numbers
         return [(layout, value), (layout, value + other_masters)]
 
@@ -31,6 +33,7 @@ def _world(of_the_other: Callable[[Tensor], Tensor], other_masters: bool = False
         with (
             patch("mpcore.ranks.agreement.reduced", reduced),
             patch("mpcore.ranks.shares.gathered", gathered),
+            patch("mpcore.ranks.agreement.gathered", gathered),
             patch("torch.distributed.get_world_size", lambda group=None: 2),
         ):
             yield
@@ -76,7 +79,7 @@ def other_scale() -> Pair:
 
     def ahead(numbers: Tensor) -> Tensor:
         other = numbers.clone()
-        own, squares = other[-6:-3], other[-3:]
+        own, squares = other[-8:-4], other[-4:]
         own += 1
         squares.copy_(own * own)
         return other
