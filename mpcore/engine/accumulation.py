@@ -108,7 +108,6 @@ class Accumulation:
         """Makes the sums the gradients of masters, and of parameters without."""
         for param, total in self.sums.items():
             self._masters.of(param).grad = total
-        self.sums = {}
 
 
 def _micro_batch(loss: str, parts: Sequence[StepGradients]) -> MicroBatch:

@@ -73,4 +73,9 @@ RANKS = [
             "self.advance_if(gradients, agreed.any_gradient | True)",
         ),
     ),
+    *engine_mutants(
+        "engine/gradients.py",
+        ("test_accumulation.py",),
+        ("sums stay after the step", "accumulated._replace(sums={})", "accumulated"),
+    ),
 ]
