@@ -47,6 +47,7 @@ class StepRanks:
         self._tensors = tensors
         self._agreement = choose_agreement(ranks, self._params(), tensors)
         self._of_sums: Agreement | None = None  # of ranks that nobody told us of
+        self._searched = False  # whether they were looked for, which takes a while
         self._warned = False
 
     @property
@@ -96,7 +97,8 @@ class StepRanks:
                 "which wants the largest gradient of each pass. Use DynamicLossScale() with "
                 "accumulate() and several ranks, or clear the gradients and leave accumulate() out."
             )
-        if self._agreement is None and self._of_sums is None and several_ranks():
+        if self._agreement is None and not self._searched and several_ranks():
+            self._searched = True
             replicated = find_replicated(self._params())
             if replicated is not None:
                 self._of_sums = Agreement(replicated, self._tensors)

@@ -172,8 +172,9 @@ class Agreement:
             for param, ranks in zip(here, self._add_up(there, group).tolist(), strict=True):
                 if ranks:
                     dtype = torch.promote_types(param.dtype, torch.float32)
-                    total = sums.get(param, torch.zeros_like(param, dtype=dtype))
-                    total = self._add_up(total.detach(), group)
+                    own = sums.get(param)
+                    own = torch.zeros_like(param, dtype=dtype) if own is None else own
+                    total = self._add_up(own.detach(), group)
                     sums[param] = total.div_(distributed.get_world_size(group))
 
     def _common(self, copies: int) -> Tensor:
