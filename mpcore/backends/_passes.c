@@ -50,34 +50,34 @@ static const float *widened(const work_t *work, int64_t tensor, int64_t at, int6
     return room;
 }
 
-/* Returns the sum of squares of BLOCK elements: 64 float sums of 8 squares each. */
-INLINE float squares_of(int dtype, const void *from) {
-    enum { SUMS = 64 };
+/* Returns the sum of squares of BLOCK elements. Squares are float32, exact of 16-bit numbers, and added
+ * in float64: however gradients are cut into shards and chunks, norms round to the same float32. */
+INLINE double squares_of(int dtype, const void *from) {
+    enum { STRIDE = 64, SUMS = 16 };
     const int size = dtype == FLOAT32 ? 4 : 2;
-    float sums[SUMS] = {0};
-    for (int i = 0; i < BLOCK; i += SUMS) {
-        float wide[SUMS];
-        for (int b = 0; b < size * SUMS; b += 64) ask_ahead((const char *)from + size * i + b);
+    double sums[SUMS] = {0}, sum = 0;
+    for (int i = 0; i < BLOCK; i += STRIDE) {
+        float wide[STRIDE];
+        for (int b = 0; b < size * STRIDE; b += 64) ask_ahead((const char *)from + size * i + b);
         if (CONVERTS(dtype))
-            for (int j = 0; j < SUMS; j += LANES) widen_lanes((const uint16_t *)from + i + j, wide + j);
-        for (int j = 0; j < SUMS; j++) {
-            const float x = CONVERTS(dtype) ? wide[j] : load(dtype, from, i + j);
-            sums[j] += x * x;
-        }
+            for (int j = 0; j < STRIDE; j += LANES) widen_lanes((const uint16_t *)from + i + j, wide + j);
+        for (int k = 0; k < STRIDE; k += SUMS)
+            for (int j = 0; j < SUMS; j++) {
+                const float x = CONVERTS(dtype) ? wide[k + j] : load(dtype, from, i + k + j);
+                const float square = x * x;
+                sums[j] += (double)square;
+            }
     }
-    float lanes[LANES], sum = 0;
-    for (int j = 0; j < LANES; j++)
-        lanes[j] = (sums[j] + sums[LANES + j]) + (sums[2 * LANES + j] + sums[3 * LANES + j]);
-    for (int j = 0; j < LANES; j++) sum += lanes[j];
+    for (int j = 0; j < SUMS; j++) sum += sums[j];
     return sum;
 }
 
-LOOP float squares_of_float32(const void *from) { return squares_of(FLOAT32, from); }
-LOOP float squares_of_float16(const void *from) { return squares_of(FLOAT16, from); }
-LOOP float squares_of_bfloat16(const void *from) { return squares_of(BFLOAT16, from); }
+LOOP double squares_of_float32(const void *from) { return squares_of(FLOAT32, from); }
+LOOP double squares_of_float16(const void *from) { return squares_of(FLOAT16, from); }
+LOOP double squares_of_bfloat16(const void *from) { return squares_of(BFLOAT16, from); }
 
 /* Returns the sum of squares of at most BLOCK elements. */
-static float block_squares(const work_t *work, int64_t tensor, int64_t at, int64_t n) {
+static double block_squares(const work_t *work, int64_t tensor, int64_t at, int64_t n) {
     const uint16_t *halves = (const uint16_t *)work->grads[tensor] + at;
     if (n == BLOCK && work->grad_dtype == FLOAT16) return squares_of_float16(halves);
     if (n == BLOCK && work->grad_dtype == BFLOAT16) return squares_of_bfloat16(halves);
@@ -89,7 +89,7 @@ static float block_squares(const work_t *work, int64_t tensor, int64_t at, int64
     return squares_of_float32(room);
 }
 
-/* Writes the sum of squares of each chunk: blocks are added in float64. */
+/* Writes the sum of squares of each chunk. */
 void square_sums(work_t *work) {
     for (int64_t k; (k = take(work)) < work->count;) {
         const chunk_t chunk = work->chunks[k];

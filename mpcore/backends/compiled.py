@@ -2,7 +2,7 @@
 
     unscale, cast           the cpu backend's
     adopt                   the bits of the reference backend       `_c_adopt.py`
-    inspect                 its flags; norms within 1e-6            `_c_inspection.py`
+    inspect                 its flags; norms rounded once           `_c_inspection.py`
     prepare, update         the bits of the reference backend       `_c_scalars.py`, `_c_update.py`
     the scale's move        likewise                                `_c_scale.py`
 
