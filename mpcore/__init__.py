@@ -13,6 +13,7 @@ from mpcore.errors import ArgumentTypeError as ArgumentTypeError
 from mpcore.errors import BackendError as BackendError
 from mpcore.errors import LossScaleError as LossScaleError
 from mpcore.errors import MpcoreError as MpcoreError
+from mpcore.errors import RankError as RankError
 from mpcore.errors import StageError as StageError
 from mpcore.loss_scale import DynamicLossScale as DynamicLossScale
 from mpcore.loss_scale import HeadroomLossScale as HeadroomLossScale

@@ -23,5 +23,9 @@ class StageError(MpcoreError, RuntimeError):
     """A method was called at the wrong moment of the step."""
 
 
+class RankError(MpcoreError, RuntimeError):
+    """Another rank did not answer in a collective: it has ended, or is late."""
+
+
 class BackendError(MpcoreError, RuntimeError):
     """A backend that was asked for by name cannot run here."""

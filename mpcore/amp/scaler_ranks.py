@@ -28,6 +28,10 @@ def process_groups(optimizer: torch.optim.Optimizer, given: Any) -> list[Any]:
     return found if given is None else [given, *found]
 
 
+def _purpose() -> str:
+    return "GradScaler.unscale_() or step(), whether a gradient of any rank overflows"
+
+
 def largest_of_ranks(value: Tensor, groups: list[Any]) -> Tensor:
     """Returns the largest value that any rank of these groups has; waits for the others.
 
@@ -36,5 +40,5 @@ def largest_of_ranks(value: Tensor, groups: list[Any]) -> Tensor:
         groups: `torch.distributed.ProcessGroup`s, the same ones in the same order on all ranks.
     """
     for group in groups:
-        value = reduced(value, group, distributed.ReduceOp.MAX)
+        value = reduced(value, group, distributed.ReduceOp.MAX, purpose=_purpose)
     return value

@@ -19,7 +19,7 @@ from mpcore.backends import compiled, cpu, reference
 from mpcore.backends._blocks import innermost_first
 from mpcore.backends._c_compiler import check_can_run, comes_built
 from mpcore.backends._cast import differing
-from mpcore.backends._inspection import Inspection
+from mpcore.backends._inspection import Inspection, rounded_max_norm
 from mpcore.errors import ArgumentError, BackendError
 from mpcore.loss_scale import ScaleMove
 from mpcore.updates import Batch, Hyper
@@ -34,6 +34,7 @@ __all__ = [
     "innermost_first",
     "reference",
     "resolve",
+    "rounded_max_norm",
     "why_not_triton",
 ]
 

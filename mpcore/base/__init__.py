@@ -26,7 +26,15 @@ from mpcore.base.checks import (
 from mpcore.base.gradient_set import GradientSet
 from mpcore.base.graphs import outside_graphs, outside_graphs_step
 from mpcore.base.host_copy import HostCopy, comes_late, is_capturing
-from mpcore.base.layouts import held_here, laid_out_like, own_memory
+from mpcore.base.layouts import (
+    addresses_of,
+    any_dtensor,
+    held_here,
+    laid_out_like,
+    own_memory,
+    placed_like,
+    sharded_like,
+)
 from mpcore.base.machine import Cpu, Gpu, examine_cpu, find_gpus, find_versions, torch_build
 from mpcore.base.memory import PLAIN, all_in_memory, can_be_stepped, why_no_memory
 from mpcore.base.nested import map_tensors
@@ -45,7 +53,9 @@ __all__ = [
     "HostCopy",
     "ParameterSet",
     "Table",
+    "addresses_of",
     "all_in_memory",
+    "any_dtensor",
     "are_same",
     "can_be_stepped",
     "capitalized",
@@ -67,6 +77,8 @@ __all__ = [
     "outside_graphs",
     "outside_graphs_step",
     "own_memory",
+    "placed_like",
+    "sharded_like",
     "torch_build",
     "why_no_memory",
     "with_gradient",

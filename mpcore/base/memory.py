@@ -38,6 +38,8 @@ def why_no_memory(tensor: Tensor) -> str | None:
         if tensor.numel() and not tensor.is_meta and tensor.data_ptr() == 0:
             return "its memory was freed"
         return "it is on the meta device" if tensor.is_meta else None
+    if hasattr(tensor, "to_local"):  # whose storage takes long to say that there is none
+        return f"a {type(tensor).__name__} has no memory of its own"
     try:  # a tensor's own address has its offset in it, also where there is no storage
         storage = tensor.untyped_storage()
         address = 0 if storage.device.type == "meta" else storage.data_ptr()  # 0 of fake tensors

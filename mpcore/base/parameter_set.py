@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mpcore.base.bulk import devices_of, dtypes_in_order
+from mpcore.base.layouts import addresses_of, any_dtensor
 
 
 class ParameterSet(tuple[Tensor, ...]):
@@ -32,15 +33,20 @@ class ParameterSet(tuple[Tensor, ...]):
     def as_now(cls, params: Iterable[Tensor]) -> ParameterSet:
         """Returns a set whose facts are of now: `params` itself if its memory has stayed."""
         found = cls.of(params)
-        if found.addresses != list(map(Tensor.data_ptr, found)):
+        if found.addresses != addresses_of(found, sharded=found.any_dtensor):
             found = cls(params)
         _ = found.addresses, found.dtypes_in_order, found.shapes
         return found
 
     @cached_property
     def addresses(self) -> list[int]:
-        """Where each lies in memory; fails for sparse ones."""
-        return list(map(Tensor.data_ptr, self))
+        """Where each, or what this rank holds of it, lies in memory; fails for sparse ones."""
+        return addresses_of(self, sharded=self.any_dtensor)
+
+    @cached_property
+    def any_dtensor(self) -> bool:
+        """Whether one is a DTensor."""
+        return any_dtensor(self)
 
     @cached_property
     def dtypes_in_order(self) -> list[torch.dtype]:

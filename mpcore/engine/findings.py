@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mpcore.backends import Backend, Inspection
+from mpcore.backends import Backend, Inspection, rounded_max_norm
 from mpcore.base import ParameterSet, held_here
 from mpcore.engine.coefficient import Coefficient
 from mpcore.engine.gradient_buckets import (
@@ -90,8 +90,6 @@ class Findings:
         """
         self._found = None
         together = self._agreement is not None and max_norm is not None
-        if self._agreement is not None and together:
-            self._agreement.check_norm([g for b in self.buckets for g in stored(b.params)])
         if len(self.buckets) == 1 and not self._has_float64 and not together:
             first = self.buckets[0].nonfinite is None
             found = self._inspection(self.buckets[0], stored, max_norm, plan)
@@ -138,7 +136,8 @@ class Findings:
         if max_norm is not None:
             # torch.nn.utils.clip_grad_norm_ adds the same 1e-6; a norm that is not finite must not
             # reach the coefficient, or every gradient would look bad instead of the one that is
-            shrink = (max_norm / (total + 1e-6)).clamp(max=1.0)
+            limit = rounded_max_norm(max_norm)  # as each backend rounds it
+            shrink = (limit / (total + 1e-6)).clamp(max=1.0)
             shrink = torch.where(torch.isfinite(total), shrink, torch.ones_like(shrink))
             self.coefficient.clip((self.coefficient.now.double() * shrink).float())
         return total.float()

@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpcore.base import FULL_PRECISION, PLAIN, SIXTEEN_BIT, can_be_stepped, why_no_memory
+from mpcore.base import (
+    FULL_PRECISION,
+    PLAIN,
+    SIXTEEN_BIT,
+    can_be_stepped,
+    placed_like,
+    why_no_memory,
+)
 from mpcore.errors import ArgumentError, ArgumentTypeError
 from mpcore.masters.inner_guards import DirectStepGuard
 from mpcore.masters.masters import Groups, Masters
@@ -183,6 +190,8 @@ def check_can_be_stepped(
         )
     if grad.is_neg():
         param.grad = grad = grad.resolve_neg()
+    if (placed := placed_like(param, grad)) is not grad:
+        param.grad = grad = placed
     wrapped = why_no_memory(param) is not None
     if not can_be_stepped(grad) or wrapped != (why_no_memory(grad) is not None):
         raise ArgumentError(

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
 
 from mpcore.base import HostCopy, are_same, comes_late, is_capturing
-from mpcore.errors import ArgumentError, StageError
+from mpcore.errors import StageError
 from mpcore.loss_scale import LossScaleTensors
+from mpcore.ranks.buckets import flat_sums, in_buckets, in_pieces
 from mpcore.ranks.collective import gathered, reduced
 from mpcore.ranks.exact_sum import DIGITS, from_digits, to_digits
 from mpcore.ranks.ranks import Ranks
@@ -45,11 +47,9 @@ class Agreement:
     Args:
         ranks: Who they are.
         state: This rank's loss scale.
-        knows_norm: Whether every element is known to count once: see `check_norm`.
     """
 
-    def __init__(self, ranks: Ranks, state: LossScaleTensors, *, knows_norm: bool = True) -> None:
-        self._knows_norm = knows_norm
+    def __init__(self, ranks: Ranks, state: LossScaleTensors) -> None:
         # None is all ranks: whoever held their group past its end would abort the process
         self._group = ranks.group
         self._size = distributed.get_world_size(self._group)
@@ -96,19 +96,6 @@ class Agreement:
             self._masks[device] = params, mask
         return mask
 
-    def check_norm(self, grads: Sequence[Any]) -> None:
-        """Raises if nobody knows a norm of these gradients over all ranks."""
-        partial = any(
-            spot.is_partial() for grad in grads for spot in getattr(grad, "placements", ())
-        )
-        if partial or not self._knows_norm:
-            raise ArgumentError(
-                "clip_grad_norm_(): expected DTensors over one mesh of all ranks that agree, with "
-                "gradients that are whole or sharded, got "
-                f"{'partial gradients' if partial else 'several meshes'}. Clip float32 parameters "
-                "by torch.nn.utils.clip_grad_norm_ after unscale_()."
-            )
-
     def copies(self, params: Sequence[Tensor]) -> int:
         """Returns how many of these parameters all ranks hold."""
         if self._copies is None or not are_same(self._copies[0], params):
@@ -137,7 +124,8 @@ class Agreement:
         # filling happens on the device; torch.tensor would copy from the host
         known = [torch.full((), int(n), device=home) for n in (bool(params), scaled)]
         flags = torch.stack([(found_inf != 0).long().reshape(()), *known])
-        total = self._add_up(torch.cat([flags, to_digits(square_sum), own, own * own]), self._group)
+        numbers = torch.cat([flags, to_digits(square_sum), own, own * own])
+        total = self._add_up(numbers, self._group, "what ranks found in their gradients")
         flags, digits, sums, squares = torch.split_with_sizes(
             total, [len(flags), DIGITS, len(own), len(own)]
         )
@@ -148,11 +136,13 @@ class Agreement:
 
     def all(self, here: bool) -> bool:
         """Returns whether something is so on all ranks; a collective of its own, which syncs."""
-        return all(there for (there,) in gathered([here], self._group))
+        purpose = partial(self._purpose, "whether every rank steps")
+        return all(there for (there,) in gathered([here], self._group, purpose=purpose))
 
     def largest_of_ranks(self, largest: Tensor) -> Tensor:
         """Returns the largest of a 0-d float64 of each rank; a collective of its own."""
-        return reduced(largest, self._group, distributed.ReduceOp.MAX)
+        purpose = partial(self._purpose, "the largest gradient of all ranks")
+        return reduced(largest, self._group, distributed.ReduceOp.MAX, purpose=purpose)
 
     @torch.no_grad()
     def average_(self, sums: dict[Tensor, Tensor], params: Sequence[Tensor]) -> None:
@@ -166,16 +156,17 @@ class Agreement:
             params: All of the optimizer.
         """
         shared = [param for param in params if self._shares.are_copies(param)]
+        means: dict[Tensor, Tensor] = {}
         for group in dict.fromkeys(map(self._shares.group_of, shared)):
             here = [param for param in shared if self._shares.group_of(param) is group]
             there = torch.tensor([param in sums for param in here]).long().to(here[0].device)
-            for param, ranks in zip(here, self._add_up(there, group).tolist(), strict=True):
-                if ranks:
-                    dtype = torch.promote_types(param.dtype, torch.float32)
-                    own = sums.get(param)
-                    own = torch.zeros_like(param, dtype=dtype) if own is None else own
-                    total = self._add_up(own.detach(), group)
-                    sums[param] = total.div_(distributed.get_world_size(group))
+            ranks = self._add_up(there, group, "which sums of gradients ranks have").tolist()
+            some = [param for param, count in zip(here, ranks, strict=True) if count]
+            for bucket in in_buckets(some):
+                own = flat_sums(bucket, sums)
+                total = self._add_up(own, group, "sums of gradients")
+                means.update(in_pieces(bucket, total.div_(distributed.get_world_size(group))))
+        sums.update(means)  # last: a collective may fail
 
     def _common(self, copies: int) -> Tensor:
         exponent = torch.frexp(self._state.scale)[1].long()
@@ -183,9 +174,13 @@ class Agreement:
         last = [number.long() & (2**_BITS - 1) for number in counters]
         return torch.stack([exponent, *last, torch.full_like(exponent, copies)])
 
-    @staticmethod
-    def _add_up(numbers: Tensor, group: Any) -> Tensor:
-        return reduced(numbers, group, distributed.ReduceOp.SUM)
+    def _add_up(self, numbers: Tensor, group: Any, what: str) -> Tensor:
+        purpose = partial(self._purpose, what)
+        return reduced(numbers, group, distributed.ReduceOp.SUM, purpose=purpose)
+
+    def _purpose(self, what: str) -> str:
+        """Says what a collective was about; syncs with the host."""
+        return f"step {int(self._state.count('steps')) + 1}, {what}"
 
     def _check(self, found: Tensor) -> None:
         """Raises if ranks were apart in this step, or in one that the host has heard of since."""

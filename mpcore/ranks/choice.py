@@ -72,10 +72,8 @@ def choose_agreement(
         return None
     if ranks is None:
         # ranks of several meshes are tied to each other by the parameters of each: all are asked
-        ranks = Ranks(group=_group_of(next(iter(meshes))) if len(meshes) == 1 else None)
-    size = distributed.get_world_size(ranks.group)
-    knows_norm = not meshes or (len(meshes) == 1 and next(iter(meshes)).size() == size)
-    return Agreement(ranks, state, knows_norm=knows_norm)
+        ranks = Ranks(group=_group_of_all(list(meshes)))
+    return Agreement(ranks, state)
 
 
 def find_replicated(params: Sequence[Tensor]) -> Ranks | None:
@@ -121,8 +119,11 @@ def _mesh_of(param: Any) -> Any:
     return getattr(param, "device_mesh", None)
 
 
-def _group_of(mesh: Any) -> Any:
-    """Returns the process group of all ranks of a mesh."""
-    if mesh.size() == distributed.get_world_size():
+def _group_of_all(meshes: Sequence[Any]) -> Any:
+    """Returns the group of a mesh that has the ranks of all others, else None: all ranks."""
+    every = [set(mesh.mesh.flatten().tolist()) for mesh in meshes]
+    widest = max(range(len(meshes)), key=lambda index: len(every[index]))
+    mesh, ranks = meshes[widest], every[widest]
+    if len(ranks) == distributed.get_world_size() or not all(ranks >= each for each in every):
         return None
     return mesh.get_group() if mesh.ndim == 1 else mesh._flatten().get_group()

@@ -12,8 +12,9 @@ from torch import Tensor, distributed
 
 from mpcore.base import are_same, held_here
 from mpcore.errors import StageError
-from mpcore.ranks.collective import gathered
+from mpcore.ranks.collective import gathered, naming_failures
 from mpcore.ranks.ranks import Ranks
+from mpcore.ranks.spread import holders_of, is_spread, pieces_of, pieces_of_ranks
 
 _AT_ONCE = 2**22  # elements: bounds what a digest needs besides them
 _ODD = 0x9E3779B97F4A7C15 - 2**64  # the golden ratio in 64 bits, as a signed number
@@ -69,21 +70,23 @@ class Shares:
         self._params, self._group_of = list(params), {}
         self._counts = {id(param): _is_first(param) for param in params}
         plain = [param for param in params if not hasattr(param, "device_mesh")]
-        wrong = ""
+        wrong = self._compare_spread(params, name_of, value_of)
         for group, held in self._holders(plain, name_of):
             names = list(map(name_of, held))
             layout = _crc(f"{name} {list(p.shape)}" for name, p in zip(names, held, strict=True))
-            found = gathered([layout, _digest([value_of(param) for param in held])], group)
+            own = [layout, _digest([value_of(param) for param in held])]
+            found = gathered(own, group, purpose=_purpose)
             others = len({each[0] for each in found}) > 1
             if self._ranks.replicas is None and others:
                 continue  # stages of a pipeline: everybody has others
             if len(set(found)) > 1:
-                wrong = wrong or _message(found, names, others)
+                bad = [rank for rank, each in enumerate(found) if each != found[0]]
+                wrong = wrong or _message(names, len(found), bad, other_names=others)
             for param in held:
                 self._counts[id(param)] = distributed.get_rank(group) == 0
                 self._group_of[id(param)] = group
         # those whose own copies are equal must not wait for ever for the others
-        told = gathered([bool(wrong)], self._group)
+        told = gathered([bool(wrong)], self._group, purpose=_purpose)
         bad = [rank for rank, (is_bad,) in enumerate(told) if is_bad]
         if bad:
             self._params = []
@@ -93,6 +96,32 @@ class Shares:
                 f"{bad} whose copies differ; their own messages tell of which parameters. Load or "
                 "broadcast weights before the optimizer is made, on all ranks."
             )
+
+    def _compare_spread(
+        self,
+        params: Sequence[Tensor],
+        name_of: Callable[[Tensor], str],
+        value_of: Callable[[Tensor], Tensor],
+    ) -> str:
+        """Finds out who holds which pieces of DTensors; returns what is wrong, or nothing."""
+        spread = [param for param in params if is_spread(param, self._group)]
+        counts = gathered([len(spread)], self._group, purpose=_purpose)
+        if not any(count for (count,) in counts):
+            return ""
+        own = pieces_of(spread, name_of, lambda param: _digest([value_of(param)]))
+        with naming_failures(self._group, _purpose):
+            every = pieces_of_ranks(own, self._group)
+        wrong = ""
+        for param, holders in zip(
+            spread, holders_of(every, self._group, self._ranks.replicas), strict=True
+        ):
+            first = min(holders)
+            if first != distributed.get_rank(self._group):
+                self._counts[id(param)] = False
+            others = [rank for rank, digest in holders.items() if digest != holders[first]]
+            if others:
+                wrong = wrong or _message([name_of(param)], len(holders), others)
+        return wrong
 
     def _holders(
         self, plain: Sequence[Tensor], name_of: Callable[[Tensor], str]
@@ -108,6 +137,10 @@ class Shares:
         groups = {p: group for p, group in replicas.items() if group is not None}
         groups[None] = self._group
         return [(groups[p], each) for p, each in held.items() if p in groups]
+
+
+def _purpose() -> str:
+    return "the comparison of masters before the first step, or after a load"
 
 
 def _is_first(param: Any) -> bool:
@@ -137,14 +170,15 @@ def _digest(tensors: Sequence[Tensor]) -> int:
     return total
 
 
-def _message(found: Sequence[tuple[int, ...]], names: Sequence[str], other_names: bool) -> str:
-    first = found[0]
-    others = [rank for rank, each in enumerate(found) if each != first]
+def _message(
+    names: Sequence[str], count: int, others: Sequence[int], *, other_names: bool = False
+) -> str:
     what = "list other parameters" if other_names else "have other values"
     shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     return (
-        f"step(): expected equal masters of {shown} on {len(found)} ranks, got ranks {others} that "
-        f"{what} than the first. Load or broadcast weights before the optimizer is made, from one "
-        "rank: DistributedDataParallel(model) first, then cast_model(model, dtype, optimizer). If "
-        'ranks hold different parameters, say so: ranks=mpcore.Ranks(replicas={"*": None}).'
+        f"step(): expected equal masters of {shown} on {count} ranks, got ranks "
+        f"{list(others)} that {what} than the first. Load or broadcast weights before the "
+        "optimizer is made, from one rank: DistributedDataParallel(model) first, then "
+        "cast_model(model, dtype, optimizer). If ranks hold different parameters, say so: "
+        'ranks=mpcore.Ranks(replicas={"*": None}).'
     )

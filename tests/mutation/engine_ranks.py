@@ -3,6 +3,7 @@
 from mutant import engine_mutants
 
 _TESTS = ("test_ranks.py",)
+_SHARDED = ("test_sharded_ranks.py",)
 
 RANKS = [
     *engine_mutants(
@@ -10,8 +11,8 @@ RANKS = [
         _TESTS,
         (
             "the largest stands for the sum",
-            "reduced(numbers, group, distributed.ReduceOp.SUM)",
-            "reduced(numbers, group, distributed.ReduceOp.MAX)",
+            "reduced(numbers, group, distributed.ReduceOp.SUM,",
+            "reduced(numbers, group, distributed.ReduceOp.MAX,",
         ),
         ("ranks drift apart unseen", "self._check(torch.cat(", "bool(torch.cat("),
         ("sums are not divided", ".div_(distributed.get_world_size(group))", ""),
@@ -33,6 +34,40 @@ RANKS = [
         ),
         ("copies are not compared", "if len(set(found)) > 1:", "if False:"),
         ("experts are taken for copies", "if p in groups]", "if groups.setdefault(p) or True]"),
+    ),
+    *engine_mutants(
+        "ranks/shares.py",
+        _SHARDED,
+        (
+            "copies beyond a mesh count again",
+            "if first != distributed.get_rank(self._group):",
+            "if False:",
+        ),
+    ),
+    *engine_mutants(
+        "ranks/spread.py",
+        _SHARDED,
+        ("pieces are taken for copies", "if p.place == piece.place}", "}"),
+        ("stages are taken for copies", "if listed == lists[here]]", "if True]"),
+    ),
+    *engine_mutants(
+        "base/layouts.py",
+        _SHARDED,
+        (
+            "sums that ranks have yet to add up are taken as they are",
+            'getattr(grad, "placements", asked) == asked',
+            "True",
+        ),
+    ),
+    *engine_mutants(
+        "engine/findings.py",
+        _SHARDED,
+        ("ranks clip to another limit", "limit = rounded_max_norm(max_norm)", "limit = max_norm"),
+    ),
+    *engine_mutants(
+        "ranks/collective.py",
+        ("test_rank_faults.py",),
+        ("a rank that ends has no name", "raise RankError(", "raise RuntimeError("),
     ),
     *engine_mutants(
         "ranks/exact_sum.py",
