@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mpcore.base import SIXTEEN_BIT, map_tensors
+from mpcore.base import SIXTEEN_BIT, any_dtensor, map_tensors, sharded_like
 from mpcore.checkpoint.section import SECTION
 from mpcore.errors import ArgumentError
 from mpcore.masters import Groups
@@ -67,10 +67,7 @@ def read_states(state_dict: State, inner: torch.optim.Optimizer, *, stepped: boo
                 _check_state(where, saved_states[index], param, names)
                 _check_complete(where, saved_states[index], rule, names)
                 on_device = bool(group.get("capturable") or group.get("fused"))
-                states[param] = {
-                    key: _moved(value, param.device, key == "step" and not on_device)
-                    for key, value in saved_states[index].items()
-                }
+                states[param] = _for(param, saved_states[index], on_device)
     foreign = set(saved_states) - {index for indices, _ in matches for index in indices}
     by_number = all(type(index) is int for indices, _ in matches for index in indices)
     known = {"master", "step", *(n for g in groups if rule is not None for n in rule.moments(g))}
@@ -262,6 +259,11 @@ def _check_state(where: str, saved: State, param: Tensor, names: dict[str, bool]
         if key == "step":
             if _kind(value) != "number":
                 raise ArgumentError(f"{where}[{key!r}]: expected a number, got {value!r}.")
+        elif hasattr(value, "placements") and not hasattr(param, "placements"):
+            raise ArgumentError(
+                f"{where}[{key!r}]: expected a tensor, since the parameter is one, got a DTensor. "
+                "torch.distributed.checkpoint loads what was saved sharded into any layout."
+            )
         elif (value is not None or key == "master") and (
             not isinstance(value, Tensor) or value.dtype not in dtypes or value.shape != param.shape
         ):
@@ -306,6 +308,25 @@ def _check_not_left_out(
 
 def _has_any(value: Any, names: set[str]) -> bool:
     return isinstance(value, dict) and not names.isdisjoint(value)
+
+
+def _for(param: Tensor, saved: State, on_device: bool) -> State:
+    """Returns a copy of a state, where its parameter is, and sharded as that is.
+
+    Args:
+        param: Whose state it is.
+        saved: The state.
+        on_device: Whether the step count goes there as well; torch.optim keeps it on the host.
+    """
+    found = {
+        key: _moved(value, param.device, key == "step" and not on_device)
+        for key, value in saved.items()
+    }
+    if not any_dtensor([param]):
+        return found
+    shape = param.shape
+    placed: State = map_tensors(found, lambda t: sharded_like(param, t) if t.shape == shape else t)
+    return placed
 
 
 def _moved(value: Any, device: torch.device, keep_device: bool) -> Any:

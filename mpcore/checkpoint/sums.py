@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpcore.base import sharded_like
 from mpcore.errors import ArgumentError
 from mpcore.masters import Accumulated, MicroBatch
 
@@ -86,12 +87,14 @@ def _param(where: str, number: Any, param_of: Mapping[Any, Tensor]) -> Tensor:
 
 def _checked_sum(where: str, total: Any, param: Tensor) -> Tensor:
     dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
-    if not isinstance(total, Tensor) or total.dtype != dtype or total.shape != param.shape:
+    fits = isinstance(total, Tensor) and total.dtype == dtype and total.shape == param.shape
+    if not fits or (hasattr(total, "placements") and not hasattr(param, "placements")):
         got = f"{total.dtype} {list(total.shape)}" if isinstance(total, Tensor) else repr(total)
         raise ArgumentError(
-            f"{where}: expected a {dtype} tensor of shape {list(param.shape)}, got {got}."
+            f"{where}: expected a {dtype} tensor of shape {list(param.shape)}, placed like the "
+            f"parameter, got {got}."
         )
-    return torch.empty_like(param, dtype=dtype).copy_(total)
+    return torch.empty_like(param, dtype=dtype).copy_(sharded_like(param, total))
 
 
 def _read_micro_batch(

@@ -11,10 +11,12 @@ from torch import Tensor
 from mpcore.base import (
     GradientSet,
     ParameterSet,
+    addresses_of,
     all_in_memory,
     are_same,
     dtypes_in_order,
     have_shapes,
+    held_here,
     with_gradient,
 )
 from mpcore.errors import ArgumentError
@@ -73,7 +75,7 @@ class CheckedParameters:
         return (
             self._version == self._masters.version
             and are_same(params, self._known)
-            and list(map(Tensor.data_ptr, params)) == self._known.addresses
+            and addresses_of(params, sharded=self._known.any_dtensor) == self._known.addresses
             and dtypes_in_order(params) == self._known.dtypes_in_order
             and have_shapes(params, self._known.shapes)
             and have_shapes(self._held, self._known.shapes)  # `.data = other` of a master
@@ -83,7 +85,7 @@ class CheckedParameters:
         if self._version == self._masters.version and are_same(params, self._known):
             self._masters.version += 1  # something about them was replaced: what was planned is old
         self._known = ParameterSet()
-        if all_in_memory(params):
+        if all_in_memory(list(map(held_here, params))):
             self._known = ParameterSet.as_now(params)
             self._version = self._masters.version
             self._held = list(map(self._masters.of, params))

@@ -124,14 +124,13 @@ def _why_step_must_run(inner: torch.optim.Optimizer) -> str | None:
 
 def _why_not_params(params: list[Tensor], backend: str) -> str | None:
     for param in params:
-        if (reason := why_no_memory(param)) and (
-            # whose operations are torch's; of DTensors those take no others beside them
-            backend != "reference" or held_here(param) is not param
-        ):
+        here = held_here(param.detach())
+        # the reference backend computes with torch's operations, which wrappers know
+        if (reason := why_no_memory(here)) and backend != "reference":
             return f"a parameter cannot be reached by address: {reason}"
         if param.dtype == torch.float64:
             return "a parameter is float64"
-        if not param.is_contiguous() and not _is_dense(param):
+        if not here.is_contiguous() and not _is_dense(here):
             return "a parameter has gaps in memory or overlaps itself"
     return None
 

@@ -1,4 +1,4 @@
-"""The passes of the general path over tensors that may have no memory of their own."""
+"""A backend's passes over what this rank holds of tensors that may have no memory of their own."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpcore.backends import Backend, Inspection, cpu, reference
-from mpcore.base import all_in_memory, held_here
+from mpcore.backends import Backend, Inspection, ScaleMove, cpu, reference
+from mpcore.base import all_in_memory, held_here, laid_out_like
 from mpcore.errors import ArgumentError
+from mpcore.updates import Batch, Hyper
 
 
 class WrappedPasses:
-    """The passes of the general path over tensors that may have no memory of their own.
+    """A backend's passes over tensors that may have no memory of their own.
 
-    Of a DTensor they see what this rank holds. Other wrappers are computed with torch's operations.
+    Of a DTensor they see what this rank holds. Other wrappers are computed with torch's operations,
+    and never updated: their step is not fused.
 
     Args:
         backend: Does the passes over tensors in memory.
@@ -44,7 +46,8 @@ class WrappedPasses:
         nonfinite: Tensor,
     ) -> None:
         """Multiplies into float32 tensors and flags."""
-        here, held = list(map(held_here, grads)), list(map(held_here, outs))
+        held = list(map(held_here, outs))
+        here = _laid_out_like(held, grads)
         module = self._for(here, held, device=coefficient.device)
         module.unscale_into(here, held, coefficient, nonfinite)
 
@@ -83,8 +86,54 @@ class WrappedPasses:
         module = self._for(here, device=coefficient.device)
         return module.inspect(here, coefficient, max_norm, **options)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._backend, name)  # what no wrapper reaches
+    def plan_update(self, rule: str, batches: Sequence[Batch]) -> Any:
+        """Returns what `update_` needs to know about what this rank holds."""
+        return self._backend.plan_update(rule, list(map(_held, batches)))
+
+    def prepare_(self, plan: Any, hyper: Hyper) -> None:
+        """Computes the scalars of a plan's next update."""
+        self._backend.prepare_(plan, hyper)
+
+    def update_(
+        self,
+        plan: Any,
+        grads: Sequence[Sequence[Tensor]],
+        coefficient: Tensor,
+        found_inf: Tensor,
+        saturated: Tensor,
+        then: ScaleMove | None = None,
+        edits: Tensor | None = None,
+    ) -> None:
+        """Updates masters, moments and weights unless `found_inf` is set; then moves the scale."""
+        batches: Sequence[Batch] = plan.batches
+        here = [_laid_out_like(b.masters, g) for b, g in zip(batches, grads, strict=True)]
+        self._backend.update_(plan, here, coefficient, found_inf, saturated, then=then, edits=edits)
+
+    def update_scale_(self, move: ScaleMove, found_inf: Tensor) -> None:
+        """Moves a dynamic loss scale by one step."""
+        self._backend.update_scale_(move, found_inf)
+
+
+def _held(batch: Batch) -> Batch:
+    """Returns a batch of what this rank holds."""
+    masters = list(map(held_here, batch.masters))
+    weights = None if batch.weights is None else [held_here(w.detach()) for w in batch.weights]
+    moments = [list(map(held_here, moment)) for moment in batch.moments]
+    for others in (*([] if weights is None else [weights]), *moments):
+        for master, other in zip(masters, others, strict=True):
+            if other.shape != master.shape:  # of one whole shape, cut in another way
+                raise ArgumentError(
+                    f"optimizer.state: expected pieces of {list(master.shape)} like the master's, "
+                    f"got {list(other.shape)}. Place masters and moments as their parameter is: "
+                    "value.redistribute(placements=param.placements)."
+                )
+    return Batch(masters, weights, moments, batch.steps, batch.groups)
+
+
+def _laid_out_like(held: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
+    """Returns what this rank holds of gradients, in the layout of what they are for."""
+    pairs = zip(held, map(held_here, grads), strict=True)
+    return [laid_out_like(buffer, grad) for buffer, grad in pairs]
 
 
 def _is_shared(tensor: Any) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mpcore.base import are_same
+from mpcore.base import addresses_of, any_dtensor, are_same
 
 
 class HeldState:
@@ -26,6 +26,7 @@ class HeldState:
         self._moments: list[Tensor] = []  # and itself
         self._tensors: list[Tensor] = []
         self._addresses: list[int] = []
+        self._sharded = False  # whether one is a DTensor
 
     def add(
         self, masters: Sequence[Tensor], states: Sequence[dict[str, Any]], names: tuple[str, ...]
@@ -37,14 +38,15 @@ class HeldState:
         self._moments += moments
         tensors = [*masters, *moments]
         self._tensors += tensors
-        self._addresses += map(Tensor.data_ptr, tensors)
+        self._sharded = self._sharded or any_dtensor(tensors)
+        self._addresses += addresses_of(tensors, sharded=self._sharded)
         self._keys, self._states = list(self._inner_state), list(self._inner_state.values())
 
     @property
     def is_current(self) -> bool:
         """Whether these are still the state, and where they were: `.data = other` moves them."""
         return (
-            list(map(Tensor.data_ptr, self._tensors)) == self._addresses
+            addresses_of(self._tensors, sharded=self._sharded) == self._addresses
             # loops in C, and no hash of a tensor: this is asked at every step
             and are_same(map(dict.get, self._holders, self._names), self._moments)
             and are_same(self._inner_state, self._keys)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpcore.base import SIXTEEN_BIT, map_tensors, writes_to
+from mpcore.base import SIXTEEN_BIT, any_dtensor, map_tensors, writes_to
 from mpcore.masters.inner_guards import check_shared_groups
 from mpcore.masters.shared import NEVER, SUSPECT, Sharing
 from mpcore.masters.shown_state import ShownState
@@ -52,6 +52,7 @@ class Masters:
         self.sharing = Sharing()
         #: counts what replaces tensors: plans made of older ones are stale
         self.version = 0
+        self._sharded = (-1, False)  # what `any_sharded` was at a version
         self.link_state(param for group in inner.param_groups for param in group["params"])
 
     def of(self, param: Tensor) -> Tensor:
@@ -60,6 +61,15 @@ class Masters:
 
     def __len__(self) -> int:
         return len(self._master_of)
+
+    @property
+    def any_sharded(self) -> bool:
+        """Whether a weight is a DTensor: writes to what this rank holds of it nobody counts."""
+        version, sharded = self._sharded
+        if version != self.version:
+            sharded = any_dtensor(self._master_of)
+            self._sharded = self.version, sharded
+        return sharded
 
     def place_of(self, param: Tensor) -> int:
         """Returns which one in the order of creation the master of `param` is."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mpcore.backends import Backend
-from mpcore.base import SIXTEEN_BIT, ParameterSet, are_same
+from mpcore.base import SIXTEEN_BIT, ParameterSet, addresses_of, are_same, sharded_like
 from mpcore.errors import ArgumentError
 from mpcore.masters.held_state import HeldState
 from mpcore.masters.masters import Groups, Masters
@@ -89,7 +89,7 @@ class StepPlan:
         return (
             self.version == masters.version
             and self.is_of(params)
-            and list(map(Tensor.data_ptr, params)) == self.written.addresses
+            and addresses_of(params, sharded=self.written.any_dtensor) == self.written.addresses
             and len(groups) == len(self.members)
             and all(are_same(g["params"], m) for g, m in zip(groups, self.members, strict=True))
             and [rule.moments(group) for group in groups] == self.moments
@@ -216,8 +216,10 @@ def _complete(
                 f"{list(moment.shape)}. Put a tensor of its shape there, or delete the entry of "
                 "the parameter from optimizer.state to begin anew."
             )
-        elif moment.dtype != torch.float32 or moment.stride() != master.stride():
-            state[name] = torch.empty_like(master).copy_(moment)
+        else:
+            state[name] = moment = sharded_like(master, moment)
+            if moment.dtype != torch.float32 or moment.stride() != master.stride():
+                state[name] = torch.empty_like(master).copy_(moment)
     if rule.counts_steps(names):
         step = state.get("step")
         # torch.optim.SGD counts nothing: a velocity that exists has had its first step

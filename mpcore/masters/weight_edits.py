@@ -21,7 +21,15 @@ import torch
 from torch import Tensor
 
 from mpcore.backends import Backend, reference
-from mpcore.base import SIXTEEN_BIT, HostCopy, are_same, comes_late, devices_of, is_capturing
+from mpcore.base import (
+    SIXTEEN_BIT,
+    HostCopy,
+    are_same,
+    comes_late,
+    devices_of,
+    held_here,
+    is_capturing,
+)
 from mpcore.errors import ArgumentError, StageError
 from mpcore.masters.masters import Groups, Masters
 from mpcore.masters.parameters import name_of
@@ -180,9 +188,18 @@ class WeightEdits:
         masters.note(params)
         self.hear()
 
+    @property
+    def _looks_at_all(self) -> bool:
+        """Whether a step compares every weight with its master.
+
+        It does if one is a DTensor: what others write to the tensor that it holds, as
+        `torch.distributed.checkpoint` does when it loads, nobody counts.
+        """
+        return self._rule == "always" or (self._rule == "adopt" and self._masters.any_sharded)
+
     def _to_look_at(self, later: Sequence[Tensor]) -> list[Tensor]:
         """Returns the parameters whose weights are compared with their masters before the step."""
-        if self._rule != "always":
+        if not self._looks_at_all:
             return self._masters.written()
         in_update = set(map(id, later))
         return [param for param, _ in self._masters.items() if id(param) not in in_update]
@@ -193,7 +210,7 @@ class WeightEdits:
         Args:
             batches: The parameters that it updates, all on one device; a batch has one dtype.
         """
-        if self._rule != "always":
+        if not self._looks_at_all:
             return None
         weights = [p for batch in batches if batch[0].dtype in SIXTEEN_BIT for p in batch]
         if not weights:
@@ -215,7 +232,9 @@ class WeightEdits:
         whole = len(places) == len(counts.found) and places == list(range(len(places)))
         found = counts.found if whole else torch.zeros_like(counts.found[: len(places)])
         self._passes_on(device, params).adopt_(
-            [param.detach() for param in params], list(map(masters.of, params)), found
+            [held_here(param.detach()) for param in params],
+            [held_here(masters.of(param)) for param in params],
+            found,
         )
         if not whole:
             for place, row in zip(places, found.unbind(), strict=True):
@@ -226,7 +245,7 @@ class WeightEdits:
         """Returns what adopts: plain torch where kernels have no table or other layouts."""
         # of all masters there is one since the first step; of those that were written to, a capture
         # would have to upload one
-        new = self._rule != "always" and is_capturing(device)
+        new = not self._looks_at_all and is_capturing(device)
         if new or any(self._masters.of(param).stride() != param.stride() for param in params):
             return reference
         return self._backend

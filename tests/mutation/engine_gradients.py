@@ -189,7 +189,7 @@ STAGE = [
         ("test_memory_that_moves.py",),
         (
             "a plan outlives the memory of parameters",
-            "and list(map(Tensor.data_ptr, params)) == self.written.addresses",
+            "and addresses_of(params, sharded=self.written.any_dtensor) == self.written.addresses",
             "",
         ),
     ),
@@ -198,7 +198,7 @@ STAGE = [
         ("test_memory_that_moves.py",),
         (
             "a plan outlives the memory of masters and moments",
-            "list(map(Tensor.data_ptr, self._tensors)) == self._addresses",
+            "addresses_of(self._tensors, sharded=self._sharded) == self._addresses",
             "True",
         ),
     ),
@@ -226,7 +226,7 @@ STAGE = [
         ),
         (
             "other memory is not checked",
-            "and list(map(Tensor.data_ptr, params)) == self._known.addresses",
+            "and addresses_of(params, sharded=self._known.any_dtensor) == self._known.addresses",
             "",
         ),
     ),

@@ -251,9 +251,9 @@ MEMORY = [
         "engine/paths.py",
         ("test_wrapped_memory.py",),
         (
-            "DTensors take the fused path",
-            "if (reason := why_no_memory(param)) and (",
-            "if (reason := why_no_memory(param)) and not (",
+            "wrappers take the fused path",
+            'if (reason := why_no_memory(here)) and backend != "reference":',
+            'if (reason := why_no_memory(here)) and backend == "reference":',
         ),
     ),
 ]

@@ -53,10 +53,19 @@ ADOPT = [
 EDITS = [
     *engine_mutants(
         "masters/weight_edits.py",
+        ("test_wrapped_memory.py",),
+        (
+            "what is loaded into shards is not seen",
+            '(self._rule == "adopt" and self._masters.any_sharded)',
+            "False",
+        ),
+    ),
+    *engine_mutants(
+        "masters/weight_edits.py",
         ("test_weight_edits_in_updates.py",),
         (
             "an update looks at no weight",
-            'if self._rule != "always":\n            return None',
+            "if not self._looks_at_all:\n            return None",
             "if self._rule:\n            return None",
         ),
         ("a pass looks at what an update reads", "set(map(id, later))", "set[int]()"),
@@ -72,7 +81,7 @@ EDITS = [
         ("test_weight_edits_refused.py",),
         (
             '"always" looks as seldom as "adopt"',
-            'if self._rule != "always":\n            return self._masters.written()',
+            "if not self._looks_at_all:\n            return self._masters.written()",
             "if self._rule:\n            return self._masters.written()",
         ),
         ("what was refused counts as fitting", "self._masters.suspect(left)", "pass"),
