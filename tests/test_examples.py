@@ -52,3 +52,11 @@ def test_fsdp2_resumes_with_the_same_bits(tmp_path: Path) -> None:
     assert whole.startswith("from step 0: ")
     assert resumed == whole.replace("from step 0", "from step 10")
     assert float(re.search(r"loss ([\d.]+)", whole)[1]) < 2.5  # nats; 4.2 is a guess
+
+
+def test_two_dimensions() -> None:
+    printed = torchrun("two_dimensions.py", count=4)
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+), norm", printed)]
+    assert len(losses) == 4
+    assert losses[-1] < losses[0] / 20
+    assert "path fused" in printed

@@ -1,0 +1,100 @@
+"""Sharded models: every layout trains with the bits of one process that has the same gradients.
+
+What one process replays are the gradients as ranks have reduced them; how they reduce is torch's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed
+
+from mpcore_testing import layout_runs
+from mpcore_testing.bits import same_bits
+from mpcore_testing.rank_layouts import BAD, STEPS, flat, muon, parted, replayed, trained
+from mpcore_testing.ranks import run_ranks
+
+pytestmark = [
+    pytest.mark.ranks,
+    pytest.mark.skipif(
+        not distributed.is_available() or not distributed.is_gloo_available(), reason="no gloo"
+    ),
+]
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids=lambda size: f"{size}-ranks")
+def world(request: Any, tmp_path_factory: Any) -> list[Any]:
+    """What each case found: (name, options, [of rank 0, of rank 1, ...])."""
+    folder: Path = tmp_path_factory.mktemp("sharded")
+    run_ranks(layout_runs.__file__, folder, request.param, count=request.param)
+    ranks = [torch.load(folder / f"rank{rank}.pt") for rank in range(request.param)]
+    return [(*each[0][:2], [found for *_, found in each]) for each in zip(*ranks, strict=True)]
+
+
+def of(world: list[Any], case: Callable[..., Any]) -> list[Any]:
+    found = [(options, ranks) for name, options, ranks in world if name == case.__name__]
+    if not found:
+        pytest.skip("on another number of ranks")
+    return found
+
+
+def test_every_layout_trains_with_the_bits_of_one_process(world: list[Any]) -> None:
+    for (layout, dtype, path, inner, way, bad), ranks in of(world, trained):
+        case = (layout, dtype, path, inner, way, bad)
+        # the rank whose gradient overflows: a copy of that may be finite on others
+        expected = replayed(ranks[bad], dtype, path, inner, way)
+        assert ranks[0]["path"] == expected["path"], case
+        skips = [step["skipped"] for step in expected["steps"]]
+        assert skips == [step == BAD for step in range(STEPS)], case
+        for found in ranks:
+            for step, other in zip(found["steps"], expected["steps"], strict=True):
+                for name in ("skipped", "scale", "counters"):
+                    assert step[name] == other[name], (case, name)
+                if not step["skipped"]:
+                    assert step["norm"] == other["norm"], case
+                for one, another in zip(step["weights"], other["weights"], strict=True):
+                    assert same_bits(one, another), case
+                for one, another in zip(step["state"], other["state"], strict=True):
+                    assert one.keys() == another.keys(), case
+                    for key in one:
+                        assert same_bits(one[key], another[key]), (case, key)
+
+
+def skips_of(ranks: list[Any]) -> list[list[bool]]:
+    return [[step["skipped"] for step in found] for found in ranks]
+
+
+def test_stages_that_are_sharded_skip_as_one_and_count_every_element_once(world: list[Any]) -> None:
+    for (_, clips, _), ranks in of(world, parted):
+        assert skips_of(ranks) == [[False, True, False]] * 4
+        scales = [[(step["scale"], step["counters"]) for step in found] for found in ranks]
+        assert all(each == scales[0] for each in scales)
+        for step in (0, 2) if clips else ():
+            norms = {found[step]["norm"] for found in ranks}
+            assert len(norms) == 1  # bit by bit
+            grads = [*ranks[0][step]["grads"], *ranks[2][step]["grads"]]  # of each stage once
+            squares = math.fsum(float(g.double().square().sum()) for g in grads)
+            scale = ranks[0][step - 1]["scale"] if step else 2.0**6
+            assert norms.pop() == pytest.approx(math.sqrt(squares) / scale, rel=1e-6)
+
+
+def test_flat_parameters_skip_as_one_and_clip_by_the_norm_of_the_whole(world: list[Any]) -> None:
+    for (clips, _, _), ranks in of(world, flat):
+        assert skips_of(ranks) == [[False, True, False]] * 2
+        assert [step["scale"] for step in ranks[0]] == [step["scale"] for step in ranks[1]]
+        if clips:
+            assert ranks[0][0]["norm"] == ranks[1][0]["norm"]
+            squares = math.fsum(found[0]["squares"] for found in ranks)
+            assert ranks[0][0]["norm"] == pytest.approx(math.sqrt(squares), rel=1e-6)
+
+
+def test_an_optimizer_that_is_not_element_wise_sees_whole_matrices(world: list[Any]) -> None:
+    for _, ranks in of(world, muon):
+        # Muon iterates in bfloat16, whose sums depend on how a product is cut; over rows alone
+        # its update is another by a quarter
+        assert all(far < 0.05 for far in ranks)
