@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,11 +13,14 @@ from torch.amp.grad_scaler import OptState
 
 from mpcore.amp.scale_course import ScaleCourse
 from mpcore.amp.scaler_checks import GradCheck
+from mpcore.amp.scaler_clip import check_clip, clip_
 from mpcore.amp.scaler_momentum import begin_momentum
 from mpcore.amp.scaler_ranks import largest_of_ranks, process_groups
 from mpcore.amp.scaler_step import ScalerStep
+from mpcore.amp.watched_steps import is_watched, step_watched
 from mpcore.base import SIXTEEN_BIT, outside_graphs
 from mpcore.engine import MixedPrecisionOptimizer
+from mpcore.errors import ArgumentError
 
 
 class GradScaler(ScaleCourse):
@@ -96,6 +99,67 @@ class GradScaler(ScaleCourse):
         self._forget_thrown(optimizer)
         super().unscale_(optimizer)
 
+    @outside_graphs
+    def clip_grad_norm_(
+        self, optimizers: Sequence[torch.optim.Optimizer], max_norm: float
+    ) -> Tensor:
+        """Clips the global 2-norm over several optimizers, which then skip together; no host sync.
+
+        For one loss whose parameters several optimizers share, as Muon and AdamW do. Those whose
+        gradients are still scaled are unscaled first. If a gradient of one is not finite, none
+        steps: clipped by a norm that is not finite, the others would step with 0 or NaN.
+
+        Args:
+            optimizers: A list; each is stepped with `step` afterwards.
+            max_norm: Above 0.
+
+        Returns:
+            The norm before clipping, 0-d; not finite if the steps will be skipped.
+
+        Raises:
+            AssertionError, RuntimeError: At the wrong moment, as from `unscale_`.
+            ArgumentError: `max_norm` is not above 0, an optimizer is there twice, a parameter is a
+                DTensor, or the scaler has a `process_group`.
+            ArgumentTypeError: `optimizers` is no list of optimizers, or `max_norm` is no number.
+
+        Example:
+            >>> import mpcore
+            >>> weights = [torch.nn.Parameter(torch.zeros(1).half()) for _ in range(2)]
+            >>> first, second = (
+            ...     mpcore.MixedPrecisionOptimizer(torch.optim.SGD([w], lr=1.0)) for w in weights
+            ... )
+            >>> scaler = mpcore.GradScaler("cpu", init_scale=8.0)
+            >>> scaler.scale((weights[0] * 3 + weights[1] * 4).sum()).backward()
+            >>> scaler.clip_grad_norm_([first, second], 1.0)
+            tensor(5.)
+            >>> for optimizer in (first, second):
+            ...     scaler.step(optimizer)
+            >>> scaler.update()
+            >>> [round(w.item(), 3) for w in weights]
+            [-0.6, -0.8]
+        """
+        params = check_clip(optimizers, max_norm)
+        if self._process_group is not None:
+            raise ArgumentError(
+                "GradScaler.clip_grad_norm_: expected a scaler without process_group, whose ranks "
+                "hold parts of parameters. Clip by the method of the module that cut them."
+            )
+        if not self._enabled:
+            return clip_(params, max_norm, [])[0]
+        for optimizer in optimizers:
+            self._forget_thrown(optimizer)
+            if self._per_optimizer_states[id(optimizer)]["stage"] is not OptState.UNSCALED:
+                self.unscale_(optimizer)
+        states = [self._per_optimizer_states[id(optimizer)] for optimizer in optimizers]
+        found = [flag for state in states for flag in state["found_inf_per_device"].values()]
+        norm, found_inf = clip_(params, max_norm, found)
+        for state in states:
+            flags = state["found_inf_per_device"]
+            state["found_inf_per_device"] = {
+                device: found_inf.to(device, non_blocking=True) for device in flags
+            }
+        return norm
+
     def _forget_thrown(self, optimizer: torch.optim.Optimizer) -> None:
         """Forgets an `unscale_` whose gradients were thrown away: those of now are scaled."""
         if not self._enabled or not isinstance(optimizer, MixedPrecisionOptimizer):
@@ -153,6 +217,8 @@ class GradScaler(ScaleCourse):
         """Unscales unless that is done, and steps or skips; syncs unless the optimizer is fused.
 
         The first step of a fused SGD with dampening syncs, too: see `mpcore.amp.scaler_momentum`.
+        So does one whose `optimizer.step` was replaced by somebody other than torch's schedulers:
+        trainers do that to see whether it is called. Where it skips, it is not.
 
         Args:
             optimizer: What steps.
@@ -169,7 +235,11 @@ class GradScaler(ScaleCourse):
             raise RuntimeError("Closure use is not currently supported if GradScaler is enabled.")
         self._forget_thrown(optimizer)
         unwritten = begin_momentum(optimizer) if self._enabled else []
-        result = super().step(optimizer, *args, **kwargs)
+        result: float | None
+        if self._enabled and is_watched(optimizer):
+            result = self._step_watched(optimizer, *args, **kwargs)
+        else:
+            result = super().step(optimizer, *args, **kwargs)
         if self._enabled:
             state = self._per_optimizer_states[id(optimizer)]
             check = self._checks.pop(id(optimizer), GradCheck())
@@ -180,6 +250,22 @@ class GradScaler(ScaleCourse):
             if unwritten and self._last_step.skipped:
                 for param in unwritten:
                     optimizer.state[param].pop("momentum_buffer", None)
+        return result
+
+    def _step_watched(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        """What torch's `step` does with an optimizer that skips by itself, but for the skip."""
+        state = self._per_optimizer_states[id(optimizer)]
+        if "closure" in kwargs or state["stage"] is OptState.STEPPED:
+            return super().step(optimizer, *args, **kwargs)  # which refuses
+        scale = self._current()
+        grad_scale = getattr(optimizer, "grad_scale", None)
+        if state["stage"] is OptState.READY:
+            self._check_inf_per_device(optimizer)
+            grad_scale = scale if grad_scale is None else scale * grad_scale
+        found = [flag.to(scale.device) for flag in state["found_inf_per_device"].values()]
+        found_inf = torch.stack([torch.zeros_like(scale), *found]).amax()
+        result = step_watched(optimizer, (grad_scale, found_inf), *args, **kwargs)
+        state["stage"] = OptState.STEPPED
         return result
 
     def _checks_done(self) -> None:
