@@ -152,6 +152,19 @@ def test_those_unscaled_before_are_not_unscaled_again_and_nothing_syncs() -> Non
     assert torch.equal(norm, scaling.clip_grad_norm_(made, 1e6)), "a second clip is one more clip"
 
 
+def test_an_overflow_that_somebody_has_wiped_away_skips_all_the_same() -> None:
+    weights = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    made = [torch.optim.SGD([w], lr=1.0) for w in weights]
+    scaling = scaler()
+    scaling.scale(weights[0].sum() * INF + weights[1].sum()).backward()
+    scaling.unscale_(made[0])
+    weights[0].grad.zero_()
+    assert scaling.clip_grad_norm_(made, 1.0).isfinite()
+    for each in made:
+        scaling.step(each)
+    assert [w.tolist() for w in weights] == [[1.0, 1.0]] * 2
+
+
 def test_a_disabled_scaler_clips_what_is_there() -> None:
     weights = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
     made = [torch.optim.SGD([w], lr=1.0) for w in weights]

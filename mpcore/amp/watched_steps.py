@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpcore.engine import MixedPrecisionOptimizer
-
 
 def is_watched(optimizer: torch.optim.Optimizer) -> bool:
     """Whether somebody other than torch's LR schedulers has replaced `step` of an optimizer.
@@ -35,9 +33,9 @@ def is_watched(optimizer: torch.optim.Optimizer) -> bool:
 def step_watched(
     optimizer: Any, handed: tuple[Tensor | None, Tensor], *args: Any, **kwargs: Any
 ) -> Any:
-    """Steps by what is there in place of `step`, or skips without calling it; syncs.
+    """Steps by what is there in place of `step`; where that is a skip, by its class's own; syncs.
 
-    An optimizer of ours is told of a skip nevertheless, by its class's `step`: it counts them.
+    That one skips by itself, and an optimizer of ours counts it.
 
     Args:
         optimizer: Its `step` was replaced.
@@ -47,8 +45,6 @@ def step_watched(
         kwargs: Likewise.
     """
     skipped = bool(handed[1] != 0)
-    if skipped and not isinstance(optimizer, MixedPrecisionOptimizer):
-        return None
     optimizer.grad_scale, optimizer.found_inf = handed
     try:
         return type(optimizer).step(optimizer) if skipped else optimizer.step(*args, **kwargs)
