@@ -1,0 +1,214 @@
+"""mpcore inside an unmodified `accelerate.Accelerator`.
+
+On a CPU an Accelerator makes no scaler. `accelerator_of` gives it ours before `prepare`, which is
+the line that the documentation names, and sets what `mixed_precision="fp16"` sets on a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mpcore
+import pytest
+import torch
+from torch import nn
+
+from mpcore_testing.trainer_loops import (
+    SCALING,
+    Course,
+    Outcome,
+    Overflows,
+    adamw,
+    batches,
+    masters,
+    network,
+    own_loop,
+    prepared,
+    schedule,
+    squared_error,
+)
+
+pytestmark = pytest.mark.trainers
+accelerate = pytest.importorskip("accelerate")
+
+HALF, BRAIN = torch.float16, torch.bfloat16
+COURSES = {
+    "float16": Course(),
+    "overflows": Course(overflows=(0, 3, 4)),
+    "overflows, fused": Course(overflows=(0, 3, 4), fused=True),
+    "clip": Course(max_norm=0.5, overflows=(2,)),
+    "clip, fused": Course(max_norm=0.5, overflows=(2,), fused=True),
+    "accumulation": Course(passes=3, max_norm=0.5, overflows=(4,)),
+    "bfloat16": Course(dtype=BRAIN),
+    "bfloat16, accumulation": Course(dtype=BRAIN, passes=3),
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_state() -> Any:
+    """Accelerators share state, which outlives them."""
+    yield
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.state.GradientState._reset_state()
+
+
+def accelerator_of(course: Course, scaler: Any = None) -> Any:
+    """An Accelerator as on a GPU: with `mixed_precision="fp16"` where losses are scaled."""
+    accelerator = accelerate.Accelerator(
+        cpu=True,
+        mixed_precision="fp16" if course.scales else "no",
+        gradient_accumulation_steps=course.passes,
+    )
+    if course.scales:
+        accelerator.native_amp = True
+        accelerator.scaler = scaler or mpcore.GradScaler.of(SCALING, "cpu")
+    return accelerator
+
+
+class Run:
+    """The loop of Accelerate's documentation."""
+
+    def __init__(self, course: Course) -> None:
+        self.course = course
+        self.accelerator = accelerator_of(course)
+        net = network(course.dtype)
+        self.inner = prepared(course, net)
+        self.model, self.optimizer, self.scheduler = self.accelerator.prepare(
+            net, self.inner, schedule(self.inner)
+        )
+        self.rates: list[float] = []
+        self.skipped: list[bool] = []
+
+    def train(self, data: Any, steps: int | None = None, clip_value: float | None = None) -> None:
+        for _ in range((self.course.steps if steps is None else steps) * self.course.passes):
+            with self.accelerator.accumulate(self.model):
+                self.accelerator.backward(squared_error(self.model, next(data)))
+                if self.accelerator.sync_gradients:
+                    if self.course.max_norm is not None:
+                        self.accelerator.clip_grad_norm_(
+                            self.model.parameters(), self.course.max_norm
+                        )
+                    if clip_value is not None:
+                        self.accelerator.clip_grad_value_(self.model.parameters(), clip_value)
+                    self.rates.append(self.optimizer.param_groups[0]["lr"])
+                self.optimizer.step()
+                if self.accelerator.sync_gradients:
+                    self.skipped.append(self.accelerator.optimizer_step_was_skipped)
+                self.scheduler.step()
+                self.optimizer.zero_grad()
+
+    def outcome(self) -> Outcome:
+        return Outcome(masters(self.model, self.inner), self.rates, self.skipped)
+
+
+def data_of(course: Course, seed: int = 1) -> Any:
+    return batches(course.steps * course.passes, course.dtype, seed)
+
+
+@pytest.mark.parametrize("name", COURSES)
+def test_masters_rates_and_skips_are_those_of_our_own_loop(name: str) -> None:
+    course = COURSES[name]
+    run = Run(course)
+    run.train(data_of(course))
+    expected = own_loop(
+        course, network(course.dtype), data_of(course), squared_error, autocast=course.scales
+    )
+    run.outcome().check_same(expected)
+    assert sum(expected.skipped) == len(course.overflows)
+    assert run.inner.skipped_steps == len(course.overflows)
+
+
+@pytest.mark.parametrize("clip_value", [0.01, 1e-3])
+def test_clip_by_value_is_that_of_our_own_loop(clip_value: float) -> None:
+    course = Course(overflows=(2,))
+    run = Run(course)
+    run.train(data_of(course), clip_value=clip_value)
+
+    def clip(optimizer: Any, model: nn.Module, limit: float) -> None:
+        optimizer.unscale_()
+        torch.nn.utils.clip_grad_value_(model.parameters(), limit)
+
+    expected = own_loop(
+        replace(course, max_norm=clip_value),
+        network(HALF),
+        data_of(course),
+        squared_error,
+        autocast=True,
+        clip=clip,
+    )
+    run.outcome().check_same(expected)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_learning_rates_under_an_overflow_are_those_of_plain_adamw(fused: bool) -> None:
+    """float32 AdamW under torch's own scaler, with the same overflows in the same Accelerator."""
+    course = Course(overflows=(0, 3, 4), max_norm=0.5, fused=fused)
+    run = Run(course)
+    run.train(data_of(course))
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = accelerator_of(course, torch.amp.GradScaler("cpu", init_scale=2.0**10))
+    net = network()
+    Overflows(list(net.parameters())[-1], course.overflows)
+    plain = adamw(net.parameters())  # torch's scaler hides the skips of a fused one
+    model, optimizer, scheduler = accelerator.prepare(net, plain, schedule(plain))
+    rates = []
+    for batch in data_of(Course()):
+        accelerator.backward(squared_error(model, batch))
+        accelerator.clip_grad_norm_(model.parameters(), course.max_norm)
+        rates.append(plain.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    assert run.rates == rates
+    assert len(set(rates)) == course.steps - len(course.overflows)
+
+
+@pytest.mark.parametrize("name", ["clip", "overflows", "bfloat16"])
+def test_a_run_that_was_saved_goes_on_with_the_same_bits(name: str, tmp_path: Path) -> None:
+    course = COURSES[name]
+    whole = Run(course)
+    whole.train(data_of(course))
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    first = Run(course)
+    data = data_of(course)
+    first.train(data, steps=5)
+    first.accelerator.save_state(tmp_path, safe_serialization=False)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    second = Run(replace(course, overflows=[n - 5 for n in course.overflows]))
+    second.accelerator.load_state(tmp_path)
+    second.train(data, steps=3)
+    assert first.rates + second.rates == whole.rates
+    assert first.skipped + second.skipped == whole.skipped
+    for mine, theirs in zip(second.outcome().masters, whole.outcome().masters, strict=True):
+        assert torch.equal(mine, theirs)
+    if course.scales:
+        assert second.accelerator.scaler.state_dict() == whole.accelerator.scaler.state_dict()
+
+
+def test_masters_of_cast_model_survive_prepare() -> None:
+    net = network()
+    inner = mpcore.MixedPrecisionOptimizer(adamw(net.parameters()), SCALING)
+    originals = [p.detach().clone() for p in net.parameters()]
+    mpcore.cast_model(net, HALF, inner)
+    accelerator_of(Course()).prepare(net, inner)
+    assert all(map(torch.equal, masters(net, inner), originals))
+
+
+def test_a_clip_in_bfloat16_rounds_its_norm_and_ours_does_not() -> None:
+    """Accelerate unscales for "fp16" alone: where nothing is scaled, it clips what is there."""
+    course = Course(dtype=BRAIN, max_norm=0.5, steps=1)
+    norms = []
+    for clip in ("accelerate", "ours"):
+        run = Run(course)
+        run.accelerator.backward(squared_error(run.model, next(data_of(course))))
+        exact = sum(p.grad.double().square().sum() for p in run.model.parameters()).sqrt()
+        if clip == "ours":
+            norm = run.optimizer.optimizer.clip_grad_norm_(0.5)
+        else:
+            norm = run.accelerator.clip_grad_norm_(run.model.parameters(), 0.5)
+        norms.append(abs(norm.double() / exact - 1).item())
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    assert norms[0] < 2**-7, "a few roundings to 8 bits"
+    assert norms[1] < 2**-22
