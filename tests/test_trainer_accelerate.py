@@ -1,7 +1,6 @@
 """mpcore inside an unmodified `accelerate.Accelerator`.
 
-On a CPU an Accelerator makes no scaler. `accelerator_of` gives it ours before `prepare`, which is
-the line that the documentation names, and sets what `mixed_precision="fp16"` sets on a GPU.
+`mpcore_testing.accelerated` has what stands in for a GPU.
 """
 
 from __future__ import annotations
@@ -15,23 +14,25 @@ import pytest
 import torch
 from torch import nn
 
+from mpcore_testing.ranks import run_ranks
 from mpcore_testing.trainer_loops import (
     SCALING,
     Course,
     Outcome,
     Overflows,
     adamw,
-    batches,
     masters,
     network,
     own_loop,
-    prepared,
     schedule,
     squared_error,
 )
 
 pytestmark = pytest.mark.trainers
-accelerate = pytest.importorskip("accelerate")
+pytest.importorskip("accelerate")
+
+from mpcore_testing import accelerated  # noqa: E402
+from mpcore_testing.accelerated import Run, accelerator_of, data_of, reset  # noqa: E402
 
 HALF, BRAIN = torch.float16, torch.bfloat16
 COURSES = {
@@ -50,61 +51,7 @@ COURSES = {
 def fresh_state() -> Any:
     """Accelerators share state, which outlives them."""
     yield
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    accelerate.state.GradientState._reset_state()
-
-
-def accelerator_of(course: Course, scaler: Any = None) -> Any:
-    """An Accelerator as on a GPU: with `mixed_precision="fp16"` where losses are scaled."""
-    accelerator = accelerate.Accelerator(
-        cpu=True,
-        mixed_precision="fp16" if course.scales else "no",
-        gradient_accumulation_steps=course.passes,
-    )
-    if course.scales:
-        accelerator.native_amp = True
-        accelerator.scaler = scaler or mpcore.GradScaler.of(SCALING, "cpu")
-    return accelerator
-
-
-class Run:
-    """The loop of Accelerate's documentation."""
-
-    def __init__(self, course: Course) -> None:
-        self.course = course
-        self.accelerator = accelerator_of(course)
-        net = network(course.dtype)
-        self.inner = prepared(course, net)
-        self.model, self.optimizer, self.scheduler = self.accelerator.prepare(
-            net, self.inner, schedule(self.inner)
-        )
-        self.rates: list[float] = []
-        self.skipped: list[bool] = []
-
-    def train(self, data: Any, steps: int | None = None, clip_value: float | None = None) -> None:
-        for _ in range((self.course.steps if steps is None else steps) * self.course.passes):
-            with self.accelerator.accumulate(self.model):
-                self.accelerator.backward(squared_error(self.model, next(data)))
-                if self.accelerator.sync_gradients:
-                    if self.course.max_norm is not None:
-                        self.accelerator.clip_grad_norm_(
-                            self.model.parameters(), self.course.max_norm
-                        )
-                    if clip_value is not None:
-                        self.accelerator.clip_grad_value_(self.model.parameters(), clip_value)
-                    self.rates.append(self.optimizer.param_groups[0]["lr"])
-                self.optimizer.step()
-                if self.accelerator.sync_gradients:
-                    self.skipped.append(self.accelerator.optimizer_step_was_skipped)
-                self.scheduler.step()
-                self.optimizer.zero_grad()
-
-    def outcome(self) -> Outcome:
-        return Outcome(masters(self.model, self.inner), self.rates, self.skipped)
-
-
-def data_of(course: Course, seed: int = 1) -> Any:
-    return batches(course.steps * course.passes, course.dtype, seed)
+    reset()
 
 
 @pytest.mark.parametrize("name", COURSES)
@@ -147,7 +94,7 @@ def test_learning_rates_under_an_overflow_are_those_of_plain_adamw(fused: bool) 
     course = Course(overflows=(0, 3, 4), max_norm=0.5, fused=fused)
     run = Run(course)
     run.train(data_of(course))
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    reset()
     accelerator = accelerator_of(course, torch.amp.GradScaler("cpu", init_scale=2.0**10))
     net = network()
     Overflows(list(net.parameters())[-1], course.overflows)
@@ -170,12 +117,12 @@ def test_a_run_that_was_saved_goes_on_with_the_same_bits(name: str, tmp_path: Pa
     course = COURSES[name]
     whole = Run(course)
     whole.train(data_of(course))
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    reset()
     first = Run(course)
     data = data_of(course)
     first.train(data, steps=5)
-    first.accelerator.save_state(tmp_path, safe_serialization=False)
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    first.accelerator.save_state(tmp_path)
+    reset()
     second = Run(replace(course, overflows=[n - 5 for n in course.overflows]))
     second.accelerator.load_state(tmp_path)
     second.train(data, steps=3)
@@ -209,6 +156,19 @@ def test_a_clip_in_bfloat16_rounds_its_norm_and_ours_does_not() -> None:
         else:
             norm = run.accelerator.clip_grad_norm_(run.model.parameters(), 0.5)
         norms.append(abs(norm.double() / exact - 1).item())
-        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+        reset()
     assert norms[0] < 2**-7, "a few roundings to 8 bits"
     assert norms[1] < 2**-22
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="no gloo")
+def test_two_ranks_skip_together_when_one_overflows_and_train_as_one_process(
+    tmp_path: Path,
+) -> None:
+    run_ranks(accelerated.__file__, tmp_path, count=accelerated.COUNT)
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(accelerated.COUNT)]
+    expected, scale = accelerated.averaged_in_one_process()
+    for found in ranks:
+        assert found.pop("scale") == scale
+        Outcome(**found).check_same(expected)
+    assert sum(expected.skipped) == len(accelerated.RANKED.overflows)

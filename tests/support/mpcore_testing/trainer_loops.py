@@ -62,7 +62,9 @@ def schedule(optimizer: Any) -> LambdaLR:
     return LambdaLR(optimizer, lambda step: 1 / (1 + step))
 
 
-def batches(count: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Iterator[list[Tensor]]:
+def batches(
+    count: int, dtype: torch.dtype = torch.float32, seed: int = 1
+) -> Iterator[list[Tensor]]:
     """Pairs of inputs and targets; targets are float32."""
     draw = torch.Generator().manual_seed(seed)
     for _ in range(count):
