@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from mpcore_testing.trainer_loops import Course, Overflows, adamw, masters, own_loop, schedule
+from mpcore_testing.trainer_loops import Course, Overflows, adamw, masters, own_loop
+from mpcore_testing.trainer_ranks import check_ranks
 
 pytestmark = [
     pytest.mark.trainers,
@@ -130,7 +131,9 @@ def test_lora_over_a_float16_model(adapters: torch.dtype, tmp_path: Path) -> Non
     peft = pytest.importorskip("peft")
 
     def adapted() -> Any:
-        config = peft.LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights="gaussian")
+        config = peft.LoraConfig(
+            r=4, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights="gaussian"
+        )
         torch.manual_seed(3)
         wide = adapters == torch.float32  # PEFT's own choice, unless it is told not to
         return peft.get_peft_model(gpt2(HALF), config, autocast_adapter_dtype=wide)
@@ -142,11 +145,11 @@ def test_lora_over_a_float16_model(adapters: torch.dtype, tmp_path: Path) -> Non
     frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
     run = Run(course, tmp_path, model, of_lora(course, model))
     run.trainer.train()
-    other = adapted()
-    expected = own_loop_of_lora(course, other)
-    assert run.recorded.skipped == [step == 2 for step in range(course.steps)]
-    mine = [run.optimizer.state[p].get("master", p) for p in trained]
-    assert all(map(torch.equal, mine, expected))
+    twin = adapted()
+    loss_of, data = loss_with(course), batches_of(course)
+    expected = own_loop(course, twin, data, loss_of, autocast=True, optimizer=of_lora(course, twin))
+    run.outcome().check_same(expected)
+    assert expected.skipped == [step == 2 for step in range(course.steps)]
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
     run.trainer.save_model(str(tmp_path / "adapter"))
     loaded = peft.PeftModel.from_pretrained(gpt2(HALF), tmp_path / "adapter").state_dict()
@@ -154,25 +157,17 @@ def test_lora_over_a_float16_model(adapters: torch.dtype, tmp_path: Path) -> Non
     assert all(torch.equal(loaded[n].to(saved[n].dtype), saved[n]) for n in saved)
 
 
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="no gloo")
+def test_two_ranks_skip_together_when_one_overflows_and_train_as_one_process(
+    tmp_path: Path,
+) -> None:
+    expected = transformed.in_one_process()
+    assert sum(expected[0].skipped) == len(transformed.RANKED.overflows)
+    check_ranks(transformed.__file__, tmp_path, expected)
+
+
 def of_lora(course: Course, model: Any) -> Any:
     """The optimizer over the adapters alone."""
     trained = [p for p in model.parameters() if p.requires_grad]
     Overflows(trained[-1], course.overflows)
     return mpcore.MixedPrecisionOptimizer(adamw(trained), transformed.SCALING)
-
-
-def own_loop_of_lora(course: Course, model: Any) -> list[Any]:
-    optimizer = of_lora(course, model)
-    scheduler = schedule(optimizer)
-    loss_of = loss_with(course)
-    for batch in batches_of(course):
-        with torch.autocast("cpu", dtype=HALF):
-            loss = loss_of(model, batch)
-        optimizer.backward(loss)
-        optimizer.unscale_()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), course.max_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        mpcore.step_scheduler(scheduler, optimizer.last_step)
-    params = (p for p in model.parameters() if p.requires_grad)
-    return [optimizer.state[p].get("master", p) for p in params]

@@ -6,13 +6,10 @@ the line that the documentation names, and sets what `mixed_precision="fp16"` se
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import accelerate
 import mpcore
-import torch
-from torch import Tensor, distributed
 
 from mpcore_testing.trainer_loops import (
     SCALING,
@@ -25,8 +22,8 @@ from mpcore_testing.trainer_loops import (
     schedule,
     squared_error,
 )
+from mpcore_testing.trainer_ranks import RANKS, averaged_loop, one_of_ranks
 
-COUNT = 2
 RANKED = Course(max_norm=0.5, overflows=(0, 3, 4))
 
 
@@ -91,46 +88,17 @@ def reset() -> None:
 
 def work(rank: str | int, folder: str) -> None:
     """Trains with DistributedDataParallel; the last rank alone overflows."""
-    size = {"WORLD_SIZE": COUNT, "LOCAL_WORLD_SIZE": COUNT, "RANK": rank, "LOCAL_RANK": rank}
-    os.environ.update({name: str(value) for name, value in size.items()})
-    distributed.init_process_group("gloo", f"file://{folder}/s", rank=int(rank), world_size=COUNT)
-    overflows = RANKED.overflows if int(rank) == COUNT - 1 else ()
-    run = Run(Course(max_norm=RANKED.max_norm, overflows=overflows))
-    assert run.accelerator.num_processes == COUNT
-    assert type(run.model).__name__ == "DistributedDataParallel"
-    run.train(data_of(RANKED, seed=1 + int(rank)))
-    outcome = run.outcome()
-    found: dict[str, Any] = {**vars(outcome), "scale": run.accelerator.scaler.get_scale()}
-    torch.save(found, f"{folder}/rank{rank}.pt")
-    distributed.barrier()
-    distributed.destroy_process_group()
+    with one_of_ranks(int(rank), folder) as save:
+        overflows = RANKED.overflows if int(rank) == RANKS - 1 else ()
+        run = Run(Course(max_norm=RANKED.max_norm, overflows=overflows))
+        assert run.accelerator.num_processes == RANKS
+        assert type(run.model).__name__ == "DistributedDataParallel"
+        run.train(data_of(RANKED, seed=1 + int(rank)))
+        save(run.outcome(), run.accelerator.scaler.get_scale())
 
 
-def averaged_in_one_process() -> tuple[Outcome, float]:
-    """The same training in one process: gradients of both ranks are averaged as that one does."""
-    net = network(RANKED.dtype)
-    optimizer = prepared(Course(), net)
-    scheduler = schedule(optimizer)
-    data = [data_of(RANKED, seed=1 + rank) for rank in range(COUNT)]
-    rates, skipped = [], []
-    for step in range(RANKED.steps):
-        grads: list[list[Tensor]] = []
-        for batches_of_rank in data:
-            with torch.autocast("cpu", dtype=RANKED.dtype):
-                loss = squared_error(net, next(batches_of_rank))
-            found = torch.autograd.grad(loss * optimizer.loss_scale, list(net.parameters()))
-            grads.append([grad / COUNT for grad in found])
-        optimizer.scale(loss.detach())
-        for param, one, other in zip(net.parameters(), *grads, strict=True):
-            param.grad = one + other
-        if step in RANKED.overflows:
-            param.grad.fill_(torch.inf)
-        optimizer.unscale_()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), RANKED.max_norm)
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        optimizer.zero_grad()
-        skipped.append(optimizer.last_step.skipped)
-        for _ in range(COUNT):  # Accelerate counts batches of all ranks
-            mpcore.step_scheduler(scheduler, optimizer.last_step)
-    return Outcome(masters(net, optimizer), rates, skipped), optimizer.loss_scale
+def in_one_process() -> tuple[Outcome, float]:
+    """The same training in one process."""
+    data = [data_of(RANKED, seed=1 + rank) for rank in range(RANKS)]
+    # Accelerate's schedules count the batches of all ranks
+    return averaged_loop(RANKED, network(RANKED.dtype), data, squared_error, scheduled=RANKS)

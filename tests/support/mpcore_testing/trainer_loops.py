@@ -125,6 +125,7 @@ def own_loop(
     *,
     autocast: bool = False,
     clip: Callable[[Any, nn.Module, float], Any] | None = None,
+    optimizer: Any = None,
 ) -> Outcome:
     """Trains as the documentation's loop does, the schedule waiting while a step is skipped.
 
@@ -134,9 +135,10 @@ def own_loop(
         data: A batch for each backward pass.
         loss_of: Its loss on a batch.
         autocast: Whether the forward pass runs under autocast to the dtype of the course.
-        clip: How gradients that `unscale_` has shown are clipped; None: as torch does.
+        clip: How gradients are unscaled and clipped; None: as torch does after `unscale_`.
+        optimizer: Of the model; None: as every course has it.
     """
-    optimizer = prepared(course, model)
+    optimizer = prepared(course, model) if optimizer is None else optimizer
     scheduler = schedule(optimizer)
     rates, skipped = [], []
     for _ in range(course.steps):

@@ -12,6 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 from mpcore_testing.trainer_loops import SCALING, Course, Outcome, masters, prepared, schedule
+from mpcore_testing.trainer_ranks import RANKS, averaged_loop, one_of_ranks
 
 BATCH, LENGTH = 4, 12
 
@@ -92,6 +93,7 @@ class Run:
         model: Trained; None: a tiny GPT-2.
         optimizer: Ours; None: as every course has it.
         stop: Steps after which it stops; None: those of the course.
+        rows: Of data; None: as many as the course takes.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class Run:
         model: Any = None,
         optimizer: Any = None,
         stop: int | None = None,
+        rows: int | None = None,
     ) -> None:
         self.course = course
         self.model = gpt2(course.dtype) if model is None else model
@@ -109,7 +112,7 @@ class Run:
         self.trainer = transformers.Trainer(
             model=self.model,
             args=arguments(course, folder, stop),
-            train_dataset=samples(course.steps * course.passes * BATCH),
+            train_dataset=samples(rows or course.steps * course.passes * BATCH),
             optimizers=(self.optimizer, schedule(self.optimizer)),
             callbacks=[self.recorded],
         )
@@ -132,6 +135,7 @@ def arguments(course: Course, folder: Path, stop: int | None = None, kind: Any =
         max_grad_norm=0.0 if course.max_norm is None else course.max_norm,
         train_sampling_strategy="sequential",
         fp16=course.scales,
+        bf16=False,
         use_cpu=True,
         logging_steps=1,
         save_steps=5,
@@ -150,3 +154,26 @@ def use_scaler(trainer: Any, course: Course) -> None:
 def norm_of(grads: list[Tensor]) -> float:
     """The 2-norm in float64."""
     return math.sqrt(sum(float(grad.double().square().sum()) for grad in grads))
+
+
+RANKED = Course(max_norm=0.5, overflows=(0, 3, 4))
+
+
+def work(rank: str | int, folder: str) -> None:
+    """Trains with DistributedDataParallel; the last rank alone overflows."""
+    with one_of_ranks(int(rank), folder) as save:
+        overflows = RANKED.overflows if int(rank) == RANKS - 1 else ()
+        course = Course(max_norm=RANKED.max_norm, overflows=overflows)
+        run = Run(course, Path(folder), rows=RANKS * RANKED.steps * BATCH)
+        assert run.trainer.accelerator.num_processes == RANKS
+        run.trainer.train()
+        save(run.outcome(), run.trainer.accelerator.scaler.get_scale())
+
+
+def in_one_process() -> tuple[Outcome, float]:
+    """The same training in one process: ranks take batches in turn."""
+    batches = list(batches_of(Course(steps=RANKS * RANKED.steps)))
+    data = [iter(batches[rank::RANKS]) for rank in range(RANKS)]
+    # Trainer divides by the labels of all ranks, and multiplies by how many average
+    loss_of = loss_with(Course(passes=RANKS))
+    return averaged_loop(RANKED, gpt2(RANKED.dtype), data, loss_of)
