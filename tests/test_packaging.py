@@ -26,6 +26,8 @@ APPLICATION = [
     if p.relative_to(ROOT / "mpcore").parts[0] in {"cli", "demo", "bench", "report"}
 ]
 LIBRARY = [path for path in ENGINE if path not in APPLICATION]
+# each is imported by those alone who have the package of its name
+INTEGRATIONS = sorted((ROOT / "mpcore" / "integrations").glob("[!_]*.py"))
 LONGEST_FILE = 350
 LONGEST_FUNCTION = 50
 
@@ -73,12 +75,13 @@ def test_import_mpcore_loads_nothing_but_torch_and_the_standard_library():
     foreign = {name.split(".")[0] for name in after - before} - set(sys.stdlib_module_names)
     assert foreign == {"mpcore", "torch"} & foreign
     assert "mpcore" in foreign
-    assert not {"triton", "typer", "rich", "matplotlib"} & after
+    assert not {"triton", "typer", "rich", "matplotlib", "mpcore.integrations"} & after
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=short)
 def test_library_module_imports_only_torch_and_the_standard_library(path):
     allowed = {"mpcore", "torch", *sys.stdlib_module_names}
+    allowed |= {path.stem} if path in INTEGRATIONS else set()
     assert imported(at_import_time(tree(path))) <= allowed
 
 
@@ -204,7 +207,10 @@ def test_every_foreign_import_is_declared_by_the_package_or_an_extra():
     }
     foreign = names - {"mpcore", "mpcore_kernels", "mpcore_audit", *sys.stdlib_module_names}
     provided = metadata.packages_distributions()
-    providers = {name: {canonicalize_name(d) for d in provided.get(name, [])} for name in foreign}
+    # what is not installed here has the name of its distribution
+    providers = {
+        name: {canonicalize_name(d) for d in provided.get(name, [name])} for name in foreign
+    }
     declared = {canonicalize_name(Requirement(r).name) for r in metadata.requires("mpcore")}
     assert foreign >= {"torch", "triton", "typer"}
     assert {name for name in foreign if not providers[name] & declared} == set()

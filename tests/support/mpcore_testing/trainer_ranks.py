@@ -50,6 +50,7 @@ def averaged_loop(
     loss_of: Callable[[nn.Module, Any], Tensor],
     *,
     scheduled: int = 1,
+    autocast: bool = True,
 ) -> tuple[Outcome, float]:
     """Trains on the batches of all ranks, whose gradients are averaged as these average them.
 
@@ -59,6 +60,7 @@ def averaged_loop(
         data: Batches of each rank.
         loss_of: Of a model on a batch.
         scheduled: How often the schedule moves in a step.
+        autocast: Whether the forward pass runs under autocast.
     """
     params = list(model.parameters())
     optimizer = prepared(Course(), model)
@@ -67,7 +69,7 @@ def averaged_loop(
     for step in range(course.steps):
         grads: list[list[Tensor]] = []
         for batches in data:
-            with torch.autocast("cpu", dtype=course.dtype):
+            with torch.autocast("cpu", dtype=course.dtype, enabled=autocast):
                 loss = loss_of(model, next(batches))
             found = torch.autograd.grad(loss * optimizer.loss_scale, params)
             grads.append([grad / RANKS for grad in found])
