@@ -182,3 +182,41 @@ def test_optimizers_are_let_go(engine: Engine) -> None:
     with warnings.catch_warnings(record=True) as seen:
         loss.backward()
     assert not seen
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_a_clip_under_a_grad_scaler_is_warned_of_from_the_second_step_on(
+    engine: Engine, as_list: bool
+) -> None:
+    model, optimizer = make(engine)
+    scaler = mpcore.GradScaler("cpu", init_scale=SCALE)
+
+    def run() -> None:
+        optimizer.zero_grad()
+        loss = loss_of(model)
+        (scaler.scale([loss])[0] if as_list else scaler.scale(loss)).backward()
+        clip(model)
+        scaler.step(optimizer)
+        scaler.update()
+
+    run()
+    with pytest.warns(UserWarning, match="while the loss scale was still in them.*fp16"):
+        run()
+    run()  # warnings are errors
+
+
+def test_a_grad_scaler_warns_of_no_clip_after_unscale(engine: Engine) -> None:
+    model, optimizer = make(engine)
+    other = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    scaler = mpcore.GradScaler("cpu", init_scale=SCALE)
+    for number in range(4):  # warnings are errors
+        optimizer.zero_grad()
+        both = [loss_of(model, number), other.param_groups[0]["params"][0]]
+        for outputs in scaler.scale([iter(both)]):  # what is scaled late is left alone
+            for output in outputs:
+                output.sum().backward()
+        scaler.unscale_(optimizer)
+        clip(model)
+        for each in (optimizer, other):
+            scaler.step(each)
+        scaler.update()

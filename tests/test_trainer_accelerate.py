@@ -141,6 +141,14 @@ def test_masters_of_cast_model_survive_prepare() -> None:
     assert all(map(torch.equal, masters(net, inner), originals))
 
 
+def test_a_clip_that_accelerate_does_not_unscale_for_is_warned_of() -> None:
+    """Without `mixed_precision="fp16"` it never asks a scaler to."""
+    run = Run(Course(max_norm=0.5))
+    run.accelerator.native_amp = False
+    with pytest.warns(UserWarning, match='unscales with mixed_precision="fp16" alone'):
+        run.train(data_of(run.course), steps=3)
+
+
 def test_a_clip_in_bfloat16_rounds_its_norm_and_ours_does_not() -> None:
     """Accelerate unscales for "fp16" alone: where nothing is scaled, it clips what is there."""
     course = Course(dtype=BRAIN, max_norm=0.5, steps=1)

@@ -83,6 +83,28 @@ class GradScaler(ScaleCourse):
         self._warned = False
 
     @outside_graphs
+    def scale(self, outputs: Any) -> Any:
+        """Multiplies outputs by the scale, 16-bit ones in float32; no host sync.
+
+        Of each `MixedPrecisionOptimizer` that this scaler has stepped a small gradient is copied
+        after the backward pass, to warn of a clip before `unscale_`.
+
+        Args:
+            outputs: A tensor, or an iterable of such outputs.
+
+        Raises:
+            ValueError: It is something else, as in torch.
+        """
+        scaled = super().scale(outputs)
+        listed = scaled if isinstance(scaled, (list, tuple)) else [scaled]
+        tensors = [each for each in listed if isinstance(each, Tensor)]  # others are made late
+        for alive, _ in self._last.values():
+            optimizer = alive()
+            if isinstance(optimizer, MixedPrecisionOptimizer):
+                optimizer._watch_clips_of(tensors)
+        return scaled
+
+    @outside_graphs
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
         """Divides an optimizer's gradients by the scale in place and checks them; no host sync.
 

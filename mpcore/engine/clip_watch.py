@@ -16,7 +16,8 @@ _MESSAGE = (
     "gradients were made smaller after the backward pass, while the loss scale was still in them. "
     "A clip there makes steps too small by that factor. Call unscale_() of this optimizer before "
     "torch.nn.utils.clip_grad_norm_ or clip_grad_value_, or its own clip_grad_norm_(max_norm) "
-    "instead; in a trainer that clips by itself, use mpcore.GradScaler in place of its own scaler. "
+    "instead; in a trainer that clips by itself, use mpcore.GradScaler in place of its own scaler, "
+    'and its switch for float16: Accelerate unscales with mixed_precision="fp16" alone. '
     "Nothing is wrong if you averaged gradients by hand."
 )
 

@@ -182,6 +182,10 @@ class Stage:
     def note_scaled(self, outputs: Any) -> None:
         """Notes that a scaled backward pass is to come."""
         self.scaled, self.zeroed, self._thrown = True, False, False
+        self.watch_clips(outputs)
+
+    def watch_clips(self, outputs: Any) -> None:
+        """Has a look at what the backward pass of scaled outputs leaves; no host sync."""
         self._clip_watch.watch(outputs)
 
     def check_whole(self, caller: str) -> None:

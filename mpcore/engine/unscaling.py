@@ -46,6 +46,10 @@ class Unscaling:
         nothing = torch.zeros((), device=scale.device)
         self._stage.unscale("GradScaler.unscale_()", External(scale.reshape(()), nothing))
 
+    def _watch_clips_of(self, outputs: list[Tensor]) -> None:
+        """Warns of a clip of what these outputs' backward pass leaves; for `mpcore.GradScaler`."""
+        self._stage.watch_clips(outputs)
+
     @outside_graphs
     def grads(self) -> list[Tensor]:
         """Returns the unscaled gradients in the order of the parameters; no host sync.
