@@ -126,6 +126,7 @@ def own_loop(
     autocast: bool = False,
     clip: Callable[[Any, nn.Module, float], Any] | None = None,
     optimizer: Any = None,
+    schedules: bool = True,
 ) -> Outcome:
     """Trains as the documentation's loop does, the schedule waiting while a step is skipped.
 
@@ -137,6 +138,7 @@ def own_loop(
         autocast: Whether the forward pass runs under autocast to the dtype of the course.
         clip: How gradients are unscaled and clipped; None: as torch does after `unscale_`.
         optimizer: Of the model; None: as every course has it.
+        schedules: Whether the learning rate moves.
     """
     optimizer = prepared(course, model) if optimizer is None else optimizer
     scheduler = schedule(optimizer)
@@ -155,7 +157,8 @@ def own_loop(
         optimizer.step()
         optimizer.zero_grad()
         skipped.append(optimizer.last_step.skipped)
-        mpcore.step_scheduler(scheduler, optimizer.last_step)
+        if schedules:
+            mpcore.step_scheduler(scheduler, optimizer.last_step)
     return Outcome(masters(model, optimizer), rates, skipped)
 
 
