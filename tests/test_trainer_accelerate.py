@@ -19,6 +19,7 @@ from mpcore_testing.trainer_loops import (
     Course,
     Overflows,
     adamw,
+    clip_in_16_bits,
     masters,
     network,
     own_loop,
@@ -42,6 +43,7 @@ COURSES = {
     "accumulation": Course(passes=3, max_norm=0.5, overflows=(4,)),
     "bfloat16": Course(dtype=BRAIN),
     "bfloat16, accumulation": Course(dtype=BRAIN, passes=3),
+    "bfloat16, clip": Course(dtype=BRAIN, max_norm=0.5),
 }
 
 
@@ -58,7 +60,12 @@ def test_masters_rates_and_skips_are_those_of_our_own_loop(name: str) -> None:
     run = Run(course)
     run.train(data_of(course))
     expected = own_loop(
-        course, network(course.dtype), data_of(course), squared_error, autocast=course.scales
+        course,
+        network(course.dtype),
+        data_of(course),
+        squared_error,
+        autocast=course.scales,
+        clip=None if course.scales else clip_in_16_bits,
     )
     run.outcome().check_same(expected)
     assert sum(expected.skipped) == len(course.overflows)

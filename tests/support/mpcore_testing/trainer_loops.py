@@ -162,6 +162,11 @@ def own_loop(
     return Outcome(masters(model, optimizer), rates, skipped)
 
 
+def clip_in_16_bits(optimizer: Any, model: nn.Module, max_norm: float) -> None:
+    """What Accelerate does where nothing is scaled: it clips what is there."""
+    torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+
+
 def squared_error(model: nn.Module, batch: Any) -> Tensor:
     """The loss of a network on one of `batches`, in float32."""
     x, y = batch
