@@ -11,6 +11,7 @@ import sys
 
 import mpcore
 import torch
+from mpcore.migration import float32_state_dict
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
@@ -68,10 +69,9 @@ def main(folder: str, steps: int) -> None:
 
     last = get_last_checkpoint(folder) if os.path.isdir(folder) else None
     trainer.train(resume_from_checkpoint=last)
-    # LayerNorms stay float32: they are their own masters
-    masters = {n: optimizer.state[p].get("master", p) for n, p in model.named_parameters()}
-    model.save_pretrained(os.path.join(folder, "float32"), state_dict=masters)
-    norm = torch.nn.utils.get_total_norm(list(masters.values()))
+    full = os.path.join(folder, "float32")
+    model.save_pretrained(full, state_dict=float32_state_dict(model, optimizer))
+    norm = torch.nn.utils.get_total_norm(list(float32_state_dict(model, optimizer).values()))
     print(f"step {trainer.state.global_step}, norm of the masters {norm.item():.8g}")
     print(f"loss scale {trainer.accelerator.scaler.get_scale():g}")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import mpcore
+import mpcore.migration
 import pytest
 import torch
 from torch import nn
@@ -122,7 +123,7 @@ def test_a_saved_model_is_in_16_bits_or_with_one_more_line_in_float32(tmp_path: 
     half = kind.from_pretrained(tmp_path / "half")
     assert half.dtype == HALF
     assert all(map(torch.equal, half.parameters(), run.model.parameters()))
-    full = {n: run.optimizer.state[p]["master"] for n, p in run.model.named_parameters()}
+    full = mpcore.migration.float32_state_dict(run.model, run.optimizer)
     run.model.save_pretrained(tmp_path / "full", state_dict=full)
     loaded = kind.from_pretrained(tmp_path / "full", dtype=torch.float32)
     assert all(map(torch.equal, loaded.parameters(), masters(run.model, run.optimizer)))
