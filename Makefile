@@ -41,9 +41,10 @@ test: $(VENV)/.test ## Run the test suite (without the exhaustive tests, and tho
 test-ranks: $(VENV)/.test ## Run the tests of several ranks, and the examples.
 	$(PYTEST) -m "ranks and not exhaustive" $(ARGS)
 
-# Models are made of configurations, so that nothing is downloaded: the switch makes sure of it.
-test-trainers: $(VENV)/.trainers ## Run the tests in Accelerate, Transformers, TRL, PEFT and Lightning.
-	HF_HUB_OFFLINE=1 $(PYTEST) -m trainers $(ARGS)
+# Models are made of configurations, so that nothing is downloaded: the switch makes sure of it. The
+# files are named, so that nothing else is collected.
+test-trainers: $(VENV)/.trainers ## Run the tests in Accelerate, Transformers, TRL, PEFT, Lightning, Keras.
+	HF_HUB_OFFLINE=1 $(PYTEST) -m trainers $(wildcard tests/test_trainer_*.py) tests/test_docs.py $(ARGS)
 
 test-exhaustive: $(VENV)/.test ## Run the long, exhaustive tests.
 	$(PYTEST) $(PARALLEL) -m exhaustive $(ARGS)

@@ -49,11 +49,12 @@ def run_page(page):
 
 
 #: What the page on trainers imports, and what these warn of, which is theirs.
-TRAINERS = ("accelerate", "transformers", "lightning", "ignite")
+TRAINERS = ("accelerate", "transformers", "lightning", "ignite", "keras")
 WARNED = (
     "`isinstance.treespec, LeafSpec.` is deprecated",
     "The 'train_dataloader' does not have many workers",
     "CUDA is not available or torch_xla is imported",
+    "__array__ implementation doesn't accept a copy keyword",
 )
 OF_TRAINERS = [pytest.mark.trainers, *(pytest.mark.filterwarnings(f"ignore:{w}") for w in WARNED)]
 RUNNABLE = [
@@ -64,6 +65,7 @@ RUNNABLE = [
 @pytest.mark.parametrize("page", RUNNABLE, ids=page_id)
 def test_page_code_runs_in_order(page, tmp_path, monkeypatch):
     for name in TRAINERS if page.stem == "trainers" else ():
+        monkeypatch.setenv("KERAS_BACKEND", "torch")
         pytest.importorskip(name)
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)

@@ -1,5 +1,5 @@
 """What trainers need to be told, one module for each; imported only when asked for by name.
 
-`mpcore.integrations.lightning` is the only one: Accelerate, Transformers' Trainer and TRL take an
-`mpcore.GradScaler`, and need none.
+`mpcore.integrations.lightning` has plugins for Lightning and Fabric, `mpcore.integrations.keras` an
+optimizer for `compile`. Accelerate, Transformers' Trainer and TRL take an `mpcore.GradScaler`.
 """
