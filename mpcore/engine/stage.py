@@ -83,7 +83,7 @@ class Stage:
         self._outside_scale: Tensor | None = None
         losses.own_alarm = new_alarm(loss_scaling, 0)
         self._sums = StepSums(masters, backend)
-        self._clip_watch = ClipWatch(groups)
+        self.clip_watch = ClipWatch(groups)
         self.flush_watch = FlushWatch()
         self._leftovers = Leftovers()
         self.parameters = CheckedParameters(groups, device_of, masters)
@@ -146,7 +146,7 @@ class Stage:
             checks.check_scaled(caller, external, asked, self.scaled, twice)
         elif external is None:
             self.flush_watch.see(params, self._backend, self._tensors.scale.device)
-        self._clip_watch.check()
+        self.clip_watch.check()
         scale = self._tensors.scale if external is None else external.scale
         # an outside scale is any number and moves in place; our own follows from the coefficient
         self._outside_scale = None if external is None else scale.clone()
@@ -182,11 +182,7 @@ class Stage:
     def note_scaled(self, outputs: Any) -> None:
         """Notes that a scaled backward pass is to come."""
         self.scaled, self.zeroed, self._thrown = True, False, False
-        self.watch_clips(outputs)
-
-    def watch_clips(self, outputs: Any) -> None:
-        """Has a look at what the backward pass of scaled outputs leaves; no host sync."""
-        self._clip_watch.watch(outputs)
+        self.clip_watch.watch(outputs)
 
     def check_whole(self, caller: str) -> None:
         """Raises if an exception has left half of a step, of a load or of gradients."""
@@ -213,7 +209,7 @@ class Stage:
             return
         if loss is None and not self.zeroed and self._loss_scaling.scales:
             checks.check_scaled(caller, None, True, self.scaled, False)
-        self._clip_watch.check()
+        self.clip_watch.check()
         scaling = self._loss_scaling if loss is None else loss.scaling
         scale = self._tensors.scale if loss is None else loss.tensors.scale
         if not scaling.scales:
@@ -328,7 +324,7 @@ class Stage:
         if last_step:
             self.result, self.scaled = None, False
         self.drop_gradients()
-        self._clip_watch.forget()
+        self.clip_watch.forget()
         self._leftovers.forget_failed()
         if self.watcher is not None:
             self.watcher.forget(last_step=last_step)
@@ -336,7 +332,7 @@ class Stage:
     def throw_away(self, *, last_step: bool = False) -> None:
         """Ends a step that nobody took, as skipped if a look found overflow; may raise; no sync."""
         self.waiting.warn_if_any()
-        gradients, self._thrown = self.gradients, self._clip_watch.has_begun
+        gradients, self._thrown = self.gradients, self.clip_watch.has_begun
         counts = gradients is not None and gradients.counts and self._outside_scale is None
         # first: if it fails, what was found is not forgotten
         if gradients is not None and counts and not gradients.torn:

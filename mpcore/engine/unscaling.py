@@ -48,7 +48,7 @@ class Unscaling:
 
     def _watch_clips_of(self, outputs: list[Tensor]) -> None:
         """Warns of a clip of what these outputs' backward pass leaves; for `mpcore.GradScaler`."""
-        self._stage.watch_clips(outputs)
+        self._stage.clip_watch.watch(outputs)
 
     @outside_graphs
     def grads(self) -> list[Tensor]:
