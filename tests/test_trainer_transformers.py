@@ -12,7 +12,14 @@ import pytest
 import torch
 from torch import nn
 
-from mpcore_testing.trainer_loops import Course, Overflows, adamw, masters, own_loop
+from mpcore_testing.trainer_loops import (
+    Course,
+    Overflows,
+    adamw,
+    clip_in_16_bits,
+    masters,
+    own_loop,
+)
 from mpcore_testing.trainer_ranks import check_ranks
 
 pytestmark = [
@@ -25,7 +32,7 @@ accelerate = pytest.importorskip("accelerate")
 from mpcore_testing import transformed  # noqa: E402
 from mpcore_testing.transformed import Run, batches_of, gpt2, loss_with, norm_of  # noqa: E402
 
-HALF, BRAIN = torch.float16, torch.bfloat16
+HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
 COURSES = {
     "float16": Course(),
     "overflows": Course(overflows=(0, 3, 4)),
@@ -129,33 +136,35 @@ def test_a_saved_model_is_in_16_bits_or_with_one_more_line_in_float32(tmp_path: 
     assert all(map(torch.equal, loaded.parameters(), masters(run.model, run.optimizer)))
 
 
-@pytest.mark.parametrize("adapters", [HALF, torch.float32])
-def test_lora_over_a_float16_model(adapters: torch.dtype, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "adapters"), [(HALF, HALF), (HALF, FULL), (BRAIN, BRAIN), (BRAIN, FULL)]
+)
+def test_lora_over_a_16_bit_model(
+    dtype: torch.dtype, adapters: torch.dtype, tmp_path: Path
+) -> None:
     peft = pytest.importorskip("peft")
-
-    def adapted() -> Any:
-        config = peft.LoraConfig(
-            r=4, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights="gaussian"
-        )
-        torch.manual_seed(3)
-        wide = adapters == torch.float32  # PEFT's own choice, unless it is told not to
-        return peft.get_peft_model(gpt2(HALF), config, autocast_adapter_dtype=wide)
-
-    course = Course(max_norm=0.5, overflows=(2,))
-    model = adapted()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    assert {p.dtype for p in trained} == {adapters}
+    course = Course(dtype=dtype, passes=2, max_norm=0.5, overflows=(2,) if dtype == HALF else ())
+    run = lora(course, tmp_path, adapters)
+    model = run.model
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {adapters}
     frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
-    run = Run(course, tmp_path, model, of_lora(course, model))
     run.trainer.train()
-    twin = adapted()
+    twin = adapted(adapters, dtype)
     loss_of, data = loss_with(course), batches_of(course)
-    expected = own_loop(course, twin, data, loss_of, autocast=True, optimizer=of_lora(course, twin))
+    expected = own_loop(
+        course,
+        twin,
+        data,
+        loss_of,
+        autocast=course.scales,
+        clip=None if course.scales else clip_in_16_bits,
+        optimizer=of_lora(course, twin),
+    )
     run.outcome().check_same(expected)
-    assert expected.skipped == [step == 2 for step in range(course.steps)]
+    assert expected.skipped == [step == 1 and dtype == HALF for step in range(course.steps)]
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
     run.trainer.save_model(str(tmp_path / "adapter"))
-    loaded = peft.PeftModel.from_pretrained(gpt2(HALF), tmp_path / "adapter").state_dict()
+    loaded = peft.PeftModel.from_pretrained(gpt2(dtype), tmp_path / "adapter").state_dict()
     saved = model.state_dict()
     assert all(torch.equal(loaded[n].to(saved[n].dtype), saved[n]) for n in saved)
 
@@ -173,4 +182,50 @@ def of_lora(course: Course, model: Any) -> Any:
     """The optimizer over the adapters alone."""
     trained = [p for p in model.parameters() if p.requires_grad]
     Overflows(trained[-1], course.overflows)
-    return mpcore.MixedPrecisionOptimizer(adamw(trained), transformed.SCALING)
+    scaling = transformed.SCALING if course.scales else mpcore.NoLossScale()
+    return mpcore.MixedPrecisionOptimizer(adamw(trained), scaling)
+
+
+def lora(
+    course: Course,
+    folder: Path,
+    adapters: torch.dtype = FULL,
+    stop: int | None = None,
+    seed: int = 3,
+) -> Run:
+    """A Trainer that trains adapters alone."""
+    model = adapted(adapters, course.dtype, seed)
+    return Run(course, folder, model, of_lora(course, model), stop)
+
+
+def adapted(adapters: torch.dtype, dtype: torch.dtype = HALF, seed: int = 3) -> Any:
+    """A GPT-2 with adapters of a dtype: float32 is PEFT's own choice, unless it is told not to."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        r=4, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights="gaussian"
+    )
+    model = gpt2(dtype)
+    torch.manual_seed(seed)
+    return peft.get_peft_model(model, config, autocast_adapter_dtype=adapters == torch.float32)
+
+
+def test_lora_resumes_with_the_same_bits(tmp_path: Path) -> None:
+    course = Course(max_norm=0.5, overflows=(2, 6))
+    whole = lora(course, tmp_path / "whole")
+    whole.trainer.train()
+    lora(course, tmp_path / "cut", stop=5).trainer.train()
+    second = lora(replace(course, overflows=(1,)), tmp_path / "cut", seed=9)
+    second.trainer.train(resume_from_checkpoint=True)
+    assert second.recorded.skipped == whole.recorded.skipped[5:]
+    assert all(map(torch.equal, second.outcome().masters, whole.outcome().masters))
+
+
+def test_16_bit_adapters_that_trainer_replaces_when_it_resumes_are_no_silent_standstill(
+    tmp_path: Path,
+) -> None:
+    """Trainer loads adapters as float32, in new parameters that no optimizer made before has."""
+    course = Course(max_norm=0.5)
+    lora(course, tmp_path, HALF, stop=5).trainer.train()
+    second = lora(course, tmp_path, HALF)
+    with pytest.raises(AssertionError, match="No inf checks were recorded"):
+        second.trainer.train(resume_from_checkpoint=True)
