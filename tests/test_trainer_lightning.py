@@ -147,41 +147,59 @@ def test_a_resumed_run_has_the_same_bits(name: str, tmp_path: Path) -> None:
 class Adversaries(Module):
     """Two optimizers under manual optimization, with a clip of each."""
 
-    def __init__(self, course: Course) -> None:
+    def __init__(self, course: Course, algorithm: str = "norm") -> None:
         super().__init__(course)
-        self.automatic_optimization = False
+        self.automatic_optimization, self.algorithm = False, algorithm
         self.other = network(course.dtype, seed=5)
 
     def configure_optimizers(self) -> Any:
         """Both have scales of their own."""
-        self.both = [prepared(self.course, self.net), prepared(Course(), self.other)]
+        self.both = [
+            prepared(self.course, self.net),
+            prepared(replace(self.course, overflows=()), self.other),
+        ]
         return self.both
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        """One step of each."""
+        """One step of each, after so many passes."""
+        passes = self.course.passes
         for net, opt in zip((self.net, self.other), self.optimizers(), strict=True):
-            self.manual_backward(opt.scale(squared_error(net, batch)))
-            self.clip_gradients(opt, gradient_clip_val=0.5, gradient_clip_algorithm="norm")
+            self.manual_backward(opt.scale(squared_error(net, batch) / passes))
+            if (batch_idx + 1) % passes:
+                continue
+            self.clip_gradients(opt, gradient_clip_val=0.5, gradient_clip_algorithm=self.algorithm)
             opt.step()
             opt.zero_grad()
 
 
-def test_two_optimizers_under_manual_optimization(tmp_path: Path) -> None:
-    course = Course(max_norm=0.5, overflows=(0, 3, 4))
-    module = fit(replace(course, max_norm=None), tmp_path, module=Adversaries(course))
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("dtype", [HALF, BRAIN])
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_two_optimizers_under_manual_optimization(
+    passes: int, dtype: torch.dtype, algorithm: str, tmp_path: Path
+) -> None:
+    course = Course(dtype=dtype, passes=passes, max_norm=0.5, overflows=(0, 3, 4))
+    module = Adversaries(course, algorithm)
+    trainer = trainer_of(Course(), tmp_path)  # clips and accumulation are the module's own
+    trainer.fit(module, loader(Data(course)))
     for net, optimizer, seed, overflows in zip(
         (module.net, module.other), module.both, (0, 5), (course.overflows, ()), strict=True
     ):
-        twin = network(HALF, seed)
+        twin = network(dtype, seed)
         other = prepared(replace(course, overflows=overflows), twin)
-        for batch in Data(course).rows:
-            other.backward(squared_error(twin, batch))
+        for number, batch in enumerate(Data(course).rows, 1):
+            other.backward(squared_error(twin, batch) / passes)
+            if number % passes:
+                continue
             other.unscale_()
-            torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.5)
+            if algorithm == "norm":
+                torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.5)
+            else:
+                torch.nn.utils.clip_grad_value_(twin.parameters(), 0.5)
             other.step()
             other.zero_grad()
         assert all(map(torch.equal, masters(net, optimizer), masters(twin, other)))
-        assert optimizer.skipped_steps == len(overflows)
+        assert optimizer.skipped_steps == len({n // passes for n in overflows})
         assert optimizer.loss_scale == other.loss_scale
 
 
@@ -209,15 +227,45 @@ def test_an_optimizer_of_torch_steps_as_without_the_plugin(tmp_path: Path) -> No
     assert all(map(torch.equal, with_it.net.parameters(), without.net.parameters()))
 
 
+class OnFabric:
+    """The loop of Fabric's documentation."""
+
+    def __init__(self, course: Course, clip: str | None = "norm") -> None:
+        self.course, self.clip = course, clip
+        self.fabric = Fabric(accelerator="cpu", devices=1, plugins=FabricMasterWeightsPrecision())
+        self.net = network(course.dtype)
+        self.inner = prepared(course, self.net)
+        self.scheduler = schedule(self.inner)
+        self.model, self.optimizer = self.fabric.setup(self.net, self.inner)
+
+    def train(self, data: Any, steps: int | None = None) -> None:
+        for _ in range(self.course.steps if steps is None else steps):
+            for number in range(self.course.passes):
+                waits = number < self.course.passes - 1
+                with self.fabric.no_backward_sync(self.model, enabled=waits):
+                    loss = squared_error(self.model, next(data)) / self.course.passes
+                    self.fabric.backward(self.optimizer.scale(loss))
+            if self.clip is not None:
+                limit = {"norm": "max_norm", "value": "clip_val"}[self.clip]
+                options: Any = {limit: self.course.max_norm, "error_if_nonfinite": False}
+                self.fabric.clip_gradients(self.model, self.optimizer, **options)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            mpcore.step_scheduler(self.scheduler, self.optimizer.last_step)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
+
+
+@pytest.mark.filterwarnings("ignore:The model passed to `Fabric.no_backward_sync")
+@pytest.mark.parametrize("passes", [1, 2])
 @pytest.mark.parametrize("dtype", [HALF, BRAIN])
 @pytest.mark.parametrize("clip", ["norm", "value", None])
-def test_fabric(dtype: torch.dtype, clip: str | None) -> None:
-    course = Course(dtype=dtype, overflows=(0, 3), max_norm=0.5)
-    fabric = Fabric(accelerator="cpu", devices=1, plugins=FabricMasterWeightsPrecision())
-    net = network(dtype)
-    inner = prepared(course, net)
-    scheduler = schedule(inner)
-    model, optimizer = fabric.setup(net, inner)
+def test_fabric(dtype: torch.dtype, clip: str | None, passes: int) -> None:
+    course = Course(dtype=dtype, passes=passes, overflows=(0, 3), max_norm=0.5)
+    run = OnFabric(course, clip)
+    run.train(batches(course.steps * passes, dtype))
 
     def clip_(wrapped: Any, module: nn.Module, limit: float) -> None:
         if clip is not None:
@@ -227,20 +275,26 @@ def test_fabric(dtype: torch.dtype, clip: str | None) -> None:
         elif clip == "value":
             torch.nn.utils.clip_grad_value_(module.parameters(), limit)
 
-    for batch in batches(course.steps, dtype):
-        fabric.backward(optimizer.scale(squared_error(model, batch)))
-        if clip == "norm":
-            fabric.clip_gradients(model, optimizer, max_norm=0.5, error_if_nonfinite=False)
-        elif clip == "value":
-            fabric.clip_gradients(model, optimizer, clip_val=0.5)
-        optimizer.step()
-        optimizer.zero_grad()
-        mpcore.step_scheduler(scheduler, optimizer.last_step)
-    expected = own_loop(
-        course, network(dtype), batches(course.steps, dtype), squared_error, clip=clip_
-    )
-    assert all(map(torch.equal, masters(net, inner), expected.masters))
-    assert inner.skipped_steps == 2
+    data = batches(course.steps * passes, dtype)
+    expected = own_loop(course, network(dtype), data, squared_error, clip=clip_)
+    assert all(map(torch.equal, masters(run.net, run.inner), expected.masters))
+    assert run.inner.skipped_steps == 2
+
+
+def test_fabric_resumes_with_the_same_bits(tmp_path: Path) -> None:
+    course = Course(max_norm=0.5, overflows=(0, 3, 6))
+    whole, first = OnFabric(course), OnFabric(course)
+    whole.train(batches(course.steps, HALF))
+    data = batches(course.steps, HALF)
+    first.train(data, 5)
+    first.fabric.save(tmp_path / "cut.ckpt", first.state)
+    second = OnFabric(replace(course, overflows=(1,)))
+    second.fabric.load(tmp_path / "cut.ckpt", second.state)
+    second.train(data, 3)
+    results = [masters(run.net, run.inner) for run in (second, whole)]
+    assert all(map(torch.equal, *results))
+    assert second.inner.loss_scale == whole.inner.loss_scale
+    assert second.scheduler.last_epoch == whole.scheduler.last_epoch
 
 
 def test_masters_of_cast_model_are_the_float32_originals(tmp_path: Path) -> None:

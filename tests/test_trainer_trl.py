@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def tokenizer() -> Any:
     )
 
 
-def build(course: Course, folder: Path) -> tuple[Any, Any, Any]:
+def build(course: Course, folder: Path, stop: int | None = None) -> tuple[Any, Any, Any]:
     """A trainer, its optimizer, and what saw its steps."""
     rows = samples(course.steps * course.passes * BATCH)
     data = datasets.Dataset.from_list([{"input_ids": r["input_ids"].tolist()} for r in rows])
@@ -65,7 +66,7 @@ def build(course: Course, folder: Path) -> tuple[Any, Any, Any]:
     recorded = Recorded()
     recorded.trainer = trainer = trl.SFTTrainer(
         model=model,
-        args=arguments(course, folder, kind=trl.SFTConfig),
+        args=arguments(course, folder, stop, kind=trl.SFTConfig),
         train_dataset=data,
         processing_class=tokenizer(),
         optimizers=(optimizer, schedule(optimizer)),
@@ -97,3 +98,15 @@ def test_masters_rates_and_skips_are_those_of_our_own_loop(name: str, tmp_path: 
     assert recorded.rates == expected.rates
     assert all(map(torch.equal, masters(trainer.model, optimizer), expected.masters))
     assert sum(expected.skipped) == len(course.overflows)
+
+
+def test_a_resumed_run_has_the_same_bits(tmp_path: Path) -> None:
+    course = Course(max_norm=0.5, overflows=(0, 3, 6))
+    whole, of_whole, _ = build(course, tmp_path / "whole")
+    whole.train()
+    build(course, tmp_path / "cut", stop=5)[0].train()
+    second, of_second, recorded = build(replace(course, overflows=(1,)), tmp_path / "cut")
+    second.train(resume_from_checkpoint=True)
+    assert recorded.skipped == [False, True, False]
+    results = [masters(whole.model, of_whole), masters(second.model, of_second)]
+    assert all(map(torch.equal, *results))
