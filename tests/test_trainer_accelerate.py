@@ -148,6 +148,35 @@ def test_masters_of_cast_model_survive_prepare() -> None:
     assert all(map(torch.equal, masters(net, inner), originals))
 
 
+def test_several_optimizers_that_are_not_prepared_skip_together() -> None:
+    """Accelerate would move the scale after the step of each, and step those that did not skip."""
+    course = Course(max_norm=0.5, overflows=(2,))
+    results = []
+    for accelerated_model in (True, False):
+        net = network(HALF)
+        Overflows(net[2].bias, course.overflows)
+        both = [mpcore.MixedPrecisionOptimizer(adamw(net[i].parameters())) for i in (0, 2)]
+        scaler = mpcore.GradScaler.of(SCALING, "cpu")
+        accelerator = accelerator_of(course, scaler)
+        model = accelerator.prepare(net) if accelerated_model else net
+        for batch in data_of(course):
+            if accelerated_model:
+                accelerator.backward(squared_error(model, batch))
+            else:
+                with torch.autocast("cpu", dtype=HALF):
+                    loss = squared_error(model, batch)
+                scaler.scale(loss).backward()
+            scaler.clip_grad_norm_(both, course.max_norm)
+            for each in both:
+                scaler.step(each)
+                each.zero_grad()
+            scaler.update()
+        assert [each.skipped_steps for each in both] == [1, 1]
+        results.append([both[i // 2].state[p]["master"] for i, p in enumerate(net.parameters())])
+        reset()
+    assert all(map(torch.equal, *results))
+
+
 def test_a_clip_that_accelerate_does_not_unscale_for_is_warned_of() -> None:
     """Without `mixed_precision="fp16"` it never asks a scaler to."""
     run = Run(Course(max_norm=0.5))
