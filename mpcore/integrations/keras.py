@@ -160,10 +160,9 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         return cls(inner, _KINDS[kind](**given), name=config["name"])
 
     def _write(self) -> None:
-        """Brings the variables in line, Keras's own two as well."""
+        """Brings the variables in line, Keras's own scale as well."""
         self._saved.assign(list(map(float, self._now)))
         self.dynamic_scale.assign(self._now.scale)
-        self.step_counter.assign(self._now.growth_tracker)
 
     @staticmethod
     def _largest(grads: Sequence[Any]) -> float:
