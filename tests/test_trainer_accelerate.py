@@ -72,6 +72,15 @@ def test_masters_rates_and_skips_are_those_of_our_own_loop(name: str) -> None:
     assert run.inner.skipped_steps == len(course.overflows)
 
 
+def test_without_a_scaler_an_overflow_is_skipped_and_the_schedule_moves_on() -> None:
+    course = Course(dtype=BRAIN, overflows=(2,))
+    run = Run(course)
+    run.train(data_of(course))
+    assert run.inner.skipped_steps == 1
+    assert run.skipped == [False] * course.steps
+    assert len(set(run.rates)) == course.steps
+
+
 @pytest.mark.parametrize("clip_value", [0.01, 1e-3])
 def test_clip_by_value_is_that_of_our_own_loop(clip_value: float) -> None:
     course = Course(overflows=(2,))
