@@ -145,12 +145,15 @@ def weight_of(found: Preflight) -> Range:
     return next(one for one in found.ranges if one.kind == "weight")
 
 
-def found_for(*weights: float, factor: float = 1.0) -> Preflight:
-    """Of a layer that has these weights and a batch and a loss that make the rest harmless."""
+def found_for(*weights: float, factor: float = 1.0, least: float = 0.0) -> Preflight:
+    """Of a layer that has these weights and a batch and a loss that make the rest harmless.
+
+    Inputs below 2^-126 have too few digits in bfloat16: `least` is the smallest.
+    """
     model = nn.Linear(len(weights), 1, bias=False)
     with torch.no_grad():
         model.weight.copy_(torch.tensor([weights]))
-    inputs = torch.full((1, len(weights)), 1 / max(weights) / len(weights))
+    inputs = torch.full((1, len(weights)), max(1 / max(weights) / len(weights), least))
     return mpcore.preflight(model, inputs, lambda out: out.sum() * factor)
 
 
@@ -198,7 +201,7 @@ def test_what_rounds_to_infinity_is_a_problem(
 
 
 def test_bfloat16_is_recommended_only_if_it_holds_everything() -> None:
-    assert found_for(3.39e38, 1.0).dtype == torch.bfloat16
+    assert found_for(3.39e38, 1.0, least=1e-36).dtype == torch.bfloat16
     found = found_for(3.4e38, 1.0)
     assert (found.dtype, found.loss_scale) == (torch.float32, 1.0)
     assert "weight weight is too large for bfloat16 as well" in found.reason

@@ -1,86 +1,153 @@
-"""A batch, run through a model and back, with somebody looking at every module on the way."""
+"""A batch, run through a model and back, with somebody looking at all that happens on the way."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+
+from mpcore.monitoring.left_alone import LeftAlone
+from mpcore.monitoring.nests import tensors_in, with_changed
+from mpcore.monitoring.operations import Operation, OperationWatch, Whereabouts
 
 #: Gets the phase ("batch", "forward", "loss" or "backward"), the name, the module or function, and
 #: the floating tensors that went in and that came out: in the backward pass gradients.
 Visit = Callable[[str, str, Any, list[Tensor], list[Tensor]], None]
 
 
-def run_and_visit(
-    model: nn.Module,
-    batch: Any,
-    loss_of: Callable[[Any], Tensor],
-    visit: Visit,
-    *,
-    loss_scale: float = 1.0,
-    after: Callable[[], None] = lambda: None,
-) -> None:
-    """Runs forward and back, inner modules first; leaves the model as it was.
-
-    Put back are gradients, buffers, hooks and random number generators.
+class Probe:
+    """One pass forward and one back, inner modules first; leaves model and batch as they were.
 
     Args:
         model: Any.
-        batch: A tensor, a tuple of positional or a dictionary of keyword arguments.
-        loss_of: Returns the loss from the model's output.
-        visit: Called for the batch, each module, and the loss.
-        loss_scale: What the loss is multiplied by in float32.
-        after: Called at the end, while the gradients are there.
+        batch: A tensor, a tuple of positional or a mapping of keyword arguments. The model gets
+            copies of its tensors.
+        loss_of: Returns the loss from the model's output. Without a graph nothing goes back.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> names = []
+        >>> def visit(phase, name, what, into, out):
+        ...     names.append(phase)
+        >>> probe = Probe(model, torch.ones(1, 2), lambda out: out.sum())
+        >>> probe.run(visit, lambda operation: names.append(operation.name))
+        >>> names[:4]
+        ['batch', 't', 'addmm', 'forward']
     """
-    batch = dict(batch) if isinstance(batch, Mapping) else batch  # whose tensors PyTorch would miss
-    arriving = _floating(batch)
-    visit("batch", "batch", batch, arriving, arriving)
-    with _left_alone(model), _hooked(model, visit) as handles:
-        output = _call(model, batch)
-        loss = loss_of(output)
-        visit("loss", "loss_of", loss_of, _floating(output), _floating(loss))
-        handles += _way_back("loss_of", loss_of, output, loss, visit)
-        (loss.float() * loss_scale).backward()  # type: ignore[no-untyped-call]
-        after()
+
+    def __init__(self, model: nn.Module, batch: Any, loss_of: Callable[[Any], Tensor]) -> None:
+        self._model = model
+        self._loss_of = loss_of
+        mapping = dict(batch) if isinstance(batch, Mapping) else batch
+        #: What the model gets, written to or not.
+        self.batch: Any = with_changed(mapping, _copied)
+
+    def named(self) -> list[tuple[str, Tensor]]:
+        """Returns batch, weights and buffers with their kind and name, as messages spell them."""
+        given = tensors_in(self.batch, "batch")
+        weights = [(f"weight {name}", param) for name, param in self._model.named_parameters()]
+        buffers = [(f"buffer {name}", buffer) for name, buffer in self._model.named_buffers()]
+        return [*given, *weights, *buffers]
+
+    def run(
+        self,
+        visit: Visit,
+        see: Callable[[Operation], object],
+        *,
+        loss_scale: float = 1.0,
+        after: Callable[[Tensor], None] = lambda loss: None,
+    ) -> None:
+        """Runs forward and back.
+
+        Put back are gradients, weights, buffers, attributes of modules, hooks and random number
+        generators, also after an exception.
+
+        Args:
+            visit: Called for the batch, each module, and the loss.
+            see: Called for each operation.
+            loss_scale: What the loss is multiplied by in float32.
+            after: Called with the loss at the end, while the gradients are there.
+        """
+        model, loss_of = self._model, self._loss_of
+        where = Whereabouts(Probe.run.__code__)
+        arriving = floating(self.batch)
+        visit("batch", "batch", self.batch, arriving, arriving)
+        with LeftAlone(model) as kept, contextlib.ExitStack() as stack:
+            watch = OperationWatch(where, see, kept.save)
+
+            def unseen(*what: Any) -> None:
+                with watch.paused():
+                    visit(*what)
+
+            handles = stack.enter_context(_hooked(model, where, watch, unseen))
+            stack.enter_context(watch)
+            output = self._call()
+            where.phase = "loss"
+            where.modules.clear()
+            loss = loss_of(output)
+            with watch.paused():
+                visit("loss", "loss_of", loss_of, floating(output), floating(loss))
+                handles += _way_back("loss_of", loss_of, output, loss, unseen)
+            where.phase = "backward"
+            scaled = loss.float() * loss_scale
+            if scaled.requires_grad:
+                scaled.backward()  # type: ignore[no-untyped-call]
+            with watch.paused():
+                after(loss.detach())
+
+    def _call(self) -> Any:
+        if isinstance(self.batch, Mapping):
+            return self._model(**self.batch)
+        given = self.batch if isinstance(self.batch, tuple) else (self.batch,)
+        return self._model(*given)
 
 
-def _call(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, tuple) else model(batch)
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
-def _floating(value: Any) -> list[Tensor]:
-    leaves = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-    return [leaf.detach() for leaf in leaves if leaf.is_floating_point()]
+def floating(value: Any) -> list[Tensor]:
+    """Returns the floating tensors in a value, detached."""
+    return [tensor.detach() for _, tensor in tensors_in(value) if tensor.is_floating_point()]
 
 
 @contextmanager
-def _hooked(model: nn.Module, visit: Visit) -> Iterator[list[Any]]:
+def _hooked(
+    model: nn.Module, where: Whereabouts, watch: OperationWatch, visit: Visit
+) -> Iterator[list[Any]]:
     handles: list[Any] = []
 
-    def watch(name: str, module: nn.Module) -> list[Any]:
-        inputs: list[list[Tensor]] = []  # copies: modules may write to what they are given
+    def watched(name: str, module: nn.Module) -> list[Any]:
+        entered: list[tuple[int, list[Tensor]]] = []
 
         def before(_: nn.Module, args: Any, kwargs: Any) -> None:
-            inputs.append([tensor.clone() for tensor in _floating((args, kwargs))])
+            depth = len(where.modules)
+            where.modules.append(name)
+            with watch.paused():  # copies: modules may write to what they are given
+                inputs = [tensor.clone() for tensor in floating((args, kwargs))]
+            entered.append((depth, inputs))
 
         def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            visit("forward", name, module, inputs.pop(), _floating(output))
-            handles.extend(_way_back(name, module, (args, kwargs), output, visit))
+            depth, inputs = entered.pop()
+            del where.modules[depth:]  # also what a checkpoint has left early
+            if where.phase == "backward":
+                return  # a checkpoint runs it again
+            with watch.paused():
+                visit("forward", name, module, inputs, floating(output))
+                handles.extend(_way_back(name, module, (args, kwargs), output, visit))
 
         return [
-            module.register_forward_pre_hook(before, with_kwargs=True),
+            module.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
             module.register_forward_hook(after, with_kwargs=True),
         ]
 
-    for name, module in model.named_modules():
-        handles += watch(name, module)
     try:
+        for name, module in model.named_modules():
+            handles += watched(name, module)
         yield handles
     finally:
         for handle in handles:
@@ -89,9 +156,9 @@ def _hooked(model: nn.Module, visit: Visit) -> Iterator[list[Any]]:
 
 def _way_back(name: str, what: Any, into: Any, output: Any, visit: Visit) -> list[Any]:
     """Has a visit made when gradients have come back through it; returns the hooks."""
-    own = what.parameters() if isinstance(what, nn.Module) else ()
-    sources = [t for t in (*tree_leaves(into), *own) if _wants_gradient(t)]
-    results = [t for t in tree_leaves(output) if _wants_gradient(t)]
+    own = list(what.parameters()) if isinstance(what, nn.Module) else []
+    sources = [t for t in (*_tensors(into), *own) if t.requires_grad]
+    results = [t for t in _tensors(output) if t.requires_grad]
     if not sources or not results:
         return []
     arrived: list[Tensor] = []
@@ -100,34 +167,10 @@ def _way_back(name: str, what: Any, into: Any, output: Any, visit: Visit) -> lis
         visit("backward", name, what, list(arrived), [grad for grad in grads if grad is not None])
 
     return [
-        *(result.register_hook(arrived.append) for result in results),
+        *(result.register_hook(arrived.append) for result in results),  # type: ignore[no-untyped-call]
         torch.autograd.graph.register_multi_grad_hook(sources, leave),
     ]
 
 
-def _wants_gradient(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad
-
-
-@contextmanager
-def _left_alone(model: nn.Module) -> Iterator[None]:
-    """Puts gradients, buffers and random number generators back."""
-    grads = [(param, param.grad) for param in model.parameters()]
-    buffers = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False)
-    ]
-    devices = {param.device for param in model.parameters() if param.device.type == "cuda"}
-    for param, _ in grads:
-        param.grad = None
-    try:
-        with torch.random.fork_rng(devices=list(devices)), torch.enable_grad():
-            yield
-    finally:
-        for param, grad in grads:
-            param.grad = grad
-        with torch.no_grad():
-            for module, name, buffer, value in buffers:
-                module._buffers[name] = buffer  # which a forward pass may have replaced
-                buffer.copy_(value)
+def _tensors(value: Any) -> list[Tensor]:
+    return [tensor for _, tensor in tensors_in(value)]

@@ -34,15 +34,19 @@ class Range:
     """The sizes of the values of one tensor, or of several of one module.
 
     Attributes:
-        kind: "weight", "activation", "gradient" (of an activation) or "weight gradient".
-        name: Of the parameter or module.
+        kind: "input" (a tensor of the batch), "weight", "buffer", "activation", "loss", "gradient"
+            (of an activation) or "weight gradient".
+        name: Of the parameter, buffer or module; of an operation between modules also what torch
+            calls it, and its line.
         largest: Largest finite magnitude; 0 if there are none but zeros.
         smallest: Smallest magnitude that is not 0.
         exponents: How many values have which binary exponent; zeros and infinities are left out.
-        infinite: How many values are infinite in float32 itself. -inf in activations is left out
-            if the loss is finite: masks have it.
+        infinite: How many values are infinite in float32 itself. Those of masks, all -inf, are left
+            out if the loss is finite.
         rounding_up: For each format, those of `exponents` that would be rounded up to the next.
         powers: Those of `exponents` that are powers of two.
+        between: Whether it is of an operation between modules.
+        wide: Whether it stays in float32 when `cast_model` has cast the model, as was tried.
 
     Example:
         >>> one = range_of("weight", "w", [torch.tensor([1.0, 65504.0, 65520.0, 2.0**-25])])
@@ -60,6 +64,8 @@ class Range:
     infinite: int = 0
     rounding_up: Mapping[torch.dtype, dict[int, int]] = field(default_factory=dict)
     powers: dict[int, int] = field(default_factory=dict)
+    between: bool = False
+    wide: bool = False
 
     def scaled_by(self, loss_scale: float) -> float:
         """Returns what a loss scale multiplies these by: gradients alone."""
@@ -130,25 +136,24 @@ def _format(dtype: torch.dtype) -> _Format:
 
 
 @torch.no_grad()
-def range_of(kind: str, name: str, tensors: Sequence[Tensor]) -> Range:
-    """Returns the sizes of the values of some tensors; syncs with the host.
+def range_of(kind: str, name: str, tensors: Sequence[Tensor], *, masks: bool = False) -> Range:
+    """Returns the sizes of the values of some tensors; NaN counts as nothing; syncs with the host.
 
     Args:
         kind: See `Range`.
-        name: Of the parameter or module.
+        name: Likewise.
         tensors: Floating ones.
-
-    Raises:
-        ArgumentError: A value is NaN.
+        masks: Whether to leave out what is at or below the most negative number of float16, if all
+            of it is one number, as in a mask; 16 bits may make it -inf, or clamp it.
     """
     flat = [tensor.detach().float().reshape(-1) for tensor in tensors]
-    values = torch.cat(flat).abs() if flat else torch.zeros(0)
-    if bool(torch.isnan(values).any()):
-        raise ArgumentError(
-            f"model: expected values without NaN in float32, got some: {kind} of "
-            f"{name or 'the model'}. mpcore.trace_overflow(...) says where that began."
-        )
-    infinite = int(torch.isinf(values).sum())
+    values = torch.cat(flat) if flat else torch.zeros(0)
+    if masks:
+        below = values <= torch.finfo(torch.float16).min
+        low = values[below]
+        values = values[~below] if bool((low == low[:1]).all()) else values
+    values = values.abs()
+    infinite = int((values == torch.inf).sum())
     values = values[(values > 0) & (values < torch.inf)]
     if not values.numel():
         return Range(kind, name, 0.0, 0.0, {}, infinite)
@@ -171,5 +176,6 @@ def range_of(kind: str, name: str, tensors: Sequence[Tensor]) -> Range:
 
 
 def _counted(exponents: Tensor) -> dict[int, int]:
-    found, counts = torch.unique(exponents, return_counts=True)
-    return dict(zip(found.tolist(), counts.tolist(), strict=True))
+    lowest = 160  # below that of the smallest subnormal number
+    counts = torch.bincount(exponents.long() + lowest).tolist()
+    return {place - lowest: count for place, count in enumerate(counts) if count}

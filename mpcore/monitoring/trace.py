@@ -1,33 +1,41 @@
-"""`trace_overflow`: runs a failing batch once more and names the first module that went wrong."""
+"""`trace_overflow`: runs a failing batch again and names the first operation that went wrong."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
-from mpcore.monitoring.probe import run_and_visit
+from mpcore.monitoring.nests import tensors_in, with_changed
+from mpcore.monitoring.operations import Operation
+from mpcore.monitoring.origins import Event, Origins, is_finite, kinds_of, largest_of
+from mpcore.monitoring.probe import Probe
 
 _SHOWN = 8
 
 
 @dataclass(frozen=True)
 class Frame:
-    """A module, as the batch went through it.
+    """A module, or an operation, as the batch went through it.
 
     Attributes:
         phase: "batch", "forward", "loss" or "backward".
-        module: Its name, "" for the model itself.
+        module: Its name, "" for the model itself; of an operation that of the innermost module
+            around it.
         kind: Its class.
         largest_in: Largest finite magnitude of what went in: its inputs, or the gradients of its
             outputs. 0 if there was nothing.
         largest_out: Of what came out, likewise.
         finite_in: Whether all that went in was finite.
         finite_out: Whether all that came out was.
+        operation: What torch calls it, and in the backward pass what is differentiated; "" for a
+            module.
+        line: The line of code that called it, or that called what is differentiated; "" if torch
+            cannot tell.
+        tensor: The weight, buffer or part of the batch that is to blame, "" if none is.
     """
 
     phase: str
@@ -37,14 +45,18 @@ class Frame:
     largest_out: float
     finite_in: bool
     finite_out: bool
+    operation: str = ""
+    line: str = ""
+    tensor: str = ""
 
     def __str__(self) -> str:
         def side(finite: bool, largest: float) -> str:
             return f"{largest:.3g}" if finite else f"NOT FINITE (else up to {largest:.3g})"
 
-        name = self.module or "(the model)"
+        what = self.operation or self.kind
         return (
-            f"{self.phase:<8} {name} {self.kind}: in {side(self.finite_in, self.largest_in)}, "
+            f"{self.phase:<8} {self.module or '(the model)'} {what}: "
+            f"in {side(self.finite_in, self.largest_in)}, "
             f"out {side(self.finite_out, self.largest_out)}"
         )
 
@@ -54,20 +66,25 @@ class Trace:
     """What happened to a batch, in order.
 
     Attributes:
-        frames: Every module of the forward pass, then every module of the backward pass.
-        first: The first frame where something finite went in and something else came out, or the
-            batch, if all would be well without what is not finite in it. None if the loss and the
-            gradients are finite: a softmax makes a mask's infinities finite, for example.
+        frames: Every module of the forward pass, then every module of the backward pass; among
+            them, in its place, `first`.
+        first: The first operation where something finite went in and something else came out, or
+            the batch, if all would be well without what is not finite in it. None if the loss and
+            the gradients are finite: a softmax makes a mask's infinities finite, for example.
     """
 
     frames: tuple[Frame, ...]
     first: Frame | None
 
     def __str__(self) -> str:
-        if self.first is None:
+        first = self.first
+        if first is None:
             return self._nothing_wrong()
-        at = self.frames.index(self.first)
-        lines = [f"First in the {self.first.phase} pass: {self.first.module or '(the model)'}"]
+        at = self.frames.index(first)
+        doing = f", {first.operation}" if first.operation else ""
+        lines = [f"First in the {first.phase} pass: {first.module or '(the model)'}{doing}"]
+        lines += [f"  {first.line}"] if first.line else []
+        lines += [f"  of the {first.tensor}"] if first.tensor else []
         for i in range(max(0, at - _SHOWN), min(len(self.frames), at + 3)):
             lines.append(f"{'->' if i == at else '  '} {self.frames[i]}")
         return "\n".join(lines)
@@ -86,10 +103,15 @@ def trace_overflow(
     *,
     loss_scale: float = 1.0,
 ) -> Trace:
-    """Runs `batch` through `model` and back, and looks at every module; syncs many times.
+    """Runs `batch` through `model` and back, and looks at every operation; syncs many times.
 
-    The model is left as it was: gradients, buffers, hooks; and random number generators. A batch
-    that is not finite is run again with finite numbers in place, to see whether it is to blame.
+    Also at those between modules, in the loss, in checkpoints and in custom backward passes. What a
+    compiled kernel computes inside, and what does not go through torch, it does not see: then the
+    first module is named that handed it on.
+
+    The model is left as it was: gradients, weights, buffers, hooks; and random number generators.
+    A batch that is not finite is run again with finite numbers in place, to see whether it is to
+    blame.
 
     Args:
         model: In the mode, dtypes and place in which it failed.
@@ -102,56 +124,128 @@ def trace_overflow(
         >>> with torch.no_grad():
         ...     _ = model[1].weight.fill_(1e38)
         >>> trace = trace_overflow(model, torch.full((1, 2), 1e3), lambda out: out.sum())
-        >>> trace.first.phase, trace.first.module
-        ('forward', '1')
+        >>> trace.first.phase, trace.first.module, trace.first.operation
+        ('forward', '1', 'addmm')
     """
-    spare = _changed(batch, torch.clone)  # now: modules may write to what they are given
 
-    def run(given: Any) -> list[Frame]:
-        return _frames_of(model, given, loss_of, loss_scale)
+    def run(given: Any) -> _Run:
+        return _Run(model, given, loss_of, loss_scale)
 
-    frames = run(batch)
-    first = _first(frames)
-    if first is not None and not frames[0].finite_out:
-        # what a finite loss came from acts as a mask does: large numbers do the same
-        tame = _with_ones if _is_lost(frames) else _with_large_numbers
-        first = _first_but_for_batch(frames, first, run(_changed(spare, tame)))
-    return Trace(tuple(frames), first)
+    made = run(batch)
+    if made.first is None or made.frames[0].finite_out:
+        return Trace(tuple(made.frames), made.first)
+    # what a finite loss came from acts as a mask does: large numbers do the same
+    tamed = run(_changed(batch, _with_ones if made.lost else _with_large_numbers))
+    if tamed.first is None or (made.lost and not tamed.lost):
+        return _blaming_the_batch(made.modules, batch)
+    if tamed.lost and not made.lost:
+        return Trace(tuple(made.frames), made.first)  # the numbers in place did other harm
+    return Trace(tuple(tamed.frames), tamed.first)
 
 
-def _frames_of(
-    model: nn.Module, batch: Any, loss_of: Callable[[Any], Tensor], loss_scale: float
-) -> list[Frame]:
-    frames: list[Frame] = []
+def _blaming_the_batch(frames: Sequence[Frame], batch: Any) -> Trace:
+    bad = {name: kinds_of([t]) for name, t in tensors_in(batch, "batch") if not is_finite(t)}
+    worst = min(bad, key=lambda name: bad[name] == {"-inf"})  # which may be a mask
+    first = replace(frames[0], tensor=f"{worst} ({', '.join(sorted(bad[worst]))})")
+    return Trace((first, *frames[1:]), first)
 
-    def visit(phase: str, name: str, what: Any, into: list[Tensor], out: list[Tensor]) -> None:
-        finite_in, largest_in = _look(into)
-        finite_out, largest_out = _look(out)
-        kind = getattr(what, "__name__", type(what).__name__)
+
+class _Run:
+    """A batch that was run, and what was wrong first, whatever the batch was like."""
+
+    def __init__(
+        self, model: nn.Module, batch: Any, loss_of: Callable[[Any], Tensor], loss_scale: float
+    ) -> None:
+        self.modules: list[Frame] = []
+        self.lost = False
+        self._at: dict[int, int] = {}  # how many modules were through, by number of an event
+        probe = Probe(model, batch, loss_of)
+        self._origins = Origins(probe.named())
+        self._kinds = {name: type(module).__name__ for name, module in model.named_modules()}
+        self._kinds["loss_of"] = getattr(loss_of, "__name__", type(loss_of).__name__)
+        self._event: Event | None = None
+
+        def judge(loss: Tensor) -> None:
+            self.lost = not is_finite(loss)
+            grads = [t.grad for _, t in probe.named() if t.is_leaf and t.grad is not None]
+            self._wrong = self.lost or not all(map(is_finite, grads))
+            results = [loss] if self.lost else grads
+            self._event = self._origins.blamed(results, lost=self.lost)
+
+        probe.run(self._visit, self._see, loss_scale=loss_scale, after=judge)
+        self.frames, self.first = self._judged()
+
+    def _see(self, operation: Operation) -> None:
+        event = self._origins.see(operation)
+        if event is not None:
+            self._at[event.number] = len(self.modules)
+
+    def _visit(
+        self, phase: str, name: str, what: Any, into: list[Tensor], out: list[Tensor]
+    ) -> None:
         frame = Frame(
             phase,
             name,
-            kind,
-            largest_in=largest_in,
-            largest_out=largest_out,
-            finite_in=finite_in,
-            finite_out=finite_out,
+            getattr(what, "__name__", type(what).__name__),
+            largest_in=largest_of(into),
+            largest_out=largest_of(out),
+            finite_in=all(map(is_finite, into)),
+            finite_out=all(map(is_finite, out)),
         )
-        frames.append(frame)
+        self.modules.append(frame)
 
-    run_and_visit(model, batch, loss_of, visit, loss_scale=loss_scale)
-    return frames
+    def _judged(self) -> tuple[list[Frame], Frame | None]:
+        """Returns the frames with the first that went wrong among them."""
+        event, modules = self._event, self.modules
+        if not self._wrong:
+            return modules, None
+        unseen = _unseen(modules, lost=self.lost)
+        if event is None:
+            return modules, unseen
+        at = self._at[event.number]
+        if "" in event.outside and unseen in modules[:at]:
+            return modules, unseen  # what it got was computed where no operation was seen
+        frame = _frame_of(event, self._kinds)
+        if frame.phase == "batch":
+            frame = replace(frame, finite_in=modules[0].finite_in, finite_out=modules[0].finite_out)
+            return [frame, *modules[1:]], frame
+        return [*modules[:at], frame, *modules[at:]], frame
+
+
+def _unseen(frames: Sequence[Frame], *, lost: bool) -> Frame | None:
+    """Returns the first module that made something that is not finite."""
+    phases = ("forward", "loss", "backward") if lost else ("backward",)
+    sources = (frame for frame in frames if frame.finite_in and not frame.finite_out)
+    return next((frame for frame in sources if frame.phase in phases), None)
+
+
+def _frame_of(event: Event, kinds: dict[str, str]) -> Frame:
+    place = event.place
+    tensor = event.cast_of or next(filter(None, event.outside), "")
+    given = event.finite_in and event.cast_of.startswith("batch")
+    return Frame(
+        "batch" if given else place.phase,
+        "batch" if given else place.module,
+        kinds.get(place.module, ""),
+        largest_in=event.largest_in,
+        largest_out=event.largest_out,
+        finite_in=event.finite_in,
+        finite_out=False,
+        operation=f"{event.name} of {place.node}" if place.node else event.name,
+        line=str(place.line) if place.line is not None else "",
+        tensor=tensor,
+    )
 
 
 def _changed(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Returns a copy whose floating tensors were changed."""
 
-    def copied(leaf: Any) -> Any:
-        if not (isinstance(leaf, Tensor) and leaf.is_floating_point()):
+    def copied(leaf: Tensor) -> Tensor:
+        if not leaf.is_floating_point():
             return leaf
         return change(leaf.detach()).requires_grad_(leaf.requires_grad)
 
-    return tree_map(copied, dict(batch) if isinstance(batch, Mapping) else batch)
+    return with_changed(batch, copied)
 
 
 def _with_ones(tensor: Tensor) -> Tensor:
@@ -161,70 +255,3 @@ def _with_ones(tensor: Tensor) -> Tensor:
 def _with_large_numbers(tensor: Tensor) -> Tensor:
     bound = torch.finfo(tensor.dtype).max / 4  # to which a module can add something
     return torch.nan_to_num(tensor, nan=1.0, posinf=bound, neginf=-bound)
-
-
-def _first(frames: Sequence[Frame]) -> Frame | None:
-    """Returns the first frame that went wrong, whatever the batch was like.
-
-    If the loss is finite, what was not finite on the way to it was meant, as a mask's infinities
-    are, or did no harm: then only the backward pass counts.
-    """
-    back = [frame for frame in frames if frame.phase == "backward"]
-    if not _is_lost(frames):
-        return _source(back)
-    there = [frame for frame in frames if frame.phase in ("forward", "loss")]
-    # the first of all, if modules made finite what they got, and it was not that which did harm
-    sources = filter(_is_source, (*there, *back))
-    return _source(there) or next(sources, None)
-
-
-def _source(frames: Sequence[Frame]) -> Frame | None:
-    """Returns the first source of what no later module made finite."""
-    found: Frame | None = None
-    for frame in frames:
-        if found is None:
-            found = frame if _is_source(frame) else None
-        elif not frame.finite_in and frame.finite_out:
-            found = None
-    return found
-
-
-def _first_but_for_batch(
-    frames: Sequence[Frame], first: Frame, tamed: Sequence[Frame]
-) -> Frame | None:
-    """Returns the batch's frame if it did the harm, else the frame that did.
-
-    Args:
-        frames: Of the batch.
-        first: What went wrong first in them.
-        tamed: Frames of the same batch with finite numbers in place of all others.
-    """
-    found = _first(tamed)
-    if found is None or (_is_lost(frames) and not _is_lost(tamed)):
-        return frames[0]
-    if _is_lost(tamed) and not _is_lost(frames):
-        return first  # the numbers in place did other harm
-    at = tamed.index(found)
-    same = frames[at] if at < len(frames) else first
-    return same if (same.phase, same.module) == (found.phase, found.module) else first
-
-
-def _is_source(frame: Frame) -> bool:
-    return frame.finite_in and not frame.finite_out
-
-
-def _is_lost(frames: Sequence[Frame]) -> bool:
-    return any(frame.phase == "loss" and not frame.finite_out for frame in frames)
-
-
-def _look(tensors: list[Tensor]) -> tuple[bool, float]:
-    """Returns whether all is finite, and the largest finite magnitude."""
-    finite, largest = True, 0.0
-    for tensor in tensors:
-        if not tensor.numel():
-            continue
-        sizes = tensor.abs().double()
-        good = torch.isfinite(sizes)
-        finite = finite and bool(good.all())
-        largest = max(largest, float(torch.where(good, sizes, 0.0).amax()))
-    return finite, largest
