@@ -1,5 +1,6 @@
-"""Optimizers that `torch.optim` does not have, for `mpcore.MixedPrecisionOptimizer` or alone."""
+"""What `torch.optim` does not have, for `mpcore.MixedPrecisionOptimizer`: Lion, and averages."""
 
+from mpcore.optim.averaged_model import AveragedModel
 from mpcore.optim.lion import Lion
 
-__all__ = ["Lion"]
+__all__ = ["AveragedModel", "Lion"]
