@@ -29,14 +29,14 @@ class _RunMonitor(Monitor):
     first_loss: Tensor | None = None
     memory: Resident | None = None
 
-    def see_loss(self, outputs: Any) -> None:
+    def see_loss(self, outputs: Any, name: str = "") -> None:
         """Hears what is going to be scaled."""
         saved, self.saved = self.saved, None
         if saved is not None:
             self.activations = saved.stop()
             if isinstance(outputs, Tensor) and outputs.numel() == 1:
                 self.first_loss = outputs.detach().clone()
-        super().see_loss(outputs)
+        super().see_loss(outputs, name)
 
     def end_step(self, gradients: StepGradients, result: StepResult, *, own_scale: bool) -> None:
         """Hears how a step ended."""

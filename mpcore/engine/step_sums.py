@@ -10,6 +10,7 @@ from mpcore.backends import Backend
 from mpcore.base import ParameterSet
 from mpcore.engine.accumulation import Accumulation
 from mpcore.engine.gradients import StepGradients
+from mpcore.engine.watcher import Watcher
 from mpcore.masters import Accumulated, Masters
 from mpcore.ranks import Agreement
 
@@ -26,6 +27,7 @@ class StepSums:
         self._masters = masters
         self._backend = backend
         self._sums: Accumulation | None = None
+        self.watcher: Watcher | None = None
 
     @property
     def exist(self) -> bool:
@@ -47,6 +49,8 @@ class StepSums:
             wants_largest: Whether its scale wants the largest gradient.
         """
         self._masters.create_for(params)
+        if self.watcher is not None:
+            self.watcher.see_pass(params, scale, loss)
         if self._sums is None:
             self._sums = Accumulation(self._masters, self._backend)
         self._sums.add(params, scale.reciprocal(), loss, wants_largest)

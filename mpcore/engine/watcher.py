@@ -14,8 +14,11 @@ from mpcore.engine.step_result import StepResult
 class Watcher(Protocol):
     """Somebody who wants to know what happens in each step: `mpcore.Monitor`."""
 
-    def see_loss(self, outputs: Any) -> None:
-        """Hears what is going to be scaled."""
+    def see_loss(self, outputs: Any, name: str = "") -> None:
+        """Hears what is going to be scaled, and the name of the loss."""
+
+    def see_pass(self, params: Sequence[Tensor], scale: Tensor, name: str) -> None:
+        """Hears whose gradients are going to be added to sums, their scale, and their loss."""
 
     def begin_step(self, params: Sequence[Tensor]) -> bool:
         """Hears whose gradients are collected; returns whether their values shall be counted."""

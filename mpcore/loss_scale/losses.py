@@ -22,8 +22,8 @@ from mpcore.loss_scale.tensors import LossScaleTensors
 class Watcher(Protocol):
     """Who looks at a training from outside."""
 
-    def see_loss(self, loss: Tensor) -> None:
-        """Notes a loss before it is scaled."""
+    def see_loss(self, loss: Tensor, name: str) -> None:
+        """Notes a loss before it is scaled, and its name."""
 
 
 class Sums(Protocol):
@@ -180,7 +180,7 @@ class ScaledLoss:
         caller = f"backward() of {self.name!r}"
         stage.accumulate(caller)
         if stage.watcher is not None:
-            stage.watcher.see_loss(loss)
+            stage.watcher.see_loss(loss, self.name)
         if self.scaling.scales:
             loss = scale_outputs(loss, self.tensors.scale)
         try:
