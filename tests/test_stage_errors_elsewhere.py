@@ -126,7 +126,7 @@ def without_a_metric() -> Pair:
         optimizer.scale(torch.ones(()))
         for param in model.parameters():
             param.grad = torch.ones_like(param)
-        optimizer._stage.watcher._loss = None
+        optimizer._stage.watcher._losses.clear()
         optimizer.step()
 
     def follow(run: mpcore.TrainingRun) -> float:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from mpcore.monitoring.facts import Facts, NanStreak
+from mpcore.monitoring.facts import Facts, NanStreak, PassLoss, Past
 from mpcore.monitoring.findings import Finding
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -234,7 +234,8 @@ def test_a_large_weight_is_blamed_where_the_scale_is_no_excuse() -> None:
 
 
 def facts(loss: float | None, clean_losses: Sequence[float]) -> Facts:
-    return Facts([], None, 1.0, None, loss, [], 0, clean_losses=clean_losses)
+    past = [Past(1.0, False, 1.0, (PassLoss("", one),)) for one in clean_losses]
+    return Facts([], None, 1.0, None, [PassLoss("", loss)], past, len(past))
 
 
 @pytest.mark.parametrize(
@@ -252,7 +253,7 @@ def facts(loss: float | None, clean_losses: Sequence[float]) -> Facts:
     ],
 )
 def test_what_an_outlier_is(loss: float | None, clean: list[float], expected: bool) -> None:
-    assert facts(loss, clean).loss_is_an_outlier() is expected
+    assert (facts(loss, clean).spiked() == 0) is expected
 
 
 def finding(name: str, *found: str) -> Finding:
@@ -283,14 +284,14 @@ def test_a_streak_ends_with_a_gap_another_set_or_an_infinity() -> None:
 def test_outliers_are_those_of_the_standard_librarys_median(
     losses: list[float], loss: float | None
 ) -> None:
-    facts = Facts([], None, 1.0, None, loss, [], len(losses), clean_losses=losses)
+    judged = facts(loss, losses)
     known = [abs(one) for one in losses[-32:] if math.isfinite(one)]
     if len(known) < 5:
-        assert facts.usual_loss() is None
-        assert not facts.loss_is_an_outlier()
+        assert judged.usual_loss() is None
+        assert judged.spiked() is None
         return
     usual = statistics.median_high(known)
-    assert facts.usual_loss() == usual
+    assert judged.usual_loss() == usual
     finite = loss is not None and math.isfinite(loss)
     outlier = finite and abs(loss or 0.0) > 8 * usual and abs(loss or 0.0) > max(known)
-    assert facts.loss_is_an_outlier() == outlier
+    assert (judged.spiked() == 0) == outlier

@@ -35,6 +35,7 @@ class Finding:
         subnormal: Share of values that are subnormal in the gradient's format: digits are lost.
         histogram: How many values have the exponent -24 + i before unscaling, for i = 0 to 39, the
             exponents that float16 has; smaller ones count in the first, larger ones in the last.
+        passes: How many backward passes the last three and `largest` were counted in, together.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Finding:
     zeros: float | None = None
     subnormal: float | None = None
     histogram: tuple[int, ...] | None = None
+    passes: int = 1
 
     @property
     def finite(self) -> bool:
@@ -110,7 +112,7 @@ def _finding(
     counts: list[int] | None,
     histogram: list[int] | None,
 ) -> Finding:
-    size = max(param.numel(), 1)
+    values = max(sum(counts or ()), 1)  # of all passes that were counted
     headroom = None
     if largest:
         headroom = math.log2(torch.finfo(dtype).max / (largest * scale))
@@ -123,8 +125,8 @@ def _finding(
         norm=math.sqrt(square_sum) if square_sum >= 0 else math.nan,
         largest=largest,
         headroom_bits=headroom,
-        zeros=None if counts is None else counts[3] / size,
-        subnormal=None if counts is None else counts[4] / size,
+        zeros=None if counts is None else counts[3] / values,
+        subnormal=None if counts is None else counts[4] / values,
         histogram=None if histogram is None else _folded(histogram, counts),
     )
 

@@ -28,6 +28,7 @@ class Resident:
         gradients: Of their gradients.
         masters: Of FP32 copies of 16-bit weights.
         moments: Of full-size optimizer state.
+        sums: Of what `accumulate` or several losses have added up for the step.
 
     Example:
         >>> Resident(10, weights=20, gradients=20, masters=40, moments=80).per_parameter
@@ -39,11 +40,12 @@ class Resident:
     gradients: int
     masters: int
     moments: int
+    sums: int = 0
 
     @property
     def total(self) -> int:
-        """All four."""
-        return self.weights + self.gradients + self.masters + self.moments
+        """All five."""
+        return self.weights + self.gradients + self.masters + self.moments + self.sums
 
     @property
     def per_parameter(self) -> float:
@@ -105,6 +107,16 @@ def resident_bytes(optimizer: _Optimizer) -> Resident:
         masters=_bytes(masters),
         moments=_bytes(moments),
     )
+
+
+def bytes_of_sums(params: Iterable[Tensor]) -> int:
+    """Returns what sums of the gradients of some parameters take: float32, or float64; no sync.
+
+    Example:
+        >>> bytes_of_sums([torch.ones(3).half(), torch.ones(1, dtype=torch.float64)])
+        20
+    """
+    return sum(param.numel() * (8 if param.dtype == torch.float64 else 4) for param in params)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from mpcore.errors import ArgumentTypeError
 from mpcore.monitoring.facts import Facts, NanStreak
 from mpcore.monitoring.findings import Finding, findings_of
 from mpcore.monitoring.history import Course, History
-from mpcore.monitoring.memory import resident_bytes
+from mpcore.monitoring.memory import bytes_of_sums, resident_bytes
 from mpcore.monitoring.model_state import BufferWatch, large_weights, not_finite
+from mpcore.monitoring.pass_counts import PassCounts
 from mpcore.monitoring.pending import LIMIT, Pending, Step
 from mpcore.monitoring.reading import Reading, summed_up
 from mpcore.monitoring.records import Record
@@ -96,7 +98,9 @@ class Monitor:
         self._pending = Pending.on(self._device)
         self._history = History(max(window, min(every, _LONGEST)), self._device, LIMIT)
         self._told = 0  # steps that sinks have heard of
-        self._loss: Tensor | None = None
+        # of the passes of this step: name and loss, None if it is no single number
+        self._losses: list[tuple[str, Tensor | None]] = []
+        self._counts = PassCounts()
         self._sample: UpdateSample | None = None
         self._used: Tensor | None = None  # by the last clean step that was looked at
         self._last: Step | None = None
@@ -104,12 +108,12 @@ class Monitor:
         self._logged: dict[str, int] = {}
         #: The last reading, None before the first.
         self.reading: Reading | None = None
-        optimizer._stage.watcher = self
+        optimizer._stage.watcher = optimizer._stage._sums.watcher = self
 
     def close(self) -> None:
         """Stops watching, and tells the sinks of the steps since the last reading; syncs."""
         if self._optimizer._stage.watcher is self:
-            self._optimizer._stage.watcher = None
+            self._optimizer._stage.watcher = self._optimizer._stage._sums.watcher = None
         self._deliver(wait=True)
         self._emit_course()
 
@@ -135,32 +139,53 @@ class Monitor:
             self._report = self._made_report(self._last)
         return self._report
 
-    def see_loss(self, outputs: Any) -> None:
+    def see_loss(self, outputs: Any, name: str = "") -> None:
         """Hears what is going to be scaled; the optimizer calls it."""
+        loss = None
         if isinstance(outputs, Tensor) and outputs.numel() == 1:
-            loss, before = outputs.detach().reshape(()), self._loss
-            loss = loss.to(self._device, torch.float64, non_blocking=True)
-            # of several passes the one that is not finite
-            self._loss = loss if before is None else torch.where(before.isfinite(), loss, before)
+            loss = outputs.detach().reshape(())
+            # a copy: whoever adds losses up may do so in place
+            loss = loss.to(self._device, torch.float64, non_blocking=True, copy=True)
+        self._losses.append((name, loss))
+
+    def see_pass(self, params: Sequence[Tensor], scale: Tensor, name: str) -> None:
+        """Hears whose gradients are going to be added up; the optimizer calls it."""
+        if not self._reads_now():
+            return
+        optimizer = self._optimizer
+        gradients = StepGradients(
+            params,
+            optimizer._masters,
+            optimizer._stage._backend,
+            scale.reciprocal(),
+            statistics=True,
+        )
+        gradients.inspect()
+        self._counts.add(gradients.findings.looks(), scale, name)
+
+    def _reads_now(self) -> bool:
+        return (self._history.steps + 1) % self._every == 0
 
     def begin_step(self, params: Sequence[Tensor]) -> bool:
         """Hears whose gradients are collected; the optimizer calls it."""
-        looks = (self._history.steps + 1) % self._every == 0
+        looks = self._reads_now()
         if looks and self._sample is None:  # closures are evaluated several times in a step
             self._sample = UpdateSample(params, self._optimizer._masters)
         return looks
 
     def forget(self, *, last_step: bool) -> None:
         """Hears that passes were thrown away; the optimizer calls it."""
-        self._loss = None  # a sample stays: closures clear gradients, and no master has moved
+        self._losses.clear()  # a sample stays: closures clear gradients, and no master has moved
+        self._counts = PassCounts()
         if last_step:
             self._last = self._report = self._sample = None
 
     @torch.no_grad()
     def end_step(self, gradients: StepGradients, result: StepResult, *, own_scale: bool) -> None:
         """Hears how a step ended; the optimizer calls it."""
-        sample, loss = self._sample, self._loss
-        self._sample = self._loss = self._report = None
+        sample, losses, counts = self._sample, self._losses, self._counts
+        self._sample = self._report = None
+        self._losses, self._counts = [], PassCounts()
         number, looks = self._history.steps, gradients.findings.looks()
         found_inf = gradients.found_inf()
         late = self._pending if sample is None else None
@@ -170,14 +195,14 @@ class Monitor:
         unknown = torch.full((), torch.nan, dtype=torch.float64, device=self._device)
         norm = torch.stack(squares).sum().sqrt() if squares else unknown
         scale = gradients.unscaled_by.double().reciprocal()
-        self._history.add(scale, found_inf, norm, loss)
+        self._history.add(scale, found_inf, norm, losses)
         self._note_used(gradients, found_inf)
         self._deliver(wait=sample is not None)  # steps before come first
         if late is not None:
             late.add(step)
         if sample is not None:
             lost = sample.lost(self._optimizer._masters)
-            self.reading = self._made_reading(number, gradients, lost)
+            self.reading = self._made_reading(number, gradients, counts, lost)
             self._emit(self.reading)
             if self.reading.skipped:
                 self._tell(step)
@@ -199,16 +224,22 @@ class Monitor:
             before = torch.zeros_like(now) if self._used is None else self._used
             self._used = torch.where(found_inf != 0, before, now)
 
-    def _findings(self, gradients: StepGradients, scale: float) -> tuple[Finding, ...]:
-        by_param = {
-            id(param): finding
+    def _findings(
+        self, gradients: StepGradients, scale: float, counts: PassCounts | None = None
+    ) -> tuple[Finding, ...]:
+        sums = gradients.accumulated is not None
+        found = [
+            pair
             for look in gradients.findings.looks()
-            for param, finding in zip(
-                look.params,
-                findings_of(look, scale, self._name_of, sums=gradients.accumulated is not None),
-                strict=True,
+            for pair in zip(
+                look.params, findings_of(look, scale, self._name_of, sums=sums), strict=True
             )
-        }
+        ]
+        params = [param for param, _ in found]
+        findings = [finding for _, finding in found]
+        if counts is not None:
+            findings = counts.merged(found, self._name_of)
+        by_param = dict(zip(map(id, params), findings, strict=True))
         order = self._optimizer._params()
         if self._model is not None:
             order = [*self._model.parameters(), *order]
@@ -217,25 +248,31 @@ class Monitor:
     def _name_of(self, param: Tensor) -> str:
         return self._names.get(id(param)) or self._optimizer._name_of(param)
 
-    def _made_reading(self, step: int, gradients: StepGradients, lost: float | None) -> Reading:
-        past, loss = self._history.read(1)[-1]
+    def _made_reading(
+        self, step: int, gradients: StepGradients, counts: PassCounts, lost: float | None
+    ) -> Reading:
+        past = self._history.read(1)[-1]
+        added = gradients.params if gradients.accumulated is not None else []
+        memory = resident_bytes(self._optimizer)
         return Reading(
             step=step,
             loss_scale=past.scale,
             skipped=past.skipped,
-            loss=loss,
+            loss=past.loss,
             grad_norm=past.norm,
             lost_updates=None if past.skipped else lost,
             saturated=self._optimizer.saturated,
-            findings=(findings := self._findings(gradients, past.scale)),
-            memory=resident_bytes(self._optimizer),
+            findings=(findings := self._findings(gradients, past.scale, counts)),
+            memory=replace(memory, sums=bytes_of_sums(added)),
+            largest_loss=past.largest_loss,
+            passes=max(len(past.losses), 1),
             **summed_up(findings),
         )
 
     def _made_report(self, step: Step) -> OverflowReport:
-        *earlier, (now, loss) = self._history.read(self._window, step.number)
+        *earlier, now = self._history.read(self._window, step.number)
         passes = tuple(step.result.overflowed_in())
-        optimizer = self._optimizer
+        optimizer, added = self._optimizer, step.gradients.accumulated
         state = step.standing(optimizer)
         own = step.own_scale and not any(one.loss for one in passes)
         findings = self._findings(step.gradients, now.scale)
@@ -245,13 +282,14 @@ class Monitor:
             scaling=optimizer.loss_scaling if own else None,
             scale=now.scale,
             next_scale=state.scale if own else None,
-            loss=loss,
-            past=[past for past, _ in earlier],
+            losses=now.losses,
+            past=earlier,
             clean_before=state.steps - state.skipped_steps,
             bad_weights=not_finite(weights),
             large_weights=large_weights(weights),
             bad_buffers=self._buffers.damaged(),
-            clean_losses=[one for past, one in earlier if one is not None and not past.skipped],
+            overflowed=[one.micro_batch for one in passes],
+            micro_batches=0 if added is None else len(added.micro_batches),
             nan_since=self._nans.since(step.number, now.scale, findings),
         )
         used = 0.0 if step.used_before is None else float(step.used_before)
@@ -261,7 +299,8 @@ class Monitor:
             verdict=verdict_on(facts),
             loss_scale=now.scale,
             next_scale=facts.next_scale,
-            loss=loss,
+            loss=now.loss,
+            losses=tuple(one.value for one in now.losses) if len(now.losses) > 1 else (),
             skips_in_a_row=state.skips_in_a_row,
             skipped_steps=state.skipped_steps,
             headroom_before=-math.log2(used * now.scale) if used else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,20 +20,24 @@ class Reading:
         step: Counted from 0.
         loss_scale: Of the step.
         skipped: Whether it was skipped.
-        loss: Before scaling; None if nobody knows.
+        loss: Before scaling, the sum of those of its backward passes; None if nobody knows.
         grad_norm: 2-norm of all gradients, before clipping.
         headroom_bits: Doublings of the scale before the first gradient overflows; None if there are
             none but zeros.
-        zeros: Share of gradient values that are 0.
-        subnormal: Share that is subnormal in its 16-bit format.
-        flushed: Estimated share that was too small for it: see `estimated_flushed`.
+        zeros: Share of gradient values that are 0; None if nobody counted.
+        subnormal: Share of 16-bit values that are subnormal in their format; None likewise, and if
+            there are none.
+        flushed: Estimated share of them that was too small: see `estimated_flushed`; None likewise,
+            and if all are 0, so that nobody knows.
         histogram: Values by exponent before unscaling, of all 16-bit gradients, from 2^-24 up to
             2^15, the range of float16; what is outside counts at the ends.
         lost_updates: Share of the changed masters whose update a 16-bit weight without one would
             have lost, from at most 4,096 of each parameter; None if no master changed.
         saturated: Weights clamped to the largest finite number so far.
         findings: The gradients one by one, in the order of the parameters.
-        memory: Bytes of weights, gradients, masters and moments that were there.
+        memory: Bytes of weights, gradients, sums, masters and moments that were there.
+        largest_loss: The largest of the losses of its backward passes; None if nobody knows.
+        passes: How many of them there were, as far as losses were seen.
     """
 
     step: int
@@ -41,20 +46,22 @@ class Reading:
     loss: float | None
     grad_norm: float
     headroom_bits: float | None
-    zeros: float
-    subnormal: float
-    flushed: float
+    zeros: float | None
+    subnormal: float | None
+    flushed: float | None
     histogram: tuple[int, ...]
     lost_updates: float | None
     saturated: int
     findings: tuple[Finding, ...]
     memory: Resident | None = None
+    largest_loss: float | None = None
+    passes: int = 1
 
     def numbers(self) -> dict[str, float]:
         """Returns the single numbers by name, for loggers: `wandb.log(reading.numbers())`."""
         names = (
             *("loss_scale", "loss", "grad_norm", "headroom_bits", "zeros", "subnormal"),
-            *("flushed", "lost_updates", "saturated"),
+            *("flushed", "lost_updates", "saturated", "largest_loss"),
         )
         found = {name: getattr(self, name) for name in names}
         return {name: float(value) for name, value in found.items() if value is not None}
@@ -85,42 +92,46 @@ class Reading:
 
 
 def summed_up(findings: Sequence[Finding]) -> dict[str, Any]:
-    """Returns the parts of a reading that follow from its findings."""
-    sizes = [_size(finding) for finding in findings]
-    total = max(sum(sizes), 1)
+    """Returns the parts of a reading that follow from its findings.
+
+    Gradients of several passes that were added up count as often as there were passes.
+
+    Example:
+        >>> summed_up([Finding("w", (2,), "float32", (), None, 1.0, 1.0, None)])["zeros"] is None
+        True
+    """
+    counted = [finding for finding in findings if finding.zeros is not None]
+    narrow = [finding for finding in counted if finding.dtype != "float32"]
+    total, small = sum(map(_values, counted)), sum(map(_values, narrow))
     bins = [0] * (HIGHEST - LOWEST + 1)
-    small, subnormal = 0, 0.0
-    for finding, size in zip(findings, sizes, strict=True):
-        if finding.dtype == "float32":
-            continue
-        small += size
-        subnormal += (finding.subnormal or 0.0) * size
+    for finding in narrow:
         if finding.dtype == "float16":
             bins = [a + b for a, b in zip(bins, finding.histogram or bins, strict=True)]
+    zeros = sum((finding.zeros or 0.0) * _values(finding) for finding in counted)
+    subnormal = sum((finding.subnormal or 0.0) * _values(finding) for finding in narrow)
+    halves = any(finding.dtype == "float16" and finding.histogram for finding in narrow)
+    lost = estimated_flushed(bins) if halves else None
     rooms = [finding.headroom_bits for finding in findings if finding.headroom_bits is not None]
-    zeros = sum((f.zeros or 0.0) * size for f, size in zip(findings, sizes, strict=True))
     return {
         "headroom_bits": min(rooms, default=None),
-        "zeros": zeros / total,
-        "subnormal": subnormal / max(small, 1),
-        "flushed": estimated_flushed(bins) / max(small, 1),
+        "zeros": zeros / total if total else None,
+        "subnormal": subnormal / small if small else None,
+        "flushed": None if lost is None else lost / small,
         "histogram": tuple(bins),
     }
 
 
-def _size(finding: Finding) -> int:
-    size = 1
-    for length in finding.shape:
-        size *= length
-    return size
+def _values(finding: Finding) -> int:
+    return math.prod(finding.shape) * finding.passes
 
 
-def estimated_flushed(histogram: Sequence[int]) -> float:
+def estimated_flushed(histogram: Sequence[int]) -> float | None:
     """Returns about how many values were smaller than the first bin holds.
 
     Nobody can count what became 0: a 0 may be one from the start. If the counts of the three lowest
     exponents fall towards small ones by a factor r each, another r / (1 - r) of the first bin lie
-    below it. An estimate, and at most as much as is in these three bins.
+    below it. An estimate, and at most as much as is in these three bins. None if there are no
+    values in any bin: then all may have become 0, or none.
 
     Args:
         histogram: Counts of exponents, lowest first.
@@ -130,7 +141,11 @@ def estimated_flushed(histogram: Sequence[int]) -> float:
         10.0
         >>> estimated_flushed([0, 5, 5])
         0.0
+        >>> estimated_flushed([0, 0, 0]) is None
+        True
     """
+    if not any(histogram):
+        return None
     first, _, third = histogram[:3]
     if not first:
         return 0.0

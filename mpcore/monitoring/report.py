@@ -23,7 +23,7 @@ class OverflowReport:
         verdict: What happened and what to do.
         loss_scale: Of the step.
         next_scale: Of the step after it; None if that is not the optimizer's own.
-        loss: Before scaling; None if nobody knows.
+        loss: Before scaling, the sum of those of its backward passes; None if nobody knows.
         skips_in_a_row: This one included.
         skipped_steps: Since the beginning.
         headroom_before: Doublings of the scale of this step that the largest gradient of the last
@@ -32,6 +32,7 @@ class OverflowReport:
             the layer that first went wrong.
         passes: The backward passes that overflowed, if several were accumulated.
         rank: Of this process, if there are several.
+        losses: Of the backward passes, in order, if there were several; None where nobody knows.
 
     Example:
         >>> finding = Finding("w", (2,), "float16", ("+inf",), (1,), math.inf, None, None)
@@ -53,6 +54,7 @@ class OverflowReport:
     findings: tuple[Finding, ...]
     passes: tuple[Overflow, ...] = ()
     rank: int | None = None
+    losses: tuple[float | None, ...] = ()
 
     @property
     def overflowed(self) -> list[Finding]:
@@ -77,6 +79,15 @@ class OverflowReport:
             f"{self.verdict.text}"
         )
 
+    def _of_passes(self) -> str:
+        known = [(abs(loss), number) for number, loss in enumerate(self.losses) if loss is not None]
+        if not known:
+            return ""
+        # one that is not finite stands before all
+        _, number = max(known, key=lambda one: (not math.isfinite(one[0]), one[0]))
+        largest = f"the largest {self.losses[number]:g} in micro-batch {number}"
+        return f" (the sum of {len(self.losses)}, {largest})"
+
     def _where(self) -> str:
         return "" if self.rank is None else f" on rank {self.rank}"
 
@@ -94,7 +105,7 @@ class OverflowReport:
             f"Step {self.step} was skipped{self._where()}: {self.verdict}",
             f"  loss scale {self.scales()}, "
             f"{self.skips_in_a_row} skipped in a row, {self.skipped_steps} so far"
-            + ("" if self.loss is None else f", loss {self.loss:g}"),
+            + ("" if self.loss is None else f", loss {self.loss:g}{self._of_passes()}"),
         ]
         if self.headroom_before is not None:
             lines.append(f"  headroom before: {self.headroom_before:.1f} doublings")

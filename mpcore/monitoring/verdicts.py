@@ -10,7 +10,7 @@ from mpcore.monitoring.facts import FEW, PROVEN, Facts
 
 #: by how much the scale falls before gradients that stay NaN alone are no longer a search's
 _FALL = 2.0**4
-_TRACE = "mpcore.trace_overflow(model, batch, ...) names the first module."
+_TRACE = "mpcore.trace_overflow(model, batch, ...) names the first operation."
 #: of a scaled loss below it gradients hardly ever overflow: float16 goes up to 2^16
 _SMALL = 2.0**15
 
@@ -66,7 +66,7 @@ def verdict_on(facts: Facts) -> Verdict:
         >>> finding = Finding("w", (1,), "float16", ("+inf",), (0,), math.inf, None, None)
         >>> from mpcore import DynamicLossScale
         >>> scaling = DynamicLossScale(2.0**16)
-        >>> str(verdict_on(Facts([finding], scaling, 2.0**16, 2.0**15, 1.0, [], 0)))
+        >>> str(verdict_on(Facts([finding], scaling, 2.0**16, 2.0**15, [], [], 0)))
         'The search for a loss scale has begun: 65536 is too high, 32768 is next. Nothing is wrong.'
     """
     rules = (
@@ -115,7 +115,7 @@ def _saturated(facts: Facts) -> Verdict | None:
     if not facts.large_weights:
         return None
     # a lower scale helps a search, however large a weight; at the floor there is none
-    usual = facts.loss is None or (math.isfinite(facts.loss) and not facts.loss_is_an_outlier())
+    usual = facts.lost() is None and facts.spiked() is None
     if usual and not _floor(facts) and (_static(facts) or _searching(facts) or _probing(facts)):
         return None
     return Verdict(
@@ -128,14 +128,17 @@ def _saturated(facts: Facts) -> Verdict | None:
 
 
 def _forward(facts: Facts) -> Verdict | None:
-    if facts.loss is None or math.isfinite(facts.loss):
+    number = facts.lost()
+    if number is None:
         return None
+    loss = facts.loss_of(number)
     return Verdict(
         "forward",
         False,
-        f"The loss was {facts.loss} before it was scaled: the forward pass overflowed, or the "
-        "batch was not finite.",
-        "No loss scale can help. mpcore.trace_overflow(model, batch, ...) names the first module.",
+        f"T{loss[1:]} was {facts.losses[number].value} before it was scaled: the forward pass "
+        "overflowed, or the batch was not finite.",
+        "No loss scale can help. mpcore.trace_overflow(model, batch, ...) names the first "
+        "operation.",
     )
 
 
@@ -224,15 +227,16 @@ def _always_nan(facts: Facts) -> Verdict | None:
     since = facts.nan_since
     if since is None or since < facts.scale * _FALL:
         return None
-    if facts.loss is None or abs(facts.loss) * facts.scale > _SMALL:
+    largest = facts.largest_loss()
+    if largest is None or largest * facts.scale > _SMALL:
         return None
     return Verdict(
         "nan",
         False,
         f"The same gradients were NaN and none was infinite at each loss scale from "
         f"{scale_text(since)} down to {scale_text(facts.scale)}, while others were finite: "
-        f"{first_few(facts.bad())}. Probably the backward pass makes a NaN, and no loss scale can "
-        "help.",
+        f"{first_few(facts.bad())}{facts.where()}. Probably the backward pass makes a NaN, and no "
+        "loss scale can help.",
         _TRACE,
     )
 
@@ -240,20 +244,21 @@ def _always_nan(facts: Facts) -> Verdict | None:
 def _not_a_number(facts: Facts) -> Verdict | None:
     if not facts.only_nan() or facts.clean_before == 0:
         return None
-    loss = "" if facts.usual_loss() is None else ", and the loss was not unusual"
+    known = [facts.usual_loss(one.name) for one in facts.losses]
+    loss = ", and the loss was not unusual" if known and None not in known else ""
     return Verdict(
         "nan",
         False,
-        "Gradients are NaN and none is infinite, at a loss scale that had proven itself"
-        f"{loss}. Probably the backward pass makes a NaN, and no loss scale can help; an overflow "
-        "in it (inf - inf) is possible too.",
+        f"Gradients are NaN{facts.where()} and none is infinite, at a loss scale that had proven "
+        f"itself{loss}. Probably the backward pass makes a NaN, and no loss scale can help; an "
+        "overflow in it (inf - inf) is possible too.",
         f"{_TRACE} With loss_scale=report.loss_scale it finds an overflow as well. Look at the "
         "batch, too.",
     )
 
 
 def _outlier(facts: Facts) -> Verdict | None:
-    return _spike(facts) if facts.loss_is_an_outlier() else None
+    return None if facts.spiked() is None else _spike(facts)
 
 
 def _spike(facts: Facts) -> Verdict:
@@ -263,15 +268,17 @@ def _spike(facts: Facts) -> Verdict:
         if norms
         else ""
     )
-    loss = ""
-    if facts.loss_is_an_outlier():
-        loss = f"the loss was {facts.loss:.3g}, usually about {facts.usual_loss():.3g}, and "
+    loss, number = "", facts.spiked()
+    if number is not None:
+        name, value = facts.losses[number]
+        usual_loss = f"usually about {facts.usual_loss(name):.3g}"
+        loss = f"{facts.loss_of(number)} was {value:.3g}, {usual_loss}, and "
     before = ", at which steps were clean before" if facts.proven() else ""
     return Verdict(
         "spike",
         False,
         f"A spike: {loss}gradients overflowed at a loss scale of {scale_text(facts.scale)}"
-        f"{before}: {first_few(facts.bad())}.{usual}",
+        f"{facts.where()}{before}: {first_few(facts.bad())}.{usual}",
         "One now and then is harmless, since the step was skipped. If they go on: look at the "
         "batch, lower the learning rate, or clip.",
     )

@@ -40,7 +40,8 @@ class Stack:
             ('weights', 4.0)
         """
         sizes = (
-            *(resident.weights, resident.gradients, resident.masters, resident.moments),
+            *(resident.weights, resident.gradients + resident.sums),
+            *(resident.masters, resident.moments),
             activations or 0,
         )
         count = max(resident.parameters, 1)

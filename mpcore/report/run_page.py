@@ -153,9 +153,10 @@ def _what_if(reading: Reading) -> str:
     flushed = ""
     if reading.flushed:
         flushed = f" About {reading.flushed:.1%} became 0 at this scale already."
+    zeros = "" if reading.zeros is None else f" ({reading.zeros:.1%} of all values)"
     return (
         f"The gradients of step {reading.step} at other scales: a power of two moves every "
-        f"exponent by as much. Zeros are in no share ({reading.zeros:.1%} of all values).{flushed}"
+        f"exponent by as much. Zeros are in no share{zeros}.{flushed}"
     )
 
 
