@@ -20,6 +20,7 @@ from mpcore.monitoring.history import Course, History
 from mpcore.monitoring.memory import bytes_of_sums, resident_bytes
 from mpcore.monitoring.model_state import BufferWatch, large_weights, not_finite
 from mpcore.monitoring.pass_counts import PassCounts
+from mpcore.monitoring.pass_losses import PassLosses
 from mpcore.monitoring.pending import LIMIT, Pending, Step
 from mpcore.monitoring.reading import Reading, summed_up
 from mpcore.monitoring.records import Record
@@ -98,8 +99,7 @@ class Monitor:
         self._pending = Pending.on(self._device)
         self._history = History(max(window, min(every, _LONGEST)), self._device, LIMIT)
         self._told = 0  # steps that sinks have heard of
-        # of the passes of this step: name and loss, None if it is no single number
-        self._losses: list[tuple[str, Tensor | None]] = []
+        self._losses = PassLosses(self._device)  # of this step, like the next
         self._counts = PassCounts()
         self._sample: UpdateSample | None = None
         self._used: Tensor | None = None  # by the last clean step that was looked at
@@ -140,13 +140,16 @@ class Monitor:
         return self._report
 
     def see_loss(self, outputs: Any, name: str = "") -> None:
-        """Hears what is going to be scaled; the optimizer calls it."""
-        loss = None
-        if isinstance(outputs, Tensor) and outputs.numel() == 1:
-            loss = outputs.detach().reshape(())
-            # a copy: whoever adds losses up may do so in place
-            loss = loss.to(self._device, torch.float64, non_blocking=True, copy=True)
-        self._losses.append((name, loss))
+        """Hears a loss before it is scaled; no host sync.
+
+        The optimizer calls it in `scale` and `backward`. Call it yourself, before the backward
+        pass, where an outside scaler scales; otherwise the loss is not known there.
+
+        Args:
+            outputs: The loss; what is no tensor of one element counts as not known.
+            name: That of `add_loss`.
+        """
+        self._losses.see(outputs, name)
 
     def see_pass(self, params: Sequence[Tensor], scale: Tensor, name: str) -> None:
         """Hears whose gradients are going to be added up; the optimizer calls it."""
@@ -183,9 +186,9 @@ class Monitor:
     @torch.no_grad()
     def end_step(self, gradients: StepGradients, result: StepResult, *, own_scale: bool) -> None:
         """Hears how a step ended; the optimizer calls it."""
-        sample, losses, counts = self._sample, self._losses, self._counts
+        sample, counts = self._sample, self._counts
         self._sample = self._report = None
-        self._losses, self._counts = [], PassCounts()
+        self._counts = PassCounts()
         number, looks = self._history.steps, gradients.findings.looks()
         found_inf = gradients.found_inf()
         late = self._pending if sample is None else None
@@ -195,7 +198,7 @@ class Monitor:
         unknown = torch.full((), torch.nan, dtype=torch.float64, device=self._device)
         norm = torch.stack(squares).sum().sqrt() if squares else unknown
         scale = gradients.unscaled_by.double().reciprocal()
-        self._history.add(scale, found_inf, norm, losses)
+        self._history.add(scale, found_inf, norm, self._losses.taken(gradients.accumulated))
         self._note_used(gradients, found_inf)
         self._deliver(wait=sample is not None)  # steps before come first
         if late is not None:
