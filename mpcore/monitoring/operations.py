@@ -31,6 +31,8 @@ def values_of(tensor: Tensor) -> Tensor | None:
         >>> values_of(torch.ones(2, dtype=torch.int64)) is None
         True
     """
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return None  # of vmap and the like: their values are seen one floor below
     if tensor.layout == torch.sparse_coo:
         tensor = tensor._values()
     if tensor.layout != torch.strided or tensor.dtype not in _KNOWN or tensor.is_meta:

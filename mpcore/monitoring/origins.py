@@ -185,12 +185,14 @@ class Origins:
 
 def _makes(inputs: Sequence[tuple[Tensor, Tensor]], outputs: Sequence[Tensor]) -> bool:
     """Returns whether a pointwise operation has a bad value where no input had one."""
+    given = [before.detach() for _, before in inputs]
+    if any(tensor.layout != torch.strided for tensor in (*given, *outputs)):
+        return False
     for output in outputs:
         bad = ~torch.isfinite(output.detach())
-        for _, tensor in inputs:
-            before = tensor.detach()
+        for tensor in given:
             try:
-                bad = bad & torch.isfinite(before)
+                bad = bad & torch.isfinite(tensor)
             except RuntimeError:  # of another shape, as those of several tensors at once are
                 return False
         if bool(bad.any()):

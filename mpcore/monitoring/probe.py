@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ class Probe:
             loss = loss_of(output)
             with watch.paused():
                 visit("loss", "loss_of", loss_of, floating(output), floating(loss))
-                handles += _way_back("loss_of", loss_of, output, loss, unseen)
+                handles += _way_back("loss_of", loss_of, output, loss, where, unseen)
             where.phase = "backward"
             scaled = loss.float() * loss_scale
             if scaled.requires_grad:
@@ -138,7 +139,7 @@ def _hooked(
                 return  # a checkpoint runs it again
             with watch.paused():
                 visit("forward", name, module, inputs, floating(output))
-                handles.extend(_way_back(name, module, (args, kwargs), output, visit))
+                handles.extend(_way_back(name, module, (args, kwargs), output, where, visit))
 
         return [
             module.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
@@ -154,22 +155,52 @@ def _hooked(
             handle.remove()
 
 
-def _way_back(name: str, what: Any, into: Any, output: Any, visit: Visit) -> list[Any]:
-    """Has a visit made when gradients have come back through it; returns the hooks."""
+def _way_back(
+    name: str, what: Any, into: Any, output: Any, where: Whereabouts, visit: Visit
+) -> list[Any]:
+    """Has a visit made when gradients have come back through it; returns the hooks.
+
+    Gradients that are taken in the forward pass, for a penalty for example, are none of it.
+    """
     own = list(what.parameters()) if isinstance(what, nn.Module) else []
-    sources = [t for t in (*_tensors(into), *own) if t.requires_grad]
-    results = [t for t in _tensors(output) if t.requires_grad]
+    sources = [t for t in (*_tensors(into), *own) if _has_hooks(t)]
+    results = [t for t in _tensors(output) if _has_hooks(t)]
     if not sources or not results:
         return []
     arrived: list[Tensor] = []
+    left: dict[int, Tensor] = {}
+    nodes: list[Any] = [_node_of(tensor) for tensor in sources]
+    expected: list[int] = []
 
-    def leave(grads: Any) -> None:
-        visit("backward", name, what, list(arrived), [grad for grad in grads if grad is not None])
+    def arrive(grad: Tensor) -> None:
+        if where.phase == "backward":
+            arrived.append(grad)
 
-    return [
-        *(result.register_hook(arrived.append) for result in results),  # type: ignore[no-untyped-call]
-        torch.autograd.graph.register_multi_grad_hook(sources, leave),
-    ]
+    def leave(number: int, grad: Tensor) -> None:
+        if where.phase != "backward":
+            return
+        if not expected:
+            expected.append(sum(map(torch._C._will_engine_execute_node, nodes)))
+        left[number] = grad
+        if len(left) == expected[0]:
+            visit("backward", name, what, list(arrived), [left[at] for at in sorted(left)])
+
+    hooks: list[tuple[Tensor, Any]] = [(result, arrive) for result in results]
+    hooks += [(source, partial(leave, number)) for number, source in enumerate(sources)]
+    return [tensor.register_hook(hook) for tensor, hook in hooks]  # type: ignore[no-untyped-call]
+
+
+def _node_of(tensor: Tensor) -> Any:
+    """Returns what a gradient of a tensor goes through; of a leaf what adds it up."""
+    if tensor.grad_fn is not None:
+        return tensor.grad_fn
+    node: Any = tensor.view_as(tensor).grad_fn
+    return node.next_functions[0][0]
+
+
+def _has_hooks(tensor: Tensor) -> bool:
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return tensor.requires_grad and not wrapped
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mpcore.errors import ArgumentError
+from mpcore.monitoring.operations import values_of
 
 
 class _Format(NamedTuple):
@@ -146,7 +147,8 @@ def range_of(kind: str, name: str, tensors: Sequence[Tensor], *, masks: bool = F
         masks: Whether to leave out what is at or below the most negative number of float16, if all
             of it is one number, as in a mask; 16 bits may make it -inf, or clamp it.
     """
-    flat = [tensor.detach().float().reshape(-1) for tensor in tensors]
+    seen = [values_of(tensor) for tensor in tensors]
+    flat = [part.float().reshape(-1) for part in seen if part is not None]
     values = torch.cat(flat) if flat else torch.zeros(0)
     if masks:
         below = values <= torch.finfo(torch.float16).min

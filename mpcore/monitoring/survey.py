@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mpcore.errors import ArgumentError
 from mpcore.monitoring.nests import tensors_in
-from mpcore.monitoring.operations import Operation, Place
+from mpcore.monitoring.operations import Operation, Place, values_of
 from mpcore.monitoring.origins import Event, Origins, is_finite, kinds_of
 from mpcore.monitoring.probe import Probe
 from mpcore.monitoring.ranges import Range, range_of
@@ -146,12 +146,12 @@ class _Look:
         place = operation.place
         if place.phase != "forward" or place.module in self._leaves:
             return
-        outputs = [] if operation.is_view else [*operation.outputs]
-        outputs = [t.detach() for t in outputs if t.is_floating_point() and t.numel()]
-        if not any(map(_is_extreme, outputs)):
+        outputs = [] if operation.is_view else [*map(values_of, operation.outputs)]
+        real = [t for t in outputs if t is not None and t.is_floating_point()]
+        if not any(map(_is_extreme, real)):
             return
         name = name_of(operation)
-        one = replace(range_of("activation", name, outputs, masks=True), between=True)
+        one = replace(range_of("activation", name, real, masks=True), between=True)
         at = self._places.setdefault(name, len(self._ranges))
         if at == len(self._ranges):
             self._add(one)
@@ -162,18 +162,13 @@ class _Look:
         self, phase: str, name: str, what: Any, into: list[Tensor], out: list[Tensor]
     ) -> None:
         if phase == "forward":
-            negative = not any(bool((tensor == torch.inf).any()) for tensor in out)
+            negative = "inf" not in kinds_of(out)
             self._add(range_of("activation", name, out), negative=negative)
         elif phase == "loss":
             self._outputs = into
             self._add(range_of("loss", "", out))
         elif phase == "backward" and what is self._loss_of:  # whose gradient is always float32
-            pairs = zip(self._outputs, out, strict=False)
-            self._rounding = sum(
-                float((value.double() * grad.double()).abs().sum())
-                for value, grad in pairs
-                if value.shape == grad.shape
-            )
+            self._rounding = _moved_by(self._outputs, out)
         elif phase == "backward":
             self._add(range_of("gradient", name, into))
 
@@ -205,6 +200,17 @@ class _Look:
             of_itself = one.between or one.kind in ("input", "buffer")
             harmless = (negative and not lost) or (of_itself and not harmed)
             yield replace(one, infinite=0) if harmless else one
+
+
+def _moved_by(outputs: list[Tensor], grads: list[Tensor]) -> float:
+    """Returns the sum of the magnitudes of all values times their gradients."""
+    left, total = list(outputs), 0.0
+    for grad in grads:  # of some of the outputs, in order
+        at = next((i for i, value in enumerate(left) if value.shape == grad.shape), None)
+        if at is not None:
+            value = left.pop(at)
+            total += float((value.double() * grad.double()).abs().sum())
+    return total
 
 
 def _is_extreme(values: Tensor) -> bool:

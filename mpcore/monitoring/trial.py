@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mpcore.errors import ArgumentError, StageError
 from mpcore.monitoring.left_alone import LeftAlone
-from mpcore.monitoring.operations import Operation
+from mpcore.monitoring.operations import Operation, values_of
 from mpcore.monitoring.origins import Origins, is_finite
 from mpcore.monitoring.probe import Probe
 from mpcore.monitoring.survey import Survey, described, difference_of, name_of
@@ -125,7 +125,8 @@ class _Attempt:
     def _see(self, operation: Operation) -> None:
         event = self._origins.see(operation)
         place = operation.place
-        outputs = [t for t in operation.outputs if t.dtype == self._dtype and t.numel()]
+        seen = map(values_of, operation.outputs)
+        outputs = [t for t in seen if t is not None and t.dtype == self._dtype]
         if place.phase == "backward" or operation.is_view or not outputs:
             return
         name = name_of(operation)
