@@ -90,9 +90,9 @@ class Origins:
         event = self._event(operation, bad)
         self._events[event.number] = event
         for tensor in bad:
-            key = memory_of(tensor)
-            if key is not None:
-                reference = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+            key, values = memory_of(tensor), values_of(tensor)
+            if key is not None and values is not None:
+                reference = StorageWeakRef(values.untyped_storage())  # type: ignore[no-untyped-call]
                 self._last[key] = (reference, event.number)
         return event
 
