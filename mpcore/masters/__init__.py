@@ -14,6 +14,7 @@ from mpcore.masters.parameters import (
     check_original,
     check_shared,
     name_of,
+    names_of,
 )
 from mpcore.masters.snapshot import Snapshot
 from mpcore.masters.step_plan import StepPlan, make_plan
@@ -42,6 +43,7 @@ __all__ = [
     "check_shared",
     "make_plan",
     "name_of",
+    "names_of",
     "overwrite",
     "stale_weights",
     "take_weights",

@@ -27,11 +27,25 @@ def name_of(param: Tensor, groups: Groups) -> str:
     for number, group in enumerate(groups):
         for index, candidate in enumerate(group["params"]):
             if candidate is param:
-                if "param_names" in group:
-                    return str(group["param_names"][index])
-                shape = "nested" if param.is_nested else list(param.shape)
-                return f"group {number}, parameter {index}, {shape}"
+                return _name(group, number, index)
     return f"a parameter of no group, {list(param.shape)}"
+
+
+def names_of(groups: Groups) -> dict[int, str]:
+    """Returns the names of all parameters, by `id`."""
+    return {
+        id(param): _name(group, number, index)
+        for number, group in enumerate(groups)
+        for index, param in enumerate(group["params"])
+    }
+
+
+def _name(group: dict[str, Any], number: int, index: int) -> str:
+    if "param_names" in group:
+        return str(group["param_names"][index])
+    param = group["params"][index]
+    shape = "nested" if param.is_nested else list(param.shape)
+    return f"group {number}, parameter {index}, {shape}"
 
 
 def check_inner(optimizer: object, wrapper: type) -> None:
