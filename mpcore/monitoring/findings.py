@@ -90,7 +90,7 @@ def _rows(look: Look, *, counted: bool) -> Iterator[tuple[Any, ...]]:
     whole = [found.kinds.long().unsqueeze(1), found.first_bad.unsqueeze(1)]
     real = [found.square_sum]
     if counted and found.counts is not None and found.histogram is not None:
-        whole += [found.counts, found.histogram]
+        whole += [found.counts, _folded(found.histogram, found.counts)]
     if found.largest is not None:
         real.append(found.largest.double())
     numbers = zip(torch.cat(whole, 1).tolist(), torch.stack(real, 1).tolist(), strict=True)
@@ -127,16 +127,16 @@ def _finding(
         headroom_bits=headroom,
         zeros=None if counts is None else counts[3] / values,
         subnormal=None if counts is None else counts[4] / values,
-        histogram=None if histogram is None else _folded(histogram, counts),
+        histogram=None if histogram is None else tuple(histogram),
     )
 
 
-def _folded(histogram: list[int], counts: list[int] | None) -> tuple[int, ...]:
+def _folded(histogram: Tensor, counts: Tensor) -> Tensor:
     """Returns the 40 bins of float16's exponents; zeros and what is not finite are in none."""
-    zeros = counts[3] if counts is not None else 0
     low, high = 127 + LOWEST, 127 + HIGHEST
-    first = sum(histogram[: low + 1]) - zeros
-    return (first, *histogram[low + 1 : high], sum(histogram[high:255]))
+    first = histogram[:, : low + 1].sum(1, keepdim=True) - counts[:, 3:4]
+    last = histogram[:, high:255].sum(1, keepdim=True)
+    return torch.cat([first, histogram[:, low + 1 : high], last], 1)
 
 
 def index_at(place: int, shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:

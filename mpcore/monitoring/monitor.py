@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mpcore.base import check_count
 from mpcore.engine import MixedPrecisionOptimizer, StepGradients, StepResult
 from mpcore.errors import ArgumentTypeError
+from mpcore.masters import names_of
 from mpcore.monitoring.facts import Facts, NanStreak
 from mpcore.monitoring.findings import Finding, findings_of
 from mpcore.monitoring.history import Course, History
@@ -230,26 +231,30 @@ class Monitor:
     def _findings(
         self, gradients: StepGradients, scale: float, counts: PassCounts | None = None
     ) -> tuple[Finding, ...]:
-        sums = gradients.accumulated is not None
+        sums, name_of = gradients.accumulated is not None, self._naming()
         found = [
             pair
             for look in gradients.findings.looks()
-            for pair in zip(
-                look.params, findings_of(look, scale, self._name_of, sums=sums), strict=True
-            )
+            for pair in zip(look.params, findings_of(look, scale, name_of, sums=sums), strict=True)
         ]
         params = [param for param, _ in found]
         findings = [finding for _, finding in found]
         if counts is not None:
-            findings = counts.merged(found, self._name_of)
+            findings = counts.merged(found, name_of)
         by_param = dict(zip(map(id, params), findings, strict=True))
         order = self._optimizer._params()
         if self._model is not None:
             order = [*self._model.parameters(), *order]
         return tuple(by_param[key] for key in dict.fromkeys(map(id, order)) if key in by_param)
 
-    def _name_of(self, param: Tensor) -> str:
-        return self._names.get(id(param)) or self._optimizer._name_of(param)
+    def _naming(self) -> Callable[[Tensor], str]:
+        """Returns what names parameters; each by itself would be searched for."""
+        names = {**names_of(self._optimizer.param_groups), **self._names}
+
+        def name_of(param: Tensor) -> str:
+            return names.get(id(param)) or self._optimizer._name_of(param)
+
+        return name_of
 
     def _made_reading(
         self, step: int, gradients: StepGradients, counts: PassCounts, lost: float | None
@@ -313,7 +318,8 @@ class Monitor:
         )
 
     def _parameters(self) -> list[tuple[str, Tensor]]:
-        return [(self._name_of(param), param) for param in self._optimizer._params()]
+        name_of = self._naming()
+        return [(name_of(param), param) for param in self._optimizer._params()]
 
     def _emit_course(self) -> None:
         untold = self._history.steps - self._told
