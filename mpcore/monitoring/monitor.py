@@ -25,7 +25,8 @@ from mpcore.monitoring.pass_losses import PassLosses
 from mpcore.monitoring.pending import LIMIT, Pending, Step
 from mpcore.monitoring.reading import Reading, summed_up
 from mpcore.monitoring.records import Record
-from mpcore.monitoring.report import OverflowReport
+from mpcore.monitoring.report import OverflowReport, own_rank
+from mpcore.monitoring.standing_averages import StandingAverages
 from mpcore.monitoring.update_sample import UpdateSample
 from mpcore.monitoring.used_share import used_share
 from mpcore.monitoring.verdicts import verdict_on
@@ -50,7 +51,8 @@ class Monitor:
     before, of the last 16,384 at most. Verdicts go to the logger "mpcore.monitor" too, one line
     each and each kind once in `every` steps: INFO where nothing is wrong, else WARNING.
 
-    Copies and pickles of the optimizer are not watched.
+    Copies and pickles of the optimizer are not watched. Averages of the model's weights that are
+    kept in 16 bits and stand still are warned of once, in a reading.
 
     Args:
         optimizer: What to watch; one monitor at a time.
@@ -93,6 +95,7 @@ class Monitor:
         self._model = model
         self._buffers = BufferWatch(model)
         self._nans = NanStreak()
+        self._averages = StandingAverages(model)
         self._names = {} if model is None else {id(p): n for n, p in model.named_parameters()}
         self._sinks = list(sinks)
         self._device = optimizer._scale.scale.device
@@ -172,8 +175,9 @@ class Monitor:
 
     def begin_step(self, params: Sequence[Tensor]) -> bool:
         """Hears whose gradients are collected; the optimizer calls it."""
-        looks = self._reads_now()
-        if looks and self._sample is None:  # closures are evaluated several times in a step
+        if (
+            looks := self._reads_now()
+        ) and self._sample is None:  # closures are evaluated several times in a step
             self._sample = UpdateSample(params, self._optimizer._masters)
         return looks
 
@@ -206,6 +210,7 @@ class Monitor:
             late.add(step)
         if sample is not None:
             lost = sample.lost(self._optimizer._masters)
+            self._averages.look()
             self.reading = self._made_reading(number, gradients, counts, lost)
             self._emit(self.reading)
             if self.reading.skipped:
@@ -237,14 +242,10 @@ class Monitor:
             for look in gradients.findings.looks()
             for pair in zip(look.params, findings_of(look, scale, name_of, sums=sums), strict=True)
         ]
-        params = [param for param, _ in found]
-        findings = [finding for _, finding in found]
-        if counts is not None:
-            findings = counts.merged(found, name_of)
-        by_param = dict(zip(map(id, params), findings, strict=True))
-        order = self._optimizer._params()
-        if self._model is not None:
-            order = [*self._model.parameters(), *order]
+        findings = [one for _, one in found] if counts is None else counts.merged(found, name_of)
+        by_param = {id(param): one for (param, _), one in zip(found, findings, strict=True)}
+        of_model = [] if self._model is None else self._model.parameters()
+        order = [*of_model, *self._optimizer._params()]
         return tuple(by_param[key] for key in dict.fromkeys(map(id, order)) if key in by_param)
 
     def _naming(self) -> Callable[[Tensor], str]:
@@ -301,7 +302,6 @@ class Monitor:
             nan_since=self._nans.since(step.number, now.scale, findings),
         )
         used = 0.0 if step.used_before is None else float(step.used_before)
-        ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
         return OverflowReport(
             step=step.number,
             verdict=verdict_on(facts),
@@ -314,7 +314,7 @@ class Monitor:
             headroom_before=-math.log2(used * now.scale) if used else None,
             findings=findings,
             passes=passes,
-            rank=torch.distributed.get_rank() if ranks else None,
+            rank=own_rank(),
         )
 
     def _parameters(self) -> list[tuple[str, Tensor]]:

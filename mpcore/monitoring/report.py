@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from mpcore.masters import Overflow
 from mpcore.monitoring.findings import Finding
 from mpcore.monitoring.verdicts import Verdict, first_few, scale_text
@@ -114,6 +116,16 @@ class OverflowReport:
             lines.append(f"  micro-batch {one.micro_batch}{name}: {', '.join(one.parameters)}")
         lines += [f"  {row}" for row in _rows(self.findings)]
         return "\n".join(lines)
+
+
+def own_rank() -> int | None:
+    """Returns the rank of this process, None if there is one process; no host sync.
+
+    Example:
+        >>> own_rank()
+    """
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_rank() if there else None
 
 
 def _rows(findings: Sequence[Finding]) -> list[str]:

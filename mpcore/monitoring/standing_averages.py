@@ -1,0 +1,119 @@
+"""Averages of 16-bit weights that are kept in 16 bits: found, and told if they stand still."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+import weakref
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mpcore.base import SIXTEEN_BIT
+from mpcore.optim import AveragedModel
+
+#: Values that are looked at, of each parameter; evenly spaced.
+_SAMPLE = 256
+#: Places that an average is away from its weight, times updates, after which one in float32 has
+#: moved by more than one even with a decay of 0.9999, from half of the way on average.
+_OVERDUE = 3e4
+_MOST = 0.5  # share of such values that stand still
+
+
+class _Copy(NamedTuple):
+    """A module that is like the model, as it was when it was found."""
+
+    module: weakref.ref[nn.Module]
+    values: Tensor
+    writes: int
+
+
+class StandingAverages:
+    """Looks for other modules like a model whose 16-bit weights are written to, and do not move.
+
+    Args:
+        model: Whose averages; None has none.
+
+    Example:
+        >>> StandingAverages(nn.Linear(2, 1)).look()
+    """
+
+    def __init__(self, model: nn.Module | None) -> None:
+        self._model = model
+        self._copies: list[_Copy] = []
+        self._looks = 0
+        self._told = False
+
+    @torch.no_grad()
+    def look(self) -> None:
+        """Warns of the first that stands still, once; syncs. Searches in looks 1, 2, 4, 8, ..."""
+        model = self._model
+        weights = [] if model is None or self._told else _narrow(model)
+        if model is None or not weights:
+            return
+        self._looks += 1
+        now = _sampled(weights)
+        found = [text for copy in self._copies if (text := _standing(copy, weights, now))]
+        if self._looks & (self._looks - 1) == 0:
+            self._search(model, weights)
+        self._told = bool(found)
+        for text in found[:1]:
+            warnings.warn(text, stacklevel=3)
+
+    def _search(self, model: nn.Module, weights: list[Tensor]) -> None:
+        known = {id(copy.module()) for copy in self._copies} | {id(model)}
+        modules = [one for one in gc.get_objects() if issubclass(type(one), nn.Module)]
+        # of ours the averages are float32, and the module only shows them
+        known |= {id(one.module) for one in modules if isinstance(one, AveragedModel)}
+        like = [(weight.dtype, weight.shape) for weight in weights]
+        own = {weight.data_ptr() for weight in weights}
+        for module in modules:
+            if id(module) in known or type(module) is not type(model):
+                continue
+            params = _narrow(module)
+            if [(p.dtype, p.shape) for p in params] != like:
+                continue
+            if not any(param.data_ptr() in own for param in params):
+                writes = sum(param._version for param in params)
+                self._copies.append(_Copy(weakref.ref(module), _sampled(params), writes))
+
+
+def _standing(copy: _Copy, weights: list[Tensor], now: Tensor) -> str | None:
+    """Returns what to say of a copy, None if nothing is wrong with it."""
+    module = copy.module()
+    params = [] if module is None else _narrow(module)
+    values = _sampled(params)
+    if values.shape != now.shape:
+        return None
+    updates = (sum(param._version for param in params) - copy.writes) // max(len(params), 1)
+    places = torch.cat([_places(param) for param in params])
+    away = (now - values).abs() / (values.abs() * places)  # infinite at 0, which is left out
+    overdue = away.isfinite() & (away * updates > _OVERDUE)
+    late = int(overdue.sum())
+    still = int((overdue & (values == copy.values)).sum())
+    if not late or still <= _MOST * late:
+        return None
+    return (
+        f"An average of the model's weights is kept in {str(weights[0].dtype)[6:]} and stands "
+        f"still: in {updates} updates {still} of {late} values that are far from their weights "
+        "have not moved, since what an update adds is less than half a last place. Average the "
+        "float32 masters: mpcore.AveragedModel(model, optimizer, ...) takes what "
+        "torch.optim.swa_utils.AveragedModel takes."
+    )
+
+
+def _narrow(module: nn.Module) -> list[Tensor]:
+    return [p.detach() for p in module.parameters() if p.dtype in SIXTEEN_BIT and p.numel()]
+
+
+def _sampled(params: list[Tensor]) -> Tensor:
+    return torch.cat([torch.zeros(0), *(_some(param).float().cpu() for param in params)])
+
+
+def _some(param: Tensor) -> Tensor:
+    return param.reshape(-1)[:: max(1, param.numel() // _SAMPLE)]
+
+
+def _places(param: Tensor) -> Tensor:
+    return torch.full((len(_some(param)),), torch.finfo(param.dtype).eps)
