@@ -116,6 +116,30 @@ def test_what_moves_or_is_no_average_is_not_warned_of(
     assert said(dtype, make) == []
 
 
+def test_the_average_of_what_a_model_wraps_is_found() -> None:
+    class Wrapper(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+    model = Wrapper(Net().half())
+    optimizer = mpcore.MixedPrecisionOptimizer(
+        torch.optim.SGD(model.parameters(), lr=2.5e-3), mpcore.NoLossScale()
+    )
+    ema = swa_utils.AveragedModel(model.module, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.9995))
+    mpcore.Monitor(optimizer, model, every=20)
+
+    def train() -> None:
+        for _ in range(STEPS):
+            optimizer.backward(model.module.layer.weight.float().sum())
+            optimizer.step()
+            optimizer.zero_grad()
+            ema.update_parameters(model.module)
+
+    with pytest.warns(UserWarning, match="stands still"):
+        train()
+
+
 def test_a_loop_of_ones_own_is_seen_too() -> None:
     def make(model: nn.Module, optimizer: Any) -> Callable[[], None]:
         ema = copy.deepcopy(model).requires_grad_(False)

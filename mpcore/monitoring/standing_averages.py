@@ -47,13 +47,16 @@ class StandingAverages:
 
     @torch.no_grad()
     def look(self) -> None:
-        """Warns of the first that stands still, once; syncs. Searches in looks 1, 2, 4, 8, ..."""
+        """Warns of the first that stands still, once; syncs if there are any.
+
+        It searches in the looks 1, 2, 4, 8 and so on, which takes the host some milliseconds.
+        """
         model = self._model
         weights = [] if model is None or self._told else _narrow(model)
         if model is None or not weights:
             return
         self._looks += 1
-        now = _sampled(weights)
+        now = _sampled(weights) if self._copies else None
         found = [text for copy in self._copies if (text := _standing(copy, weights, now))]
         if self._looks & (self._looks - 1) == 0:
             self._search(model, weights)
@@ -68,8 +71,9 @@ class StandingAverages:
         known |= {id(one.module) for one in modules if isinstance(one, AveragedModel)}
         like = [(weight.dtype, weight.shape) for weight in weights]
         own = {weight.data_ptr() for weight in weights}
+        types = set(map(type, model.modules()))  # a copy may be of what the model wraps
         for module in modules:
-            if id(module) in known or type(module) is not type(model):
+            if id(module) in known or type(module) not in types:
                 continue
             params = _narrow(module)
             if [(p.dtype, p.shape) for p in params] != like:
@@ -79,15 +83,15 @@ class StandingAverages:
                 self._copies.append(_Copy(weakref.ref(module), _sampled(params), writes))
 
 
-def _standing(copy: _Copy, weights: list[Tensor], now: Tensor) -> str | None:
+def _standing(copy: _Copy, weights: list[Tensor], now: Tensor | None) -> str | None:
     """Returns what to say of a copy, None if nothing is wrong with it."""
     module = copy.module()
     params = [] if module is None else _narrow(module)
     values = _sampled(params)
-    if values.shape != now.shape:
+    if now is None or values.shape != now.shape:
         return None
     updates = (sum(param._version for param in params) - copy.writes) // max(len(params), 1)
-    places = torch.cat([_places(param) for param in params])
+    places = torch.finfo(params[0].dtype).eps
     away = (now - values).abs() / (values.abs() * places)  # infinite at 0, which is left out
     overdue = away.isfinite() & (away * updates > _OVERDUE)
     late = int(overdue.sum())
@@ -104,16 +108,17 @@ def _standing(copy: _Copy, weights: list[Tensor], now: Tensor) -> str | None:
 
 
 def _narrow(module: nn.Module) -> list[Tensor]:
-    return [p.detach() for p in module.parameters() if p.dtype in SIXTEEN_BIT and p.numel()]
+    plain = [param for param in module.parameters() if type(param) is nn.Parameter]
+    return [p.detach() for p in plain if p.dtype in SIXTEEN_BIT and p.numel()]
 
 
 def _sampled(params: list[Tensor]) -> Tensor:
-    return torch.cat([torch.zeros(0), *(_some(param).float().cpu() for param in params)])
+    """Returns some values of all, float32 on the host; syncs once for each device."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for param in params:
+        by_device.setdefault(param.device, []).append(_some(param).float())
+    return torch.cat([torch.zeros(0), *(torch.cat(some).cpu() for some in by_device.values())])
 
 
 def _some(param: Tensor) -> Tensor:
     return param.reshape(-1)[:: max(1, param.numel() // _SAMPLE)]
-
-
-def _places(param: Tensor) -> Tensor:
-    return torch.full((len(_some(param)),), torch.finfo(param.dtype).eps)
