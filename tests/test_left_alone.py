@@ -120,3 +120,16 @@ def test_a_batch_with_a_graph_gets_no_gradients() -> None:
     leaf = torch.ones(2, 4, requires_grad=True)
     mpcore.trace_overflow(model, leaf, lambda out: out.sum() * torch.inf)
     assert leaf.grad is None
+
+
+def test_weights_of_a_loss_are_left_alone_too() -> None:
+    criterion = nn.Linear(1, 1)
+    criterion.weight.grad = grad = torch.ones(1, 1)
+    fired: list[Tensor] = []
+    criterion.weight.register_post_accumulate_grad_hook(fired.append)
+    for look in LOOKS.values():
+        look(nn.Linear(4, 1), torch.ones(2, 4), lambda out: criterion(out.float()).square().mean())
+    assert criterion.weight.grad is grad
+    assert torch.equal(grad, torch.ones(1, 1))
+    assert criterion.bias.grad is None
+    assert fired == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -38,9 +39,8 @@ class LeftAlone:
         model = self._model
         params = list(model.parameters())
         self._params = {p.untyped_storage().data_ptr(): p for p in params if _has_memory(p)}
-        self._grads = [(param, param.grad) for param in params]
-        hooks = [param._post_accumulate_grad_hooks for param in params]
-        self._hooks = [(waiting, dict(waiting)) for waiting in hooks if waiting]
+        self._grads: list[tuple[Tensor, Tensor | None]] = []
+        self._hooks: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
         self._buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
         # a cast puts other memory behind the same tensors
         self._data = [(tensor, tensor.data) for tensor in (*params, *model.buffers())]
@@ -52,11 +52,21 @@ class LeftAlone:
         self._stack = [torch.random.fork_rng(devices=list(devices)), torch.enable_grad()]
         for manager in self._stack:
             manager.__enter__()
-        for param in params:
-            param.grad = None
-        for waiting, _ in self._hooks:
-            waiting.clear()
+        self.expect(params)
         return self
+
+    def expect(self, leaves: Iterable[Tensor]) -> None:
+        """Hears of tensors that are going to get gradients, those of a loss with weights too."""
+        known = {id(leaf) for leaf, _ in self._grads}
+        for leaf in leaves:
+            if id(leaf) in known:
+                continue
+            self._grads.append((leaf, leaf.grad))
+            leaf.grad = None
+            waiting = leaf._post_accumulate_grad_hooks
+            if waiting:
+                self._hooks.append((waiting, dict(waiting)))
+                waiting.clear()
 
     def save(self, tensor: Tensor) -> None:
         """Hears that a tensor is going to be written to; copies it if it is a weight."""
@@ -79,8 +89,8 @@ class LeftAlone:
         with torch.no_grad():
             for tensor, value in (*self._saved.values(), *self._buffers):
                 tensor.copy_(value)
-        for param, grad in self._grads:
-            param.grad = grad
+        for leaf, grad in self._grads:
+            leaf.grad = grad
         for waiting, hooks in self._hooks:
             waiting.update(hooks)
         random.setstate(self._numbers)

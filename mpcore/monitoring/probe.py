@@ -96,6 +96,7 @@ class Probe:
             where.phase = "backward"
             scaled = loss.float() * loss_scale
             if scaled.requires_grad:
+                kept.expect(_leaves_of(scaled))
                 scaled.backward()  # type: ignore[no-untyped-call]
             with watch.paused():
                 after(loss.detach())
@@ -105,6 +106,20 @@ class Probe:
             return self._model(**self.batch)
         given = self.batch if isinstance(self.batch, tuple) else (self.batch,)
         return self._model(*given)
+
+
+def _leaves_of(result: Tensor) -> list[Tensor]:
+    """Returns the tensors that a backward pass adds gradients to."""
+    leaves: list[Tensor] = []
+    seen: set[Any] = {None}
+    waiting: list[Any] = [result.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node not in seen:
+            seen.add(node)
+            leaves += [node.variable] if hasattr(node, "variable") else []
+            waiting += [following for following, _ in node.next_functions]
+    return leaves
 
 
 def _copied(tensor: Tensor) -> Tensor:
