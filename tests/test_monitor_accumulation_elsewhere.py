@@ -8,6 +8,7 @@ import math
 import mpcore
 import pytest
 import torch
+from mpcore.monitoring.pass_losses import PassLosses
 from torch import Tensor, nn
 
 from mpcore_testing.accumulating import Training, noise
@@ -26,6 +27,55 @@ def test_a_closure_of_several_passes_counts_its_last_evaluation(engine: Engine) 
     training.optimizer.step(closure)
     assert (training.reading.loss, training.reading.largest_loss) == (3.0, 2.0)
     assert training.reading.findings[0].passes == 2
+
+
+@pytest.mark.parametrize("clears", ["optimizer", "model"])
+@pytest.mark.parametrize("bad", [False, True])
+def test_evaluations_of_a_closure_do_not_add_up(engine: Engine, clears: str, bad: bool) -> None:
+    weight = nn.Parameter(torch.full((8,), 2.0).half())
+    optimizer = Engine(engine.backend, "general").wrap(
+        torch.optim.LBFGS([weight], lr=0.1, max_iter=4), mpcore.StaticLossScale(8.0)
+    )
+    monitor = mpcore.Monitor(optimizer, every=1)
+    losses: list[float] = []
+
+    def closure() -> Tensor:
+        if clears == "optimizer":
+            optimizer.zero_grad()
+        else:
+            weight.grad = None  # as model.zero_grad() does
+        loss = (weight.float() - 0.5).square().sum()
+        if bad and not losses:
+            loss = loss * torch.inf
+        losses.append(loss.item())
+        optimizer.backward(loss)
+        return loss
+
+    optimizer.step(closure)
+    assert monitor.reading is not None
+    assert monitor.reading.passes == 1
+    if bad:
+        report = monitor.report()
+        assert report is not None
+        assert report.verdict.name == "forward"
+        assert monitor.reading.loss == math.inf
+    else:
+        assert len(losses) > 2
+        assert monitor.reading.loss == pytest.approx(losses[-1])
+
+
+def test_the_two_passes_of_a_sharpness_aware_step_do_not_add_up() -> None:
+    history = []
+    for second in (2.0, 3.0):
+        losses = PassLosses(torch.device("cpu"))
+        losses.see(torch.tensor(1.0), "")
+        losses.note_collected()
+        assert losses.see(torch.tensor(second), "")
+        history += losses.taken(None)
+    assert [(name, float(loss)) for name, loss in history if loss is not None] == [
+        ("", 2.0),
+        ("", 3.0),
+    ]
 
 
 def test_a_resumed_accumulation_has_losses_that_nobody_knows(engine: Engine) -> None:

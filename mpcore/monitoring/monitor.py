@@ -153,7 +153,8 @@ class Monitor:
             outputs: The loss; what is no tensor of one element counts as not known.
             name: That of `add_loss`.
         """
-        self._losses.see(outputs, name)
+        if self._losses.see(outputs, name):
+            self._counts = PassCounts()
 
     def see_pass(self, params: Sequence[Tensor], scale: Tensor, name: str) -> None:
         """Hears whose gradients are going to be added up; the optimizer calls it."""
@@ -175,9 +176,8 @@ class Monitor:
 
     def begin_step(self, params: Sequence[Tensor]) -> bool:
         """Hears whose gradients are collected; the optimizer calls it."""
-        if (
-            looks := self._reads_now()
-        ) and self._sample is None:  # closures are evaluated several times in a step
+        self._losses.note_collected()  # closures are evaluated several times in a step
+        if (looks := self._reads_now()) and self._sample is None:
             self._sample = UpdateSample(params, self._optimizer._masters)
         return looks
 
