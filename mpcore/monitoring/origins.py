@@ -28,7 +28,7 @@ class Event:
             the batch, or "" for others.
         cast_of: If it is a cast, the name of the weight, buffer or part of the batch that it casts.
         makes: Whether it made something that is not finite of finite numbers.
-        meant: Whether it wrote a constant that is -inf: a mask.
+        mask: Whether it writes -inf as a constant, or hands it on, as masks have it.
         kinds_in: Which of NaN, inf and -inf were in the inputs.
         kinds: Which of them came out.
         finite_in: Whether all inputs were finite.
@@ -43,7 +43,7 @@ class Event:
     outside: tuple[str, ...]
     cast_of: str
     makes: bool
-    meant: bool
+    mask: bool
     kinds_in: frozenset[str]
     kinds: frozenset[str]
     finite_in: bool
@@ -107,7 +107,12 @@ class Origins:
             else:
                 parents.append(number)
         kinds = kinds_of(bad)
+        kinds_in = kinds_of([before for _, before in wrong])
+        makes = not wrong or (operation.pointwise and _makes(operation.inputs, bad))
         written = operation.name == CONSTANT or -math.inf in operation.constants
+        of_weight = any(name.startswith("weight") for name in outside)
+        of_masks = all(self._events[number].mask for number in parents)
+        handed_on = kinds_in == {_BELOW} and not makes and not of_weight and of_masks
         return Event(
             number=self._count,
             name=operation.name,
@@ -115,9 +120,9 @@ class Origins:
             parents=tuple(parents),
             outside=tuple(outside),
             cast_of=self._cast_of(operation),
-            makes=not wrong or (operation.pointwise and _makes(operation.inputs, bad)),
-            meant=written and kinds == {_BELOW},
-            kinds_in=kinds_of([before for _, before in wrong]),
+            makes=makes,
+            mask=kinds == {_BELOW} and (written or handed_on),
+            kinds_in=kinds_in,
             kinds=kinds,
             finite_in=not wrong,
             largest_in=largest_of([before for _, before in read]),
@@ -152,7 +157,7 @@ class Origins:
         ways = self._on_the_way(results, lost=lost)
         if not lost:
             return next(filter(self._begins, ways), None)
-        open_ones = [event for event in ways if not self._is_mask(event)]
+        open_ones = [event for event in ways if not event.mask]
         sources = (event for event in open_ones if event.makes or event.outside)
         turning = (event for event in open_ones if event.kinds - event.kinds_in)
         return next(sources, None) or next(turning, None) or next(iter(ways), None)
@@ -172,15 +177,6 @@ class Origins:
     def _begins(self, event: Event) -> bool:
         """Returns whether nothing in the backward pass before had made its inputs not finite."""
         return event.makes or not any(self._events[number].back for number in event.parents)
-
-    def _is_mask(self, event: Event) -> bool:
-        """Returns whether an event writes -inf or hands it on, as masks have it."""
-        if event.meant:
-            return True
-        unknown = any(name.startswith("weight") for name in event.outside)
-        if event.kinds | event.kinds_in != {_BELOW} or event.makes or unknown:
-            return False
-        return all(self._is_mask(self._events[number]) for number in event.parents)
 
 
 def _makes(inputs: Sequence[tuple[Tensor, Tensor]], outputs: Sequence[Tensor]) -> bool:
