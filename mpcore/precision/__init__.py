@@ -5,14 +5,18 @@ Start with `cast_model.py`. Its face is what is imported here.
 
 from __future__ import annotations
 
-from mpcore.precision.cast_model import cast_model
+from mpcore.precision.cast_model import cast_model, cast_report
 from mpcore.precision.emulate import emulate_tensor_cores
 from mpcore.precision.policy import Policy
+from mpcore.precision.report import CastReport, CastRow
 from mpcore.precision.scope import global_policy, set_global_policy, use_policy
 
 __all__ = [
+    "CastReport",
+    "CastRow",
     "Policy",
     "cast_model",
+    "cast_report",
     "emulate_tensor_cores",
     "global_policy",
     "set_global_policy",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mpcore.base import FULL_PRECISION, SIXTEEN_BIT
+from mpcore.precision.weak import WeakTensor
 
 _FLOATING = frozenset({*SIXTEEN_BIT, *FULL_PRECISION})
 
@@ -36,6 +37,30 @@ def cast_tensors(value: Any, sources: frozenset[torch.dtype], dtype: torch.dtype
         (torch.float16, True)
     """
     return _Pass(sources, dtype).cast(value)[0]
+
+
+def named_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, Tensor]]:
+    """Returns the tensors among arguments, with names such as `args[0]` and `mask['x']`; no sync.
+
+    Example:
+        >>> import torch
+        >>> [name for name, _ in named_tensors((torch.ones(1),), {"b": {"x": [torch.ones(1)]}})]
+        ['args[0]', "b['x'][0]"]
+    """
+    found: list[tuple[str, Tensor]] = []
+
+    def walk(name: str, value: Any, ancestors: tuple[int, ...]) -> None:
+        if isinstance(value, Tensor):
+            found.append((name, value))
+        elif (isinstance(value, tuple) or _is_container(value)) and id(value) not in ancestors:
+            for key, item in _items(value):
+                walk(f"{name}[{key!r}]", item, (*ancestors, id(value)))
+
+    for index, value in enumerate(args):
+        walk(f"args[{index}]", value, ())
+    for name, value in kwargs.items():
+        walk(name, value, ())
+    return found
 
 
 class _Pass:
@@ -79,9 +104,37 @@ class _Pass:
         for old, new in self._done:
             if old is tensor:
                 return new, True
-        result = tensor.to(self._dtype)
+        result = self._convert(tensor)
         self._done.append((tensor, result))
         return result, True
+
+    def _convert(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._dtype)
+
+
+class _InputPass(_Pass):
+    """A walk over the inputs of a module that becomes 16-bit."""
+
+    def __init__(self, dtype: torch.dtype, vectors: bool) -> None:
+        super().__init__(_FLOATING, dtype)
+        self._vectors = vectors
+
+    def _cast_tensor(self, tensor: Tensor) -> tuple[Tensor, bool]:
+        # timesteps, lengths, weights of edges: as buffers that stay in FP32
+        if not self._vectors and tensor.dim() < 2 and type(tensor) is Tensor:
+            if tensor.dtype in FULL_PRECISION and not torch.compiler.is_compiling():
+                return tensor.as_subclass(WeakTensor), True
+            if tensor.dtype in FULL_PRECISION:
+                return tensor, False
+        return super()._cast_tensor(tensor)
+
+    def _convert(self, tensor: Tensor) -> Tensor:
+        # a mask of -1e9 stays one; what carries gradients is no mask, and what is too large for
+        # the format has to be seen
+        if self._dtype in SIXTEEN_BIT and not tensor.requires_grad:
+            lowest = torch.finfo(self._dtype).min
+            tensor = torch.where(tensor == -torch.inf, tensor, tensor.clamp(min=lowest))
+        return tensor.to(self._dtype)
 
 
 def _is_container(value: Any) -> bool:
@@ -118,16 +171,31 @@ def _with_items(value: Any, changed: dict[Any, Any]) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class CastInputs:
-    """A forward pre-hook (with keyword arguments): casts floating inputs to `dtype`."""
+    """A forward pre-hook (with keyword arguments): casts floating inputs to `dtype`.
+
+    In 16 bits finite values below the range become the lowest finite one, unless they carry
+    gradients.
+
+    Attributes:
+        dtype: What to cast to.
+        vectors: Whether inputs of one dimension or none are cast too. Else they stay as they are,
+            and give way to the 16-bit tensors that they meet (`WeakTensor`).
+    """
 
     dtype: torch.dtype
+    vectors: bool = True
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Returns the arguments, cast."""
-        args, kwargs = cast_tensors((args, kwargs), _FLOATING, self.dtype)
+        args, kwargs = _InputPass(self.dtype, self.vectors).cast((args, kwargs))[0]
         return args, kwargs
+
+    def rounds(self, tensor: Tensor) -> bool:
+        """Tells whether a tensor among the inputs is rounded."""
+        is_longer = tensor.dtype in _FLOATING and tensor.dtype != self.dtype
+        return is_longer and (self.vectors or tensor.dim() > 1)
 
 
 @dataclasses.dataclass(frozen=True)

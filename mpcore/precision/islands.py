@@ -10,7 +10,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.loss import _Loss
 from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _Orthogonal
 
 from mpcore.errors import ArgumentError, ArgumentTypeError
 from mpcore.precision.casts import CastInputs, CastOutputs, Hooks
@@ -26,6 +28,18 @@ NORMALISATIONS = (
     nn.CrossMapLRN2d,
 )
 
+#: What 16 bits break, with what they give instead.
+BROKEN = (
+    _Orthogonal,  # `matrix_exp`: NaN; Householder products and solves: no 16-bit kernel
+    nn.CosineSimilarity,  # its eps of 1e-8 is 0 in FP16: NaN beside a zero vector
+    nn.CTCLoss,  # no 16-bit kernel
+    nn.PoissonNLLLoss,  # an eps of 1e-8 again: infinite
+    nn.GaussianNLLLoss,  # an eps of 1e-6: FP16 divides by it into infinity
+    nn.LPPool1d,  # powers of the input: infinite from 256 on in FP16
+    nn.LPPool2d,
+    nn.LPPool3d,
+)
+
 Choice = str | nn.Module | type[nn.Module] | Callable[[str, nn.Module], bool]
 Choices = Choice | Sequence[Choice]
 
@@ -38,18 +52,25 @@ class Plan:
         halves: Modules that become 16-bit.
         kept: Modules that stay in FP32, with all that is inside a kept one.
         hooks: The cast hooks that each module needs, where it needs any.
+        reasons: Why each of the outermost kept modules is kept.
+        chosen: Those that `keep_fp32` names, by all their names.
+        named: The buffers that `keep_fp32` names.
     """
 
     halves: list[nn.Module]
     kept: list[nn.Module]
     hooks: dict[nn.Module, Hooks]
+    reasons: dict[str, str]
+    chosen: frozenset[str]
+    named: frozenset[str]
 
 
 def make_plan(model: nn.Module, dtype: torch.dtype, keep_fp32: Choices | None) -> Plan:
     """Returns the plan for `model`, or raises if `keep_fp32` cannot be met."""
     chosen = choose(model, keep_fp32)
-    own = {module for module in model.modules() if _keeps_fp32_by_itself(module)}
-    inside = _paths_inside(model, chosen | own)
+    why = {module: why for module in model.modules() if (why := _why_fp32(module))}
+    why |= dict.fromkeys(chosen, "named in keep_fp32")
+    inside = _paths_inside(model, set(why))
     _check_sharing(model, inside)
     modules = list(model.modules())
     kept = {module for path, module in _paths(model) if inside[path]}
@@ -57,23 +78,51 @@ def make_plan(model: nn.Module, dtype: torch.dtype, keep_fp32: Choices | None) -
     hooks: dict[nn.Module, Hooks] = {}
     for module in halves:
         if module is model or _owns_weights(module):
-            hooks[module] = (CastInputs(dtype), None)
+            hooks[module] = (CastInputs(dtype, _computes_itself(module)), None)
     outputs = _output_layers(model, chosen, halves)
     for module in _roots(model, inside):
-        after = None if module in outputs else CastOutputs(dtype)
+        returns_fp32 = module in outputs or isinstance(module, _Loss)
+        after = None if returns_fp32 else CastOutputs(dtype)
         hooks[module] = (CastInputs(torch.float32), after)
-    return Plan(halves, [module for module in modules if module in kept], hooks)
+    reasons = {
+        path: why[module]
+        for path, module in model.named_modules()
+        if module in why and not (path and inside[_parent(path)])
+    }
+    return Plan(
+        halves,
+        [module for module in modules if module in kept],
+        hooks,
+        reasons,
+        frozenset(path for path, module in _paths(model) if module in chosen),
+        frozenset(_named_buffers(model, keep_fp32)),
+    )
 
 
-def _keeps_fp32_by_itself(module: nn.Module) -> bool:
-    """Tells whether a module is kept in FP32 although nobody named it.
+def _why_fp32(module: nn.Module) -> str:
+    """Tells why a module is kept in FP32 although nobody named it; empty if it is not.
 
-    Normalisations, and tables whose forward pass writes to their weight: it would round each time.
+    Normalisations, tables whose forward pass writes to their weight (it would round each time), and
+    what 16 bits break.
     """
     tables = (nn.Embedding, nn.EmbeddingBag)
-    return isinstance(module, NORMALISATIONS) or (
-        isinstance(module, tables) and module.max_norm is not None
+    if isinstance(module, NORMALISATIONS):
+        return "a normalisation"
+    if isinstance(module, tables) and module.max_norm is not None:
+        return "its forward pass writes to its weight (max_norm)"
+    parts = module if isinstance(module, parametrize.ParametrizationList) else (module,)
+    is_broken = any(isinstance(part, BROKEN) for part in parts)
+    return "its operations are broken in 16 bits" if is_broken else ""
+
+
+def _computes_itself(module: nn.Module) -> bool:
+    """Tells whether no module inside has weights: one-dimensional inputs are for it, then."""
+    inner = (
+        child
+        for name, child in module.named_children()
+        if name != "parametrizations" and not isinstance(module, nn.MultiheadAttention)
     )
+    return not any(_owns_weights(part) for child in inner for part in child.modules())
 
 
 def choose(model: nn.Module, choices: Choices | None) -> set[nn.Module]:
@@ -82,11 +131,13 @@ def choose(model: nn.Module, choices: Choices | None) -> set[nn.Module]:
     for entry in _entries(choices):
         matches = {module for path, module in _paths(model) if _matches(entry, path, module)}
         # a function may well look for something that this model does not have
-        if not matches and (isinstance(entry, str | nn.Module | type)):
+        names_buffer = isinstance(entry, str) and bool(_matching_buffers(model, entry))
+        if not matches and not names_buffer and isinstance(entry, str | nn.Module | type):
             named = repr(entry) if isinstance(entry, str) else _class_name(entry)
             raise ArgumentError(
-                f"keep_fp32: expected modules of the model, got {named}, which matches none. "
-                "Names are those of model.named_modules(), with * for any part."
+                f"keep_fp32: expected modules or buffers of the model, got {named}, which matches "
+                "none. Names are those of model.named_modules(), with * for any part, or of "
+                "model.named_buffers()."
             )
         chosen |= matches
     return chosen
@@ -95,6 +146,20 @@ def choose(model: nn.Module, choices: Choices | None) -> set[nn.Module]:
 def outermost(model: nn.Module, choices: Choices | None) -> list[nn.Module]:
     """Returns the modules to keep that others call, without those that they hold themselves."""
     return _roots(model, _paths_inside(model, choose(model, choices)))
+
+
+def _named_buffers(model: nn.Module, choices: Choices | None) -> set[str]:
+    """Returns the floating buffers that `keep_fp32` names."""
+    names = (entry for entry in _entries(choices) if isinstance(entry, str))
+    return {buffer for name in names for buffer in _matching_buffers(model, name)}
+
+
+def _matching_buffers(model: nn.Module, pattern: str) -> list[str]:
+    return [
+        name
+        for name, buffer in model.named_buffers(remove_duplicate=False)
+        if buffer.is_floating_point() and fnmatch.fnmatchcase(name, pattern)
+    ]
 
 
 def _entries(choices: Choices | None) -> list[Choice]:

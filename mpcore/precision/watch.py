@@ -1,0 +1,214 @@
+"""The passes of a cast model, watched for what the cast could not know.
+
+Buffers that a forward pass writes go back to FP32, since an average or a counter in 16 bits stands
+still; and inputs that FP16 makes infinite are named.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mpcore.base import SIXTEEN_BIT, HostCopy, comes_late, is_capturing
+from mpcore.precision.casts import hooks_of, named_tensors
+from mpcore.precision.lender import is_lent, lend_running
+from mpcore.precision.report import CastReport
+from mpcore.precision.writes import WriteWatch
+
+_WRITTEN = "written by the forward pass"
+_INFINITE = 65520.0  # from here on FP16 rounds to infinity
+
+
+class _Pass(NamedTuple):
+    """A pass under way: the mode that looks at its writes, and the buffers at its beginning."""
+
+    mode: WriteWatch | None
+    begun: dict[str, tuple[Tensor, int]]
+
+
+class Watch:
+    """The hooks of a model that was cast: before and after each of its forward passes.
+
+    The first pass in training and the first in evaluation are watched operation by operation, the
+    others by version counters. Compiled passes are not watched.
+
+    Args:
+        report: What the cast did.
+        owners: By the names of the report's buffers, the modules that have them.
+        originals: The FP32 values of buffers that were rounded, by name; let go once both kinds of
+            passes were seen.
+
+    Attributes:
+        report: The same, and what was widened since.
+    """
+
+    def __init__(
+        self,
+        report: CastReport,
+        owners: dict[str, nn.Module],
+        originals: dict[str, Tensor],
+    ) -> None:
+        self.report = report
+        self._owners = owners
+        self._originals = originals
+        self._seen: set[bool] = set()
+        self._passes: list[_Pass] = []
+        self._asked: list[tuple[list[str], Tensor, HostCopy | None]] = []
+        self._has_named = False
+        self._unsaid: list[str] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_passes": [], "_asked": []}  # a copy has no pass under way
+
+    def attach(self, model: nn.Module) -> None:
+        """Registers both hooks, before those that cast inputs."""
+        model.register_forward_pre_hook(self.before, with_kwargs=True, prepend=True)
+        model.register_forward_hook(self.after, always_call=True)
+
+    def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Looks at the batch, and begins to watch; syncs with a CPU alone."""
+        if _is_traced(args, kwargs):
+            return
+        if self.report.dtype == torch.float16 and not self._has_named:
+            self._look_at_inputs(model, args, kwargs)
+        begun = {name: (t, _version(t)) for name, _, t in self._buffers()}
+        mode = None
+        watched = {name: t for name, (t, _) in begun.items() if t.dtype in SIXTEEN_BIT}
+        if watched and model.training not in self._seen:
+            mode = WriteWatch(watched, self._originals)
+            mode.__enter__()  # type: ignore[no-untyped-call]
+        self._passes.append(_Pass(mode, begun))
+
+    def after(self, model: nn.Module, args: Any, output: Any) -> None:
+        """Widens the 16-bit buffers that the pass has written, and says so once for each."""
+        if torch.compiler.is_compiling() or not self._passes:
+            return
+        mode, begun = self._passes.pop()
+        if mode is not None:
+            mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            self._seen.add(model.training)
+            if len(self._seen) == 2:
+                self._originals.clear()
+        shadows = mode.shadows if mode is not None else {}
+        written = [
+            name
+            for name, owner, now in self._buffers()
+            if name in begun and _widen(owner, _leaf(name), now, begun[name], shadows.get(name))
+        ]
+        kept = self.report.kept_buffers
+        for name in written:
+            if name not in kept:
+                self.report = self.report.with_kept(name, _WRITTEN)
+                self._unsaid.append(name)
+        if self._unsaid and sys.exc_info()[0] is None:  # else a later pass says it
+            self._say()
+
+    def _say(self) -> None:
+        written, self._unsaid = self._unsaid, []
+        warnings.warn(
+            f"cast_model: the forward pass writes to {', '.join(written)}, which would stand still "
+            "in 16 bits: in FP32 from now on. To have that from the start, name them in "
+            f"keep_fp32={written}, or give cast_model a batch.",
+            stacklevel=3,
+        )
+
+    def _buffers(self) -> Iterator[tuple[str, nn.Module, Tensor]]:
+        """Yields the name, owner and tensor of every floating buffer that is still there."""
+        for name, owner in self._owners.items():
+            tensor = owner._buffers.get(_leaf(name))
+            if tensor is not None and tensor.is_floating_point():
+                yield name, owner, tensor
+
+    def _look_at_inputs(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        """Warns once of finite inputs that FP16 makes infinite; of those on a GPU a pass later."""
+        given = {
+            name: tensor
+            for name, tensor in named_tensors(args, kwargs)
+            if type(tensor) is Tensor and tensor.numel() and _is_rounded(model, tensor)
+        }
+        if given:
+            found = [torch.where(t.isinf(), 0, t.detach()).amax().float() for t in given.values()]
+            largest = torch.stack([each.to(found[0].device) for each in found])
+            late = comes_late(largest.device)
+            if late and (self._asked or is_capturing(largest.device)):
+                return self._answer()
+            self._asked.append((list(given), largest, HostCopy(largest) if late else None))
+        self._answer()
+
+    def _answer(self) -> None:
+        if not self._asked:
+            return
+        names, largest, copy = self._asked[0]
+        if copy is not None and not copy.has_arrived():
+            return
+        self._asked.clear()
+        values = (largest if copy is None else copy.values).tolist()
+        too_large = [f"{n} ({v:g})" for n, v in zip(names, values, strict=True) if v >= _INFINITE]
+        if too_large:
+            self._has_named = True
+            warnings.warn(
+                "cast_model: the batch holds values that FP16 makes infinite, in "
+                f"{', '.join(too_large)}: it ends at 65504. Scale that input before it reaches "
+                "the model, or cast to torch.bfloat16.",
+                stacklevel=2,
+            )
+
+
+def watch_of(model: nn.Module) -> Watch | None:
+    """Returns the watch of a model that was cast as a whole, if it was."""
+    owners = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
+    return next((each for each in owners if isinstance(each, Watch)), None)
+
+
+def _is_traced(args: Any, kwargs: Any) -> bool:
+    """Tells whether nobody computes with numbers now: something compiles, traces or transforms."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return True
+    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return any(is_wrapped(tensor) or tensor.is_meta for _, tensor in named_tensors(args, kwargs))
+
+
+def _is_rounded(model: nn.Module, tensor: Tensor) -> bool:
+    before, _ = hooks_of(model)
+    return before is not None and before.rounds(tensor)
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _widen(
+    owner: nn.Module, leaf: str, now: Tensor, begun: tuple[Tensor, int], shadow: Tensor | None
+) -> bool:
+    """Makes a buffer FP32 that a pass has written in 16 bits; tells whether it was one.
+
+    Args:
+        owner: The module that has it.
+        leaf: Its name there.
+        now: The buffer after the pass.
+        begun: The tensor that it was before, and its version.
+        shadow: What it would hold now in FP32, where that was followed.
+    """
+    before, version = begun
+    is_half, is_new = now.dtype in SIXTEEN_BIT, now is not before
+    if is_new and (now.requires_grad or (not is_half and is_lent(owner, leaf))):
+        return False  # part of a graph, which a copy would leave; or nothing to do
+    if is_new:
+        owner._buffers[leaf] = now.detach().float() if is_half else now
+    elif is_half and shadow is not None:
+        now.data = shadow
+    elif is_half and _version(now) != version:
+        now.data = now.data.float()
+    else:
+        return False
+    lend_running(owner, leaf)
+    return True

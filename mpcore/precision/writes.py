@@ -1,0 +1,120 @@
+"""What a forward pass writes to, and in FP32 what it would have written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mpcore.base import SIXTEEN_BIT
+from mpcore.precision.weak import bounded
+
+
+class WriteWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes writes to tensors while it is entered, through views, `.data` and `detach()` too.
+
+    Every write is done a second time, in FP32 and beginning from what the tensor held in FP32, so
+    that nothing is lost of a pass that writes to a 16-bit tensor. No sync, and no copy of what
+    nobody writes to.
+
+    Args:
+        watched: What to watch, by name.
+        originals: The FP32 values of some of these.
+
+    Attributes:
+        shadows: What those that were written would hold in FP32.
+
+    Example:
+        >>> counter = torch.full((2,), 256.0, dtype=torch.bfloat16)
+        >>> with WriteWatch({"counter": counter}, {}) as watch:
+        ...     _ = counter.data.add_(1)
+        >>> counter.tolist(), watch.shadows["counter"].tolist()
+        ([256.0, 256.0], [257.0, 257.0])
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, watched: Mapping[str, Tensor], originals: Mapping[str, Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._watched = watched
+        self._originals = originals
+        self._names = {_storage(tensor): name for name, tensor in watched.items()}
+        self.shadows: dict[str, Tensor] = {}
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Runs an operation, and once more where it writes to what is watched."""
+        kwargs = kwargs or {}
+        if not isinstance(func, torch._ops.OpOverload):
+            return func(*args, **kwargs)  # of a higher order: what it calls comes by itself
+        targets = [args[key] if isinstance(key, int) else kwargs.get(key) for key in _written(func)]
+        names = [name for target in _flat(targets) if (name := self._name(target)) is not None]
+        for name in names:
+            if name not in self.shadows:
+                self.shadows[name] = self._original(name)
+        # what draws random numbers would draw others the second time
+        copies = torch.Tag.nondeterministic_seeded in func.tags or not all(map(self._fits, names))
+        if names and not copies:
+            func(*self._in_fp32(args), **self._in_fp32(kwargs))
+        result = func(*args, **kwargs)
+        if copies:
+            for name in names:
+                self.shadows[name].copy_(self._watched[name])
+        return result
+
+    def _fits(self, name: str) -> bool:
+        return self.shadows[name].stride() == self._watched[name].stride()
+
+    def _name(self, value: Any) -> str | None:
+        return self._names.get(_storage(value)) if isinstance(value, Tensor) else None
+
+    def _original(self, name: str) -> Tensor:
+        tensor = self._watched[name].detach()
+        original = self._originals.get(name)
+        if original is not None:
+            rounded = bounded(original, tensor.dtype).to(tensor.dtype)
+            if torch.equal(rounded, tensor):  # not after `load_state_dict`, say
+                return original.clone()
+        return tensor.float().clone()
+
+    def _in_fp32(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            name = self._name(value)
+            if name in self.shadows and value.dtype == self._watched[name].dtype:
+                shadow, watched = self.shadows[name], self._watched[name]
+                offset = value.storage_offset() - watched.storage_offset()
+                return shadow.as_strided(value.shape, value.stride(), offset)
+            return value.float() if value.dtype in SIXTEEN_BIT else value
+        if isinstance(value, dict):
+            return {key: self._in_fp32(item) for key, item in value.items()}
+        if isinstance(value, tuple | list):
+            return type(value)([self._in_fp32(item) for item in value])
+        return value
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _flat(values: list[Any]) -> list[Any]:
+    """Returns the items of a list in which lists of tensors may stand."""
+    return [each for v in values for each in (v if isinstance(v, tuple | list) else (v,))]
+
+
+@cache  # a model asks for each of its operations
+def _written(func: Any) -> tuple[int | str, ...]:
+    """Returns the arguments that an operation writes, by place or by name."""
+    found: list[int | str] = []
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            found.append(argument.name if argument.kwarg_only else place)
+    return tuple(found)
