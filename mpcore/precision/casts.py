@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mpcore.base import FULL_PRECISION, SIXTEEN_BIT
-from mpcore.precision.weak import WeakTensor
+from mpcore.precision.weak import WeakTensor, plain
 
 _FLOATING = frozenset({*SIXTEEN_BIT, *FULL_PRECISION})
 
@@ -120,12 +120,15 @@ class _InputPass(_Pass):
         self._vectors = vectors
 
     def _cast_tensor(self, tensor: Tensor) -> tuple[Tensor, bool]:
-        # timesteps, lengths, weights of edges: as buffers that stay in FP32
-        if not self._vectors and tensor.dim() < 2 and type(tensor) is Tensor:
-            if tensor.dtype in FULL_PRECISION and not torch.compiler.is_compiling():
-                return tensor.as_subclass(WeakTensor), True
-            if tensor.dtype in FULL_PRECISION:
+        if self._vectors:
+            return super()._cast_tensor(tensor)
+        if isinstance(tensor, WeakTensor):
+            return tensor, False
+        # timesteps, lengths, weights of edges: like buffers that stay in FP32
+        if tensor.dim() < 2 and tensor.dtype in FULL_PRECISION:
+            if type(tensor) is not Tensor or torch.compiler.is_compiling():
                 return tensor, False
+            return tensor.as_subclass(WeakTensor), True
         return super()._cast_tensor(tensor)
 
     def _convert(self, tensor: Tensor) -> Tensor:
@@ -179,7 +182,8 @@ class CastInputs:
     Attributes:
         dtype: What to cast to.
         vectors: Whether inputs of one dimension or none are cast too. Else they stay as they are,
-            and give way to the 16-bit tensors that they meet (`WeakTensor`).
+            and give way to the 16-bit tensors that they meet (`WeakTensor`), as does what came of
+            others that did.
     """
 
     dtype: torch.dtype
@@ -196,6 +200,27 @@ class CastInputs:
         """Tells whether a tensor among the inputs is rounded."""
         is_longer = tensor.dtype in _FLOATING and tensor.dtype != self.dtype
         return is_longer and (self.vectors or tensor.dim() > 1)
+
+
+class _PlainPass(_Pass):
+    """A walk over the results of a model."""
+
+    def __init__(self) -> None:
+        super().__init__(frozenset(), torch.float32)
+
+    def _cast_tensor(self, tensor: Tensor) -> tuple[Tensor, bool]:
+        return plain(tensor), isinstance(tensor, WeakTensor)
+
+
+def plain_tensors(value: Any) -> Any:
+    """Returns `value` with its weak tensors as torch's own; no sync.
+
+    Example:
+        >>> import torch
+        >>> type(plain_tensors([torch.ones(2).as_subclass(WeakTensor)])[0]).__name__
+        'Tensor'
+    """
+    return _PlainPass().cast(value)[0]
 
 
 @dataclasses.dataclass(frozen=True)

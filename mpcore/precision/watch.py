@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mpcore.base import SIXTEEN_BIT, HostCopy, comes_late, is_capturing
-from mpcore.precision.casts import hooks_of, named_tensors
+from mpcore.precision.casts import hooks_of, named_tensors, plain_tensors
 from mpcore.precision.lender import is_lent, lend_running
 from mpcore.precision.report import CastReport
 from mpcore.precision.writes import WriteWatch
@@ -84,10 +84,13 @@ class Watch:
             mode.__enter__()  # type: ignore[no-untyped-call]
         self._passes.append(_Pass(mode, begun))
 
-    def after(self, model: nn.Module, args: Any, output: Any) -> None:
-        """Widens the 16-bit buffers that the pass has written, and says so once for each."""
+    def after(self, model: nn.Module, args: Any, output: Any) -> Any:
+        """Widens the 16-bit buffers that the pass has written, and says so once for each.
+
+        Returns the model's result, without tensors that give way.
+        """
         if torch.compiler.is_compiling() or not self._passes:
-            return
+            return output
         mode, begun = self._passes.pop()
         if mode is not None:
             mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
@@ -107,6 +110,7 @@ class Watch:
                 self._unsaid.append(name)
         if self._unsaid and sys.exc_info()[0] is None:  # else a later pass says it
             self._say()
+        return plain_tensors(output)
 
     def _say(self) -> None:
         written, self._unsaid = self._unsaid, []

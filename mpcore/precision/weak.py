@@ -110,6 +110,17 @@ class RunningTensor(WeakTensor):
     """
 
 
+def plain(tensor: Tensor) -> Tensor:
+    """Returns a tensor, weak or not, as torch's own kind; no sync.
+
+    Example:
+        >>> type(plain(torch.ones(2).as_subclass(WeakTensor))).__name__
+        'Tensor'
+    """
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.as_subclass(Tensor) if isinstance(tensor, WeakTensor) else tensor
+
+
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
