@@ -1,4 +1,4 @@
-"""Codes of positions and times in a cast model: nothing that is computed from them is rounded early."""
+"""Codes of positions and times in a cast model: what is computed from them has all digits."""
 
 from __future__ import annotations
 
