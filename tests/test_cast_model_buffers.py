@@ -226,6 +226,96 @@ def test_a_buffer_that_is_written_and_multiplied_with_runs(ema: bool, dtype: tor
     assert (model.bank - plain.bank).abs().max() < 4 * torch.finfo(dtype).eps
 
 
+class Scaled(nn.Module):
+    """Writes a buffer and multiplies with it, in the graph; `normed` by torch's batch norm."""
+
+    def __init__(self, normed: bool) -> None:
+        super().__init__()
+        self.linear, self.normed = nn.Linear(4, 4), normed
+        self.register_buffer("mid", torch.zeros(4))
+        self.register_buffer("var", torch.full((4,), 1.001))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        if self.normed:
+            return F.batch_norm(y, self.mid, self.var, training=self.training, momentum=0.001)
+        with torch.no_grad():
+            self.mid += 0.001
+            self.var.mul_(0.999)
+        return y @ torch.diag(self.var) + y * self.mid + y @ self.var[:, None]
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("normed", [False, True])
+def test_the_graph_of_the_pass_that_widens_goes_backward(normed: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    plain = Scaled(normed)
+    model = cast_model(copy.deepcopy(plain), dtype)
+    twin = nn.ModuleList([model])
+    x = torch.randn(8, 4)
+    with pytest.warns(UserWarning, match="writes to mid, var"):
+        first = twin[0](x)
+    second = model(x)
+    for result in (first, second):
+        assert result.dtype == dtype
+        result.float().sum().backward()
+    for _ in range(2):
+        plain(x)
+    for ours, theirs in zip(model.buffers(), plain.buffers(), strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - theirs).abs().max() <= 0.01 * torch.finfo(dtype).eps
+    model.eval(), plain.eval()
+    before = model.var.clone()
+    assert (model(x).float() - plain(x)).abs().max() <= 16 * torch.finfo(dtype).eps
+    assert torch.equal(model.var, before) == normed
+
+
+def test_evaluation_by_batch_norm_writes_nothing() -> None:
+    model = cast_model(Scaled(True), torch.float16).eval()
+    model(torch.randn(8, 4))
+    assert model.var.dtype == torch.float16
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_a_buffer_that_is_given_other_data_is_noticed(dtype: torch.dtype) -> None:
+    def update(module: nn.Module, x: Tensor) -> None:
+        module.zorp.data = module.zorp * 0.999
+
+    model = cast_model(Inner(ONES, update, True), dtype)
+    with pytest.warns(UserWarning, match="writes to zorp"):
+        model(torch.ones(2, 4))
+    for _ in range(9):
+        model(torch.ones(2, 4))
+    assert (model.zorp - 0.999**10).abs().max() <= torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_methods_of_an_owner_that_others_call_see_what_gives_way(dtype: torch.dtype) -> None:
+    class Code(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("blorb", 10000 ** (-torch.arange(0, 8, 2) / 8))
+
+        def turn(self, x: Tensor) -> Tensor:
+            angles = torch.outer(torch.arange(x.shape[-2]), self.blorb).repeat(1, 2)
+            return x * angles.cos()
+
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.code = nn.Linear(8, 24), Code()
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).chunk(3, -1)
+            q, k = self.code.turn(q), self.code.turn(k)
+            return (q @ k.transpose(-1, -2)).softmax(-1) @ v  # type: ignore[no-any-return]
+
+    model = cast_model(Head(), dtype)
+    assert model.code.blorb.dtype == torch.float32
+    assert model(torch.randn(2, 5, 8)).dtype == dtype
+    assert type(model.code.blorb) is Tensor
+
+
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("old", [False, True])
 def test_spectral_norm_keeps_its_vectors_and_says_nothing(old: bool, dtype: torch.dtype) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mpcore.base import SIXTEEN_BIT, HostCopy, comes_late, is_capturing
 from mpcore.precision.casts import hooks_of, named_tensors, plain_tensors
-from mpcore.precision.lender import is_lent, lend_running
+from mpcore.precision.lender import Lender, is_lent, lend_running, lender_of
 from mpcore.precision.report import CastReport
 from mpcore.precision.writes import WriteWatch
 
@@ -28,7 +28,7 @@ class _Pass(NamedTuple):
     """A pass under way: the mode that looks at its writes, and the buffers at its beginning."""
 
     mode: WriteWatch | None
-    begun: dict[str, tuple[Tensor, int]]
+    begun: dict[str, tuple[Tensor, tuple[int, int]]]
 
 
 class Watch:
@@ -61,12 +61,15 @@ class Watch:
         self._asked: list[tuple[list[str], Tensor, HostCopy | None]] = []
         self._has_named = False
         self._unsaid: list[str] = []
+        self._lenders: list[tuple[Lender, nn.Module]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_passes": [], "_asked": []}  # a copy has no pass under way
 
     def attach(self, model: nn.Module) -> None:
         """Registers both hooks, before those that cast inputs."""
+        owners = dict.fromkeys(self._owners.values())
+        self._lenders = [(each, owner) for owner in owners if (each := lender_of(owner))]
         model.register_forward_pre_hook(self.before, with_kwargs=True, prepend=True)
         model.register_forward_hook(self.after, always_call=True)
 
@@ -76,7 +79,9 @@ class Watch:
             return
         if self.report.dtype == torch.float16 and not self._has_named:
             self._look_at_inputs(model, args, kwargs)
-        begun = {name: (t, _version(t)) for name, _, t in self._buffers()}
+        for lender, owner in self._lenders:
+            lender.before(owner, args)
+        begun = {name: (t, _state(t)) for name, _, t in self._buffers()}
         mode = None
         watched = {name: t for name, (t, _) in begun.items() if t.dtype in SIXTEEN_BIT}
         if watched and model.training not in self._seen:
@@ -90,19 +95,23 @@ class Watch:
         Returns the model's result, without tensors that give way.
         """
         if torch.compiler.is_compiling() or not self._passes:
-            return output
+            return None
         mode, begun = self._passes.pop()
         if mode is not None:
             mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        for lender, owner in reversed(self._lenders):
+            lender.after(owner, args, output)
+        if mode is not None:
             self._seen.add(model.training)
             if len(self._seen) == 2:
                 self._originals.clear()
         shadows = mode.shadows if mode is not None else {}
-        written = [
-            name
-            for name, owner, now in self._buffers()
-            if name in begun and _widen(owner, _leaf(name), now, begun[name], shadows.get(name))
-        ]
+        written = []
+        for name, owner, now in list(self._buffers()):
+            wide = _widened(owner, _leaf(name), now, begun.get(name), shadows.get(name))
+            if wide is not None:
+                _put(model, now, wide)
+                written.append(name)
         kept = self.report.kept_buffers
         for name in written:
             if name not in kept:
@@ -182,37 +191,51 @@ def _is_rounded(model: nn.Module, tensor: Tensor) -> bool:
     return before is not None and before.rounds(tensor)
 
 
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+def _state(tensor: Tensor) -> tuple[int, int]:
+    """Returns what changes when somebody writes to a tensor, or gives it other values."""
+    with torch._C.DisableTorchFunctionSubclass():
+        version = -1 if tensor.is_inference() else tensor._version
+        return version, tensor.untyped_storage()._cdata
 
 
 def _leaf(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _widen(
-    owner: nn.Module, leaf: str, now: Tensor, begun: tuple[Tensor, int], shadow: Tensor | None
-) -> bool:
-    """Makes a buffer FP32 that a pass has written in 16 bits; tells whether it was one.
+def _widened(
+    owner: nn.Module,
+    leaf: str,
+    now: Tensor,
+    begun: tuple[Tensor, tuple[int, int]] | None,
+    shadow: Tensor | None,
+) -> Tensor | None:
+    """Returns in FP32 a buffer that a pass has written in 16 bits; None if it was none.
 
     Args:
         owner: The module that has it.
         leaf: Its name there.
         now: The buffer after the pass.
-        begun: The tensor that it was before, and its version.
+        begun: The tensor that it was before, and its `_state`; None if there was none.
         shadow: What it would hold now in FP32, where that was followed.
     """
-    before, version = begun
+    before, state = begun if begun is not None else (None, None)
     is_half, is_new = now.dtype in SIXTEEN_BIT, now is not before
     if is_new and (now.requires_grad or (not is_half and is_lent(owner, leaf))):
-        return False  # part of a graph, which a copy would leave; or nothing to do
-    if is_new:
-        owner._buffers[leaf] = now.detach().float() if is_half else now
-    elif is_half and shadow is not None:
-        now.data = shadow
-    elif is_half and _version(now) != version:
-        now.data = now.data.float()
-    else:
-        return False
-    lend_running(owner, leaf)
-    return True
+        return None  # part of a graph, which a copy would leave; or nothing to do
+    if is_half and not is_new and shadow is not None:
+        return shadow
+    if is_half and (is_new or _state(now) != state):
+        return now.detach().float()
+    return now if is_new else None
+
+
+def _put(model: nn.Module, old: Tensor, new: Tensor) -> None:
+    """Puts a buffer in the place of another, wherever that is.
+
+    It is another tensor, since the graph of the pass may have saved the old one.
+    """
+    for module in model.modules():
+        for leaf, buffer in module._buffers.items():
+            if buffer is old:
+                module._buffers[leaf] = new
+                lend_running(module, leaf)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload, OpOverloadPacket
 
 from mpcore.base import FULL_PRECISION, SIXTEEN_BIT
 
@@ -26,6 +27,8 @@ _PRODUCTS = frozenset(
 )
 #: Have no 16-bit kernel, or compare with values of which each digit counts.
 _FULL = frozenset({"cdist", "bucketize", "searchsorted"})
+#: Write statistics that are not their first argument: computed in FP32, like layers that do so.
+_STATISTICS = frozenset({"batch_norm", "instance_norm", "fused_moving_avg_obs_fake_quant"})
 _CONVERSIONS = frozenset({"to", "type", "type_as", "half", "bfloat16"})
 _AUGMENTED = frozenset(
     f"__{name}__"
@@ -84,8 +87,13 @@ class WeakTensor(Tensor):
             if name == "__get__":  # reads an attribute
                 result = func(*args)
                 return _weak_again(result, cls) if func in _VALUES else result
-            if name in _CONVERSIONS and isinstance(args[0], WeakTensor):
+            if isinstance(func, OpOverload | OpOverloadPacket):
+                result = func(*args, **kwargs)  # who knows what somebody's operation writes to
+            elif name in _CONVERSIONS and isinstance(args[0], WeakTensor):
                 result = _convert(func, args, kwargs)
+            elif halves and name in _STATISTICS:
+                args, kwargs = _widened((args, kwargs))
+                result = func(*args, **kwargs).to(halves[0].dtype)
             else:
                 if halves and _rounds(name, args, kwargs, weak, halves):
                     args, kwargs = _narrowed((args, kwargs), halves[0].dtype)

@@ -56,7 +56,8 @@ class WriteWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if not isinstance(func, torch._ops.OpOverload):
             return func(*args, **kwargs)  # of a higher order: what it calls comes by itself
-        targets = [args[key] if isinstance(key, int) else kwargs.get(key) for key in _written(func)]
+        targets = [_argument(key, args, kwargs) for key in _written(func)]
+        targets += _statistics(func, args, kwargs)
         names = [name for target in _flat(targets) if (name := self._name(target)) is not None]
         for name in names:
             if name not in self.shadows:
@@ -108,6 +109,30 @@ def _storage(tensor: Tensor) -> int:
 def _flat(values: list[Any]) -> list[Any]:
     """Returns the items of a list in which lists of tensors may stand."""
     return [each for v in values for each in (v if isinstance(v, tuple | list) else (v,))]
+
+
+def _argument(key: int | str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if isinstance(key, str):
+        return kwargs.get(key)
+    return args[key] if key < len(args) else None
+
+
+def _statistics(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Returns the running statistics that a batch norm writes, of which its schema says nothing."""
+    places = _places(func)
+    if "running_mean" not in places:
+        return []
+    given = {name: _argument(key, args, kwargs) for name, key in places.items()}
+    if not (given.get("training") or given.get("train")):
+        return []
+    return [given["running_mean"], given["running_var"]]
+
+
+@cache
+def _places(func: Any) -> dict[str, int | str]:
+    """Returns where each argument of an operation is: a place, or a name."""
+    arguments = enumerate(func._schema.arguments)
+    return {a.name: a.name if a.kwarg_only else place for place, a in arguments}
 
 
 @cache  # a model asks for each of its operations
