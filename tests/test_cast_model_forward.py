@@ -250,3 +250,29 @@ def test_torch_compile_traces_a_cast_model_whole() -> None:
     model = cast_model(gpt(blocks=1), torch.bfloat16, keep_fp32="lm_head")
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(tokens()), model(tokens()))
+
+
+class Turning(nn.Module):
+    """Counts, averages and turns by a position code, which it converts where they meet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.out = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.register_buffer("inv_freq", 10000 ** (-torch.arange(8) / 8))
+        self.register_buffer("passes", torch.zeros(()))
+        self.register_buffer("table", torch.linspace(0, 1, 8))
+
+    def forward(self, x: torch.Tensor, when: torch.Tensor) -> torch.Tensor:
+        self.passes += 1
+        angles = torch.arange(x.shape[-2])[:, None] * self.inv_freq + when[:, None, None]
+        return self.out(self.linear(x) * angles.cos().to(x.dtype) + self.table)  # type: ignore[no-any-return]
+
+
+def test_torch_compile_traces_kept_buffers_and_times_whole() -> None:
+    torch.manual_seed(0)
+    model = cast_model(Turning(), torch.bfloat16)
+    x, when = torch.randn(2, 512, 8), torch.tensor([999.0, 3.5])
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x, when), model(x, when))
+    assert torch.equal(compiled(x, when), model(x, when))
+    assert model.passes == 4

@@ -193,3 +193,90 @@ def test_a_renormalised_table_that_is_tied_to_a_16_bit_layer_is_named() -> None:
         cast_model(model, torch.float16)
     cast_model(model, torch.float16, keep_fp32=["1"])  # as the message says
     assert model(torch.tensor([0])).dtype == torch.float32
+
+
+@pytest.mark.parametrize("way", ["matrix_exp", "cayley", "householder"])
+@pytest.mark.parametrize("dtype", HALF)
+def test_an_orthogonal_weight_is_computed_in_fp32(dtype: torch.dtype, way: str) -> None:
+    torch.manual_seed(0)
+    layer = nn.utils.parametrizations.orthogonal(nn.Linear(6, 6), orthogonal_map=way)
+    model = cast_model(nn.Sequential(layer), dtype)
+    weight = model[0].weight
+    assert weight.dtype == dtype
+    assert (weight.float() @ weight.float().T - torch.eye(6)).abs().max() < torch.finfo(dtype).eps
+    assert model(torch.randn(2, 6)).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("module", "inputs"),
+    [
+        (nn.CosineSimilarity(), (torch.zeros(2, 4), torch.ones(2, 4))),
+        (nn.LPPool1d(2, 2), (torch.full((1, 2, 4), 300.0),)),
+        (nn.LPPool2d(2, 2), (torch.full((1, 2, 4, 4), 300.0),)),
+        (nn.PoissonNLLLoss(log_input=False), (torch.zeros(2), torch.ones(2))),
+        (nn.GaussianNLLLoss(), (torch.ones(2, 1), torch.zeros(2, 1), torch.zeros(2, 1))),
+        (
+            nn.CTCLoss(),
+            (
+                torch.zeros(5, 1, 3).log_softmax(-1),
+                torch.tensor([[1]]),
+                torch.tensor([5]),
+                torch.tensor([1]),
+            ),
+        ),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_modules_that_fp16_breaks_compute_in_fp32(module: nn.Module, inputs: Any) -> None:
+    """Each gives NaN or infinity in FP16 or has no kernel for it."""
+    model = cast_model(nn.ModuleList([nn.Linear(2, 2), copy.deepcopy(module)]), torch.float16)
+    expected = module(*inputs)
+    result = model[1](*inputs)
+    assert expected.isfinite().all()
+    assert torch.equal(result, expected.to(result.dtype))
+    assert result.dtype == (torch.float32 if "Loss" in type(module).__name__ else torch.float16)
+    with torch.no_grad():
+        low = [x.half() if x.is_floating_point() else x for x in inputs]
+        assert breaks(module, low)
+
+
+def breaks(module: nn.Module, inputs: Any) -> bool:
+    try:
+        return not bool(module(*inputs).isfinite().all())
+    except (RuntimeError, NotImplementedError):
+        return True
+
+
+def test_keep_fp32_takes_names_of_buffers() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    for layer in model:
+        layer.register_buffer("tab", torch.tensor([0.1, 0.3, 0.2]))
+    cast_model(model, torch.float16, keep_fp32=["*.tab", "1"])
+    assert model[0].tab.dtype == model[1].tab.dtype == torch.float32
+    assert [layer.weight.dtype for layer in model] == [torch.float16, torch.float32]
+    with pytest.raises(mpcore.ArgumentError, match=r"modules or buffers.*'tub'"):
+        cast_model(nn.Linear(1, 1), torch.float16, keep_fp32="tub")
+
+
+def test_a_report_says_what_was_kept_and_why() -> None:
+    model = nn.Sequential(nn.Embedding(3, 2, max_norm=1.0), nn.LayerNorm(2), nn.Linear(2, 2))
+    model.append(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+    model.append(nn.CosineSimilarity())
+    model[2].register_buffer("flags", torch.tensor([0.0, 1.0]))
+    report = mpcore.cast_report(cast_model(model, torch.float16, keep_fp32=["3", "3.0"]))
+    assert [row.name for row in report.rows if row.what == "module"] == ["0", "1", "3", "4"]
+    text = str(report)
+    for line in (
+        "| 2 parameters | weights | float16 |",
+        "| 0 | module | float32 | 0 | its forward pass writes to its weight (max_norm) |",
+        "| 1 | module | float32 | 0 | a normalisation |",
+        "| 3 | module | float32 | 0 | named in keep_fp32 |",
+        "| 4 | module | float32 | 0 | its operations are broken in 16 bits |",
+        "| 2.flags | buffer | float16 | 0 | exact |",
+    ):
+        assert line in text
+    for other in (nn.Linear(1, 1), model[2]):
+        with pytest.raises(mpcore.ArgumentError, match="carries no report"):
+            mpcore.cast_report(other)
+    with pytest.raises(mpcore.ArgumentTypeError):
+        mpcore.cast_report(report)  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ from mpcore.base import SIXTEEN_BIT, HostCopy, comes_late, is_capturing
 from mpcore.precision.casts import hooks_of, named_tensors, plain_tensors
 from mpcore.precision.lender import Lender, is_lent, lend_running, lender_of
 from mpcore.precision.report import CastReport
-from mpcore.precision.writes import WriteWatch
+from mpcore.precision.writes import WriteWatch, in_fp32
 
 _WRITTEN = "written by the forward pass"
 _INFINITE = 65520.0  # from here on FP16 rounds to infinity
@@ -60,6 +60,7 @@ class Watch:
         self._passes: list[_Pass] = []
         self._asked: list[tuple[list[str], Tensor, HostCopy | None]] = []
         self._has_named = False
+        self._kept = set(report.kept_buffers)
         self._unsaid: list[str] = []
         self._lenders: list[tuple[Lender, nn.Module]] = []
 
@@ -79,6 +80,9 @@ class Watch:
             return
         if self.report.dtype == torch.float16 and not self._has_named:
             self._look_at_inputs(model, args, kwargs)
+        for name, _, buffer in list(self._buffers()):
+            if name in self._kept and buffer.dtype in SIXTEEN_BIT:  # somebody has put it back
+                _put(model, buffer, in_fp32(buffer, self._originals.get(name)))
         for lender, owner in self._lenders:
             lender.before(owner, args)
         begun = {name: (t, _state(t)) for name, _, t in self._buffers()}
@@ -112,9 +116,9 @@ class Watch:
             if wide is not None:
                 _put(model, now, wide)
                 written.append(name)
-        kept = self.report.kept_buffers
         for name in written:
-            if name not in kept:
+            if name not in self._kept:
+                self._kept.add(name)
                 self.report = self.report.with_kept(name, _WRITTEN)
                 self._unsaid.append(name)
         if self._unsaid and sys.exc_info()[0] is None:  # else a later pass says it

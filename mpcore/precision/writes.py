@@ -61,7 +61,8 @@ class WriteWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         names = [name for target in _flat(targets) if (name := self._name(target)) is not None]
         for name in names:
             if name not in self.shadows:
-                self.shadows[name] = self._original(name)
+                watched = self._watched[name].detach()
+                self.shadows[name] = in_fp32(watched, self._originals.get(name))
         # what draws random numbers would draw others the second time
         copies = torch.Tag.nondeterministic_seeded in func.tags or not all(map(self._fits, names))
         if names and not copies:
@@ -78,15 +79,6 @@ class WriteWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _name(self, value: Any) -> str | None:
         return self._names.get(_storage(value)) if isinstance(value, Tensor) else None
 
-    def _original(self, name: str) -> Tensor:
-        tensor = self._watched[name].detach()
-        original = self._originals.get(name)
-        if original is not None:
-            rounded = bounded(original, tensor.dtype).to(tensor.dtype)
-            if torch.equal(rounded, tensor):  # not after `load_state_dict`, say
-                return original.clone()
-        return tensor.float().clone()
-
     def _in_fp32(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             name = self._name(value)
@@ -100,6 +92,25 @@ class WriteWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if isinstance(value, tuple | list):
             return type(value)([self._in_fp32(item) for item in value])
         return value
+
+
+def in_fp32(tensor: Tensor, original: Tensor | None) -> Tensor:
+    """Returns what a 16-bit tensor holds in FP32, in new memory; syncs if there is an original.
+
+    Args:
+        tensor: Any.
+        original: What it was rounded from, if it still is that.
+
+    Example:
+        >>> original = torch.tensor([0.1])
+        >>> torch.equal(in_fp32(original.half(), original), original)
+        True
+    """
+    if original is not None:
+        original = original.to(tensor.device)
+        if torch.equal(bounded(original, tensor.dtype).to(tensor.dtype), tensor):
+            return original.clone()
+    return tensor.float().clone()
 
 
 def _storage(tensor: Tensor) -> int:
