@@ -1,4 +1,4 @@
-"""Buffers of a cast model that stay in FP32: among 16-bit values, in copies, graphs and checkpoints."""
+"""Buffers of a cast model that stay in FP32: among 16-bit values, in copies and graphs."""
 
 from __future__ import annotations
 

@@ -8,12 +8,9 @@ from __future__ import annotations
 from mpcore.precision.cast_model import cast_model, cast_report
 from mpcore.precision.emulate import emulate_tensor_cores
 from mpcore.precision.policy import Policy
-from mpcore.precision.report import CastReport, CastRow
 from mpcore.precision.scope import global_policy, set_global_policy, use_policy
 
 __all__ = [
-    "CastReport",
-    "CastRow",
     "Policy",
     "cast_model",
     "cast_report",
