@@ -132,6 +132,7 @@ class _InputPass(_Pass):
         return super()._cast_tensor(tensor)
 
     def _convert(self, tensor: Tensor) -> Tensor:
+        tensor = plain(tensor)
         # a mask of -1e9 stays one; what carries gradients is no mask, and what is too large for
         # the format has to be seen
         if self._dtype in SIXTEEN_BIT and not tensor.requires_grad:

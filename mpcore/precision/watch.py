@@ -61,11 +61,13 @@ class Watch:
         self._asked: list[tuple[list[str], Tensor, HostCopy | None]] = []
         self._has_named = False
         self._kept = set(report.kept_buffers)
+        self._in_backward = False
         self._unsaid: list[str] = []
         self._lenders: list[tuple[Lender, nn.Module]] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_passes": [], "_asked": []}  # a copy has no pass under way
+        # a copy has no pass under way
+        return self.__dict__ | {"_passes": [], "_asked": [], "_in_backward": False}
 
     def attach(self, model: nn.Module) -> None:
         """Registers both hooks, before those that cast inputs."""
@@ -80,6 +82,7 @@ class Watch:
             return
         if self.report.dtype == torch.float16 and not self._has_named:
             self._look_at_inputs(model, args, kwargs)
+        self._take_back()
         for name, _, buffer in list(self._buffers()):
             if name in self._kept and buffer.dtype in SIXTEEN_BIT:  # somebody has put it back
                 _put(model, buffer, in_fp32(buffer, self._originals.get(name)))
@@ -123,7 +126,30 @@ class Watch:
                 self._unsaid.append(name)
         if self._unsaid and sys.exc_info()[0] is None:  # else a later pass says it
             self._say()
+        self._lend_to_backward(output)
         return plain_tensors(output)
+
+    def _lend_to_backward(self, output: Any) -> None:
+        """Lends buffers to the backward pass too, where checkpointed functions run once more."""
+        if self._kept:
+            for _, tensor in named_tensors((output,), {}):
+                if tensor.requires_grad:
+                    tensor.register_hook(self._begin_backward)  # type: ignore[no-untyped-call]
+
+    def _begin_backward(self, grad: Tensor) -> None:
+        if not self._in_backward and not torch.compiler.is_compiling():
+            self._in_backward = True
+            for lender, owner in self._lenders:
+                lender.before(owner, ())
+            engine = torch.autograd.Variable._execution_engine
+            engine.queue_callback(self._take_back)
+
+    def _take_back(self) -> None:
+        """Ends the backward pass, or one that raised before its end."""
+        if self._in_backward:
+            self._in_backward = False
+            for lender, owner in reversed(self._lenders):
+                lender.after(owner, (), None)
 
     def _say(self) -> None:
         written, self._unsaid = self._unsaid, []
@@ -238,6 +264,9 @@ def _put(model: nn.Module, old: Tensor, new: Tensor) -> None:
 
     It is another tensor, since the graph of the pass may have saved the old one.
     """
+    if new.is_inference():  # which a pass in training could not write to
+        with torch.inference_mode(False):
+            new = new.clone()
     for module in model.modules():
         for leaf, buffer in module._buffers.items():
             if buffer is old:
