@@ -31,6 +31,7 @@ import pytest
 import torch._dynamo  # noqa: F401 - which an optimizer of torch imports
 import triton.language  # noqa: F401
 from adopting import ADOPT
+from casting import CASTING
 from elementwise import ELEMENTWISE
 from engine_gradients import GRADIENTS
 from engine_ranks import RANKS
@@ -41,7 +42,7 @@ from launches import LAUNCHES, MACHINE_CODE
 from reductions import REDUCTIONS
 
 OF_KERNELS = [*ELEMENTWISE, *REDUCTIONS, *ADOPT, *LAUNCHES, *UPDATES, *MACHINE_CODE]
-OF_THE_ENGINE = [*GRADIENTS, *WEIGHTS, *STATE, *RANKS]
+OF_THE_ENGINE = [*GRADIENTS, *WEIGHTS, *STATE, *RANKS, *CASTING]
 MUTANTS = [*OF_KERNELS, *OF_THE_ENGINE]
 ROOT = Path(__file__).resolve().parents[2]
 PROCESSES = 2
