@@ -31,6 +31,7 @@ class Model(nn.Module):
 
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
         self.calls += 1
+        x += 1
         self.trail.data.mul_(0.999)
         y = self.drop(self.norm(self.linear(x) * self.table))
         random.random()

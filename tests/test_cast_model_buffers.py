@@ -121,6 +121,23 @@ def test_a_pass_that_widens_a_buffer_loses_nothing_and_says_so_once(dtype: torch
     assert "written by the forward pass" in str(cast_report(model))
 
 
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_a_buffer_that_is_bound_anew_is_fp32_after_the_first_pass(dtype: torch.dtype) -> None:
+    seen = []
+
+    def update(module: nn.Module, x: Tensor) -> None:
+        seen.append(x.mean(0))
+        module.zorp = seen[-1]
+
+    model = cast_model(Inner(ONES, update, True), dtype)
+    with pytest.warns(UserWarning, match="writes to zorp"):
+        model(torch.ones(2, 4))
+    assert model.zorp.dtype == torch.float32
+    assert seen[0].dtype == dtype  # which may be somebody else's
+    model(torch.ones(2, 4))
+    assert model.zorp.dtype == torch.float32
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_a_write_in_a_later_pass_is_noticed_too(training: bool) -> None:
     def update(module: nn.Module, x: Tensor) -> None:

@@ -106,8 +106,12 @@ def test_infinities_of_a_mask_stay(dtype: torch.dtype) -> None:
     x = torch.randn(1, 3, 8)
     other = x.clone()
     other[:, 1] += 1
+    seen = []
+    model.inner[0].register_forward_pre_hook(lambda module, args: seen.append(args[1]))
     rows = torch.tensor([0, 2])
     assert torch.equal(model(x, veil)[:, rows], model(other, veil)[:, rows])
+    assert seen[0].dtype == dtype
+    assert torch.equal(seen[0].float(), veil)
 
 
 def test_inputs_that_carry_gradients_are_not_clamped() -> None:
