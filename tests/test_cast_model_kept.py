@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from mpcore import cast_model, cast_report
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mpcore_testing.writers import ONES, Inner
 
@@ -115,77 +114,6 @@ def test_a_buffer_that_is_given_other_data_is_noticed(dtype: torch.dtype) -> Non
     for _ in range(9):
         model(torch.ones(2, 4))
     assert (model.zorp - 0.999**10).abs().max() <= torch.finfo(dtype).eps
-
-
-class Turned(nn.Module):
-    """Attention with a code and an average of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv = nn.Linear(8, 24)
-        self.register_buffer("blorb", 10000 ** (-torch.arange(0, 8, 2) / 8))
-        self.register_buffer("widest", torch.zeros(()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        cos = torch.outer(torch.arange(x.shape[-2]), self.blorb).repeat(1, 2).cos()
-        q, k, v = self.qkv(x).chunk(3, -1)
-        with torch.no_grad():
-            self.widest.lerp_(q.abs().amax(), 0.01)
-        return (q * cos @ (k * cos).transpose(-1, -2)).softmax(-1) @ v  # type: ignore[no-any-return]
-
-
-@pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("called", ["module", "function"])
-def test_a_checkpointed_function_runs_once_more_in_the_backward_pass(
-    called: str, reentrant: bool, dtype: torch.dtype
-) -> None:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.turned = nn.Linear(8, 8), Turned()
-            self.way = called
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.first(x)
-            if self.way == "plain":
-                return self.turned(x)  # type: ignore[no-any-return]
-            run = self.turned if self.way == "module" else self.turned.forward
-            return checkpoint(run, x, use_reentrant=reentrant)  # type: ignore[no-any-return]
-
-    torch.manual_seed(0)
-    model = cast_model(Model(), dtype)
-    other = copy.deepcopy(model)
-    other.way = "plain"
-    x = torch.randn(2, 5, 8)
-    for each in (model, other):
-        each(x).float().square().sum().backward()
-    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
-        assert torch.equal(ours.grad, theirs.grad)
-    assert {type(buffer) for buffer in model.buffers()} == {Tensor}
-
-
-def test_a_backward_pass_that_raises_leaves_plain_buffers_after_the_next() -> None:
-    model = cast_model(Turned(), torch.bfloat16)
-    x = torch.randn(2, 5, 8, requires_grad=True)
-
-    def fail(grad: Tensor) -> None:
-        raise KeyError("no")
-
-    handle = x.register_hook(fail)
-    with pytest.raises(KeyError):
-        model(x).float().sum().backward()
-    handle.remove()
-    model(x).float().sum().backward()
-    assert {type(buffer) for buffer in model.buffers()} == {Tensor}
-
-
-def test_what_inference_mode_widens_can_be_trained_on() -> None:
-    model = cast_model(Inner(ONES, lambda m, x: m.zorp.add_(1), True), torch.bfloat16)
-    with torch.inference_mode(), pytest.warns(UserWarning, match="writes to zorp"):
-        model(torch.ones(2, 4))
-    model(torch.ones(2, 4)).float().sum().backward()
-    assert model.zorp.tolist() == [3.0] * 4
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)

@@ -12,6 +12,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from mpcore.base import SIXTEEN_BIT
+from mpcore.errors import ArgumentError
 from mpcore.precision.lender import Kind, lend, lender_of
 from mpcore.precision.weak import RunningTensor, WeakTensor, bounded
 
@@ -50,6 +51,7 @@ class BufferChoice:
         error: The largest difference that rounding makes; 0 if it is not rounded. What lies below
             -65504 is a mask, and not counted.
         largest: Its largest magnitude.
+        is_dense: Whether it may stay in FP32: what gives way has to be dense.
     """
 
     name: str
@@ -57,6 +59,7 @@ class BufferChoice:
     reason: str
     error: float = 0.0
     largest: float = 0.0
+    is_dense: bool = True
 
     def kept(self, kind: Kind, reason: str) -> BufferChoice:
         """Returns the choice to keep it in FP32."""
@@ -81,6 +84,9 @@ def choose_buffers(
         halves: Those of its modules that become 16-bit.
         dtype: What they are cast to.
         named: Buffers to keep in FP32.
+
+    Raises:
+        ArgumentError: One of them is sparse.
     """
     casts = set(halves)
     choices: Choices = {}
@@ -93,6 +99,11 @@ def choose_buffers(
             known = first.setdefault(buffer, name)
             if known == name:
                 choices[name] = _choose(owner, leaf, name, buffer, dtype)
+            if name in named and not choices[known].is_dense:
+                raise ArgumentError(
+                    f"keep_fp32: expected dense buffers, got {name!r}, which is sparse. Keep the "
+                    "module that has it."
+                )
             if name in named and choices[known].kind is None:
                 choices[known] = choices[known].kept(RunningTensor, "named in keep_fp32")
     return choices
@@ -104,12 +115,15 @@ def _choose(
     lender = lender_of(owner)
     if lender is not None and leaf in lender.kinds:
         return BufferChoice(name, lender.kinds[leaf], "kept when a part was cast")
-    if buffer.numel() == 1:
+    if buffer.numel() == 1 and buffer.layout == torch.strided:
         return BufferChoice(name, RunningTensor, "a single number")
     if _writes(owner, leaf):
         return BufferChoice(name, RunningTensor, "written by its module")
     if buffer.dtype in SIXTEEN_BIT:
         return BufferChoice(name, None, "16-bit before")
+    if buffer.layout != torch.strided:
+        error, largest = _rounding_error(_values(buffer), dtype)
+        return BufferChoice(name, None, "sparse", error, largest, is_dense=False)
     is_line = buffer.numel() == max(buffer.shape, default=0)
     if is_line and any(fnmatch.fnmatchcase(leaf, pattern) for pattern in POSITION_CODES):
         return BufferChoice(name, WeakTensor, "a position code by its name")
@@ -119,6 +133,10 @@ def _choose(
     if is_line and _is_progression(buffer):
         return BufferChoice(name, WeakTensor, "a position code by its values")
     return BufferChoice(name, None, "rounded", error, largest)
+
+
+def _values(sparse: Tensor) -> Tensor:
+    return sparse._values() if sparse.layout == torch.sparse_coo else sparse.values()
 
 
 def _writes(owner: nn.Module, leaf: str) -> bool:
@@ -160,17 +178,21 @@ def settle_buffers(
 ) -> None:
     """Casts, widens and lends buffers as was chosen, in place, so that shared ones stay shared."""
     kinds: dict[Tensor, Kind | None] = {}
+    sparse: dict[Tensor, Tensor] = {}
     for name, choice in choices.items():
         owner, leaf = owner_of(model, name)
         buffer = owner._buffers[leaf]
         if buffer is None:
             continue
         kinds[buffer] = choice.kind
-        if choice.kind is None and buffer.dtype not in SIXTEEN_BIT:
+        if buffer.layout != torch.strided:
+            sparse[buffer] = buffer.to(dtype)  # whose data cannot be put under another
+        elif choice.kind is None and buffer.dtype not in SIXTEEN_BIT:
             buffer.data = bounded(buffer.data, dtype).to(dtype)
         elif choice.kind is not None and buffer.dtype in SIXTEEN_BIT:
             buffer.data = buffer.data.float()
     for module in model.modules():
+        module._buffers |= {n: sparse[b] for n, b in module._buffers.items() if b in sparse}
         owned = {leaf: b for leaf, b in module._buffers.items() if b is not None and b in kinds}
         if owned:
             found = {leaf: kind for leaf, b in owned.items() if (kind := kinds[b]) is not None}

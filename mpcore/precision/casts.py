@@ -135,7 +135,8 @@ class _InputPass(_Pass):
         tensor = plain(tensor)
         # a mask of -1e9 stays one; what carries gradients is no mask, and what is too large for
         # the format has to be seen
-        if self._dtype in SIXTEEN_BIT and not tensor.requires_grad:
+        is_dense = tensor.layout == torch.strided and not tensor.is_nested
+        if self._dtype in SIXTEEN_BIT and is_dense and not tensor.requires_grad:
             lowest = torch.finfo(self._dtype).min
             tensor = torch.where(tensor == -torch.inf, tensor, tensor.clamp(min=lowest))
         return tensor.to(self._dtype)

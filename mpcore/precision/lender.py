@@ -52,6 +52,10 @@ class Lender:
             now = module._buffers.get(name)
             if isinstance(now, WeakTensor):
                 _see_as(now, Tensor)
+        for name, now in module._buffers.items():
+            if isinstance(now, WeakTensor) and name not in self.kinds:  # the pass has made it
+                self.kinds[name] = type(now)
+                _see_as(now, Tensor)
 
 
 def _see_as(tensor: Tensor, kind: type[Tensor]) -> None:

@@ -45,7 +45,7 @@ def rehearse(model: nn.Module, batch: Any, choices: Choices, cast: Cast) -> Choi
             kept = choices[name].kept(RunningTensor, "written by the forward pass")
             choices = choices | {name: kept}
     _, fewest = _run(model, batch, choices, lambda other: cast(other, choices))
-    rounded = [name for name, choice in choices.items() if choice.error > 0]
+    rounded = [name for name, choice in choices.items() if choice.error > 0 and choice.is_dense]
     if rounded and _is_free(model, batch, _with(choices, rounded), cast, fewest):
         return _with(choices, rounded)
     for name in rounded:

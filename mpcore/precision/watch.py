@@ -164,7 +164,9 @@ class Watch:
         """Yields the name, owner and tensor of every floating buffer that is still there."""
         for name, owner in self._owners.items():
             tensor = owner._buffers.get(_leaf(name))
-            if tensor is not None and tensor.is_floating_point():
+            if tensor is None or tensor.layout != torch.strided:
+                continue
+            if tensor.is_floating_point():
                 yield name, owner, tensor
 
     def _look_at_inputs(self, model: nn.Module, args: Any, kwargs: Any) -> None:
@@ -172,7 +174,7 @@ class Watch:
         given = {
             name: tensor
             for name, tensor in named_tensors(args, kwargs)
-            if type(tensor) is Tensor and tensor.numel() and _is_rounded(model, tensor)
+            if type(tensor) is Tensor and _is_rounded(model, tensor)
         }
         if given:
             found = [torch.where(t.isinf(), 0, t.detach()).amax().float() for t in given.values()]
@@ -218,7 +220,8 @@ def _is_traced(args: Any, kwargs: Any) -> bool:
 
 def _is_rounded(model: nn.Module, tensor: Tensor) -> bool:
     before, _ = hooks_of(model)
-    return before is not None and before.rounds(tensor)
+    is_dense = tensor.layout == torch.strided and not tensor.is_nested
+    return is_dense and tensor.numel() > 0 and before is not None and before.rounds(tensor)
 
 
 def _state(tensor: Tensor) -> tuple[int, int]:

@@ -102,6 +102,12 @@ class WeakTensor(Tensor):
                 result = func(*args, **kwargs)
             return _weak_again(result, _kind(weak))
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> WeakTensor:
+        # of one that a module has kept in an attribute
+        copy = plain(self).detach().clone().as_subclass(type(self))
+        memo[id(self)] = copy
+        return copy
+
 
 class RunningTensor(WeakTensor):
     """A weak tensor that the model itself writes: averages, counters, codebooks.

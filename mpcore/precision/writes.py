@@ -42,7 +42,7 @@ class WriteWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._watched = watched
         self._originals = originals
-        self._names = {_storage(tensor): name for name, tensor in watched.items()}
+        self._names = {_storage(t): name for name, t in watched.items() if _has_storage(t)}
         self.shadows: dict[str, Tensor] = {}
 
     def __torch_dispatch__(
@@ -77,7 +77,8 @@ class WriteWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self.shadows[name].stride() == self._watched[name].stride()
 
     def _name(self, value: Any) -> str | None:
-        return self._names.get(_storage(value)) if isinstance(value, Tensor) else None
+        is_known = isinstance(value, Tensor) and _has_storage(value)
+        return self._names.get(_storage(value)) if is_known else None
 
     def _in_fp32(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -111,6 +112,10 @@ def in_fp32(tensor: Tensor, original: Tensor | None) -> Tensor:
         if torch.equal(bounded(original, tensor.dtype).to(tensor.dtype), tensor):
             return original.clone()
     return tensor.float().clone()
+
+
+def _has_storage(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided
 
 
 def _storage(tensor: Tensor) -> int:

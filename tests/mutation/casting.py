@@ -68,7 +68,12 @@ CASTING = [
     ),
     *engine_mutants(
         "precision/watch.py",
-        ("test_cast_model_buffers.py", "test_cast_model_kept.py", "test_cast_model_inputs.py"),
+        (
+            "test_cast_model_buffers.py",
+            "test_cast_model_passes.py",
+            "test_cast_model_kept.py",
+            "test_cast_model_inputs.py",
+        ),
         (
             "a pass in training after one in evaluation is not watched",
             "model.training not in self._seen",
