@@ -147,7 +147,11 @@ CASTING = [
     *engine_mutants(
         "precision/buffers.py",
         ("test_cast_model_buffers.py", "test_cast_model_positions.py", "test_cast_model_kept.py"),
-        ("numbers in one dimension are cast", "if buffer.numel() == 1:", "if buffer.dim() == 0:"),
+        (
+            "numbers in one dimension are cast",
+            "if buffer.numel() == 1 and",
+            "if buffer.dim() == 0 and",
+        ),
         ("codes of known names are cast", "if is_line and any(fnmatch", "if False and any(fnmatch"),
         ("codes of other names are cast", "if is_line and _is_progression(buffer):", "if False:"),
         ("what begins at 0 is a code", "(values > 0).all()", "(values >= 0).all()"),
