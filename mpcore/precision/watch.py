@@ -91,7 +91,8 @@ class Watch:
         begun = {name: (t, _state(t)) for name, _, t in self._buffers()}
         mode = None
         watched = {name: t for name, (t, _) in begun.items() if t.dtype in SIXTEEN_BIT}
-        if watched and model.training not in self._seen:
+        captures = any(is_capturing(tensor.device) for tensor in watched.values())
+        if watched and model.training not in self._seen and not captures:
             mode = WriteWatch(watched, self._originals)
             mode.__enter__()  # type: ignore[no-untyped-call]
         self._passes.append(_Pass(mode, begun))
@@ -176,20 +177,23 @@ class Watch:
             for name, tensor in named_tensors(args, kwargs)
             if type(tensor) is Tensor and _is_rounded(model, tensor)
         }
-        if given:
+        devices = {tensor.device for tensor in given.values()}
+        # others than these would have to be waited for
+        if any(is_capturing(d) or not (d.type == "cpu" or comes_late(d)) for d in devices):
+            return
+        if given and not self._asked:
             found = [torch.where(t.isinf(), 0, t.detach()).amax().float() for t in given.values()]
-            largest = torch.stack([each.to(found[0].device) for each in found])
-            late = comes_late(largest.device)
-            if late and (self._asked or is_capturing(largest.device)):
-                return self._answer()
-            self._asked.append((list(given), largest, HostCopy(largest) if late else None))
+            where = next(filter(comes_late, devices), found[0].device)
+            largest = torch.stack([each.to(where) for each in found])
+            copy = HostCopy(largest) if comes_late(largest.device) else None
+            self._asked.append((list(given), largest, copy))
         self._answer()
 
     def _answer(self) -> None:
         if not self._asked:
             return
         names, largest, copy = self._asked[0]
-        if copy is not None and not copy.has_arrived():
+        if copy is not None and (is_capturing(largest.device) or not copy.has_arrived()):
             return
         self._asked.clear()
         values = (largest if copy is None else copy.values).tolist()
