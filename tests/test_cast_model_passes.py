@@ -80,6 +80,18 @@ def test_a_backward_pass_that_raises_leaves_plain_buffers_after_the_next() -> No
     assert {type(buffer) for buffer in model.buffers()} == {Tensor}
 
 
+def test_an_input_that_is_a_result_gathers_no_hooks() -> None:
+    class Echo(Turned):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x), x
+
+    model = cast_model(Echo(), torch.float16)
+    x = torch.randn(2, 5, 8).half().requires_grad_()
+    for _ in range(3):
+        model(x)
+    assert not x._backward_hooks
+
+
 def test_what_inference_mode_widens_can_be_trained_on() -> None:
     model = cast_model(Inner(ONES, lambda m, x: m.zorp.add_(1), True), torch.bfloat16)
     with torch.inference_mode(), pytest.warns(UserWarning, match="writes to zorp"):

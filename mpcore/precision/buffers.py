@@ -34,6 +34,8 @@ POSITION_CODES = (
 #: Modules that write their own buffers, by class, and by name where importing would cost seconds.
 WRITERS: tuple[type[nn.Module], ...] = (_SpectralNorm,)
 WRITERS_ELSEWHERE = ("torch.ao.quantization.observer", "torch.ao.quantization.fake_quantize")
+#: Why a buffer stays in FP32 that a pass was seen to write.
+WRITTEN = "written by the forward pass"
 #: One warning names the buffers of which rounding changes a value by more than this,
 ABSOLUTE_BOUND = 0.01
 #: or by more than this share of their largest one.

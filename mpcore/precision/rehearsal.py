@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from mpcore.base import map_tensors
 from mpcore.errors import ArgumentError
-from mpcore.precision.buffers import Choices, owner_of
+from mpcore.precision.buffers import WRITTEN, Choices, owner_of
 from mpcore.precision.weak import RunningTensor, WeakTensor
 from mpcore.precision.writes import WriteWatch
 
@@ -42,8 +42,7 @@ def rehearse(model: nn.Module, batch: Any, choices: Choices, cast: Cast) -> Choi
     for name in written:
         # what is known to be single, or written, already is one
         if choices[name].kind is not RunningTensor:
-            kept = choices[name].kept(RunningTensor, "written by the forward pass")
-            choices = choices | {name: kept}
+            choices = choices | {name: choices[name].kept(RunningTensor, WRITTEN)}
     _, fewest = _run(model, batch, choices, lambda other: cast(other, choices))
     rounded = [name for name, choice in choices.items() if choice.error > 0 and choice.is_dense]
     if rounded and _is_free(model, batch, _with(choices, rounded), cast, fewest):

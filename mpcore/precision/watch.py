@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from mpcore.base import SIXTEEN_BIT, HostCopy, comes_late, is_capturing
+from mpcore.precision.buffers import WRITTEN
 from mpcore.precision.casts import hooks_of, named_tensors, plain_tensors
 from mpcore.precision.lender import Lender, is_lent, lend_running, lender_of
 from mpcore.precision.report import CastReport
 from mpcore.precision.writes import WriteWatch, in_fp32
 
-_WRITTEN = "written by the forward pass"
 _INFINITE = 65520.0  # from here on FP16 rounds to infinity
 
 
@@ -123,7 +123,7 @@ class Watch:
         for name in written:
             if name not in self._kept:
                 self._kept.add(name)
-                self.report = self.report.with_kept(name, _WRITTEN)
+                self.report = self.report.with_kept(name, WRITTEN)
                 self._unsaid.append(name)
         if self._unsaid and sys.exc_info()[0] is None:  # else a later pass says it
             self._say()
@@ -134,7 +134,7 @@ class Watch:
         """Lends buffers to the backward pass too, where checkpointed functions run once more."""
         if self._kept:
             for _, tensor in named_tensors((output,), {}):
-                if tensor.requires_grad:
+                if tensor.grad_fn is not None:
                     tensor.register_hook(self._begin_backward)  # type: ignore[no-untyped-call]
 
     def _begin_backward(self, grad: Tensor) -> None:
