@@ -133,10 +133,12 @@ class _InputPass(_Pass):
 
     def _convert(self, tensor: Tensor) -> Tensor:
         tensor = plain(tensor)
+        if self._dtype not in SIXTEEN_BIT:
+            return tensor.to(self._dtype)
         # a mask of -1e9 stays one; what carries gradients is no mask, and what is too large for
         # the format has to be seen
         is_dense = tensor.layout == torch.strided and not tensor.is_nested
-        if self._dtype in SIXTEEN_BIT and is_dense and not tensor.requires_grad:
+        if is_dense and not tensor.requires_grad:
             lowest = torch.finfo(self._dtype).min
             tensor = torch.where(tensor == -torch.inf, tensor, tensor.clamp(min=lowest))
         return tensor.to(self._dtype)

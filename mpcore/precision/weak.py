@@ -131,8 +131,10 @@ def plain(tensor: Tensor) -> Tensor:
         >>> type(plain(torch.ones(2).as_subclass(WeakTensor))).__name__
         'Tensor'
     """
+    if not isinstance(tensor, WeakTensor):
+        return tensor
     with torch._C.DisableTorchFunctionSubclass():
-        return tensor.as_subclass(Tensor) if isinstance(tensor, WeakTensor) else tensor
+        return tensor.as_subclass(Tensor)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
