@@ -249,3 +249,44 @@ def test_a_cast_model_can_be_mapped_over() -> None:
     x = torch.randn(3, 4)
     result, expected = torch.func.vmap(model)(x), model(x)
     assert (result - expected).abs().max() <= 2 * torch.finfo(torch.float16).eps
+
+
+class Using(nn.Module):
+    """Uses a vector or a number in a way of one's choice, beside layers and a weight of its own."""
+
+    def __init__(self, way: Any) -> None:
+        super().__init__()
+        self.layer, self.own = nn.Linear(4, 4), nn.Parameter(torch.eye(4))
+        self.way = way
+
+    def forward(self, x: Tensor, v: Tensor) -> Tensor:
+        y = self.layer(x)
+        return self.way(self, y, v)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(
+    ("way", "given"),
+    [
+        (lambda m, y, v: (y @ y.T + v).softmax(-1) @ y, torch.tensor([0.0, 0, -1e9, 0])),
+        (lambda m, y, v: (y @ y.T + v).softmax(-1) @ y, torch.full((4,), -1e9)),
+        (lambda m, y, v: y + m.layer(v @ m.own + v), torch.tensor([0.1, 0.2, 0.3, 0.4])),
+        (lambda m, y, v: F.mse_loss(y[:, 0], v)[None], torch.tensor([0.1, 0.2, 0.3, 0.4])),
+        (lambda m, y, v: F.softmax(y / v, -1), torch.tensor(0.07)),
+        (lambda m, y, v: F.cross_entropy(y, torch.arange(4), weight=v)[None], torch.rand(4) + 1),
+        (lambda m, y, v: torch.lerp(y, y.flip(0), v), torch.tensor(0.3)),
+        (lambda m, y, v: torch.cat((y[0], v)), torch.rand(4)),
+    ],
+    ids=["mask", "all masked", "features", "targets", "temperature", "classes", "share", "cat"],
+)
+def test_a_vector_used_by_a_model_itself_meets_its_16_bits(
+    way: Any, given: Tensor, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    plain = Using(way)
+    model = cast_model(copy.deepcopy(plain), dtype)
+    x = torch.randn(4, 4)
+    ours, theirs = model(x, given), plain(x, given)
+    assert ours.dtype == dtype
+    assert (ours.float() - theirs).abs().max() <= 4 * torch.finfo(dtype).eps * theirs.abs().max()
+    ours.float().sum().backward()

@@ -14,17 +14,20 @@ from mpcore_testing.zoo import Row
 
 HALF = [torch.float16, torch.bfloat16]
 #: What outputs, and what gradients, may be off, in roundings (eps), as a norm beside that of FP32.
-#: Measured: outputs 1.0 at most; gradients 1.3, and 2.3 of T5, which scales no attention scores.
-OUTPUTS, GRADIENTS = 2, 3
+#: Measured over the rows of the zoo: outputs 1.0 at most, gradients 1.3.
+OUTPUTS, GRADIENTS = 2, 2
 
 
-def check(build: Callable[[], Row], dtype: torch.dtype, rehearsed: bool) -> None:
+def check(
+    build: Callable[[], Row], dtype: torch.dtype, rehearsed: bool, gradients: float = GRADIENTS
+) -> None:
     """Asserts that results, gradients and buffers of a step are those of FP32 but for roundings.
 
     Args:
         build: Makes the model; weights are rounded first, so that what differs is arithmetic.
         dtype: What the model is cast to.
         rehearsed: Whether the cast gets the batch.
+        gradients: How many roundings the gradients may be off.
     """
     torch.manual_seed(0)
     row = build()
@@ -50,7 +53,7 @@ def check(build: Callable[[], Row], dtype: torch.dtype, rehearsed: bool) -> None
         both = [(a.grad, b.grad) for (_, a), b in pairs]
         assert [a is None for a, _ in both] == [b is None for _, b in both]
         ours, theirs = (flat(each) for each in zip(*both, strict=True))
-        assert close(ours, theirs, GRADIENTS, dtype)
+        assert close(ours, theirs, gradients, dtype)
     optimizer.step()
     other.step()
     assert not optimizer.last_step.skipped
