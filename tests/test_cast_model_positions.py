@@ -150,11 +150,34 @@ def test_a_schedule_of_noise_is_read_exactly(dtype: torch.dtype) -> None:
     assert torch.equal(ratio, level.log() - (1 - level).log())
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        INVERSE.repeat(2),
+        INVERSE.repeat_interleave(2),
+        -INVERSE,
+        -INVERSE.flip(0).repeat(2),
+        80 * INVERSE[::5],
+        INVERSE.double(),
+    ],
+)
+def test_codes_of_other_makes_are_known_by_their_values(values: Tensor) -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("wibble", values.clone())
+    cast_model(model, torch.bfloat16)
+    assert torch.equal(model.wibble, values)
+    assert model.wibble.dtype == values.dtype
+    assert "a position code by its values" in str(cast_report(model))
+
+
 def test_tables_that_are_no_codes_are_cast() -> None:
     model = nn.Linear(2, 2)
     model.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]))
     model.register_buffer("grid", torch.linspace(0, 1, 8))
     model.register_buffer("window", torch.hann_window(16))
+    model.register_buffer("odds", torch.tensor([0.1, 2.3, 0.4, 1.7, 0.2]))
+    model.register_buffer("signs", torch.tensor([-0.1, -0.3, 1.3, 7.7]))
+    model.register_buffer("few", torch.tensor([0.01, 0.1, 1.1]))
     model.register_buffer("waves", torch.randn(4, 4))
     cast_model(model, torch.float16)
     assert {b.dtype for b in model.buffers()} == {torch.float16}

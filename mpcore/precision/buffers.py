@@ -162,11 +162,16 @@ def _rounding_error(buffer: Tensor, dtype: torch.dtype) -> tuple[float, float]:
 
 
 def _is_progression(buffer: Tensor) -> bool:
-    """Tells whether values rise or fall from one end to the other, positive, by a factor of 16.
+    """Tells whether values rise or fall from one end to the other, of one sign, by a factor of 16.
 
-    Frequencies, slopes, time scales and noise levels do, whatever their name.
+    Frequencies, slopes, time scales and noise levels do, whatever their name; also twice in a row,
+    as rotary codes have it.
     """
     values = buffer.detach().flatten().double()
+    first, second = values.tensor_split(2)
+    if torch.equal(first, second):
+        values = first
+    values = -values if bool((values < 0).all()) else values
     if values.numel() < 4 or not bool((values > 0).all()):
         return False
     steps = values.diff()
