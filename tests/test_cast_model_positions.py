@@ -178,6 +178,7 @@ def test_tables_that_are_no_codes_are_cast() -> None:
     model.register_buffer("odds", torch.tensor([0.1, 2.3, 0.4, 1.7, 0.2]))
     model.register_buffer("signs", torch.tensor([-0.1, -0.3, 1.3, 7.7]))
     model.register_buffer("few", torch.tensor([0.01, 0.1, 1.1]))
+    model.register_buffer("ramp", torch.linspace(0.1, 1, 9))
     model.register_buffer("waves", torch.randn(4, 4))
     cast_model(model, torch.float16)
     assert {b.dtype for b in model.buffers()} == {torch.float16}
