@@ -16,7 +16,17 @@ from torch import distributed
 
 from mpcore_testing import layout_runs
 from mpcore_testing.bits import same_bits
-from mpcore_testing.rank_layouts import BAD, STEPS, flat, muon, parted, replayed, trained
+from mpcore_testing.rank_layouts import (
+    BAD,
+    STEPS,
+    cast_later,
+    flat,
+    muon,
+    parted,
+    replayed,
+    trained,
+    watched,
+)
 from mpcore_testing.ranks import run_ranks
 
 pytestmark = [
@@ -98,3 +108,17 @@ def test_an_optimizer_that_is_not_element_wise_sees_whole_matrices(world: list[A
         # Muon iterates in bfloat16, whose sums depend on how a product is cut; over rows alone
         # its update is another by a quarter
         assert all(far < 0.05 for far in ranks)
+
+
+def test_a_model_that_is_cast_after_it_was_sharded_keeps_its_digits(world: list[Any]) -> None:
+    for _, ranks in of(world, cast_later):
+        for found in ranks:
+            assert found["same"], "the optimizer holds other parameters than the model"
+            assert found["kept"]
+            assert found["dtypes"] == {"torch.float16", "torch.float32"}
+            assert (found["steps"], found["stale"]) == (1, [])
+
+
+def test_a_monitor_reads_uneven_shards(world: list[Any]) -> None:
+    for _, ranks in of(world, watched):
+        assert ranks == [(1, 0.0)] * 2  # no update of 2^-6 is lost

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mpcore.base import SIXTEEN_BIT
+from mpcore.base import SIXTEEN_BIT, held_here
 from mpcore.masters import Masters
 
 #: Masters that are looked at, of each parameter; evenly spaced.
@@ -26,7 +26,7 @@ class UpdateSample:
     def __init__(self, params: Sequence[Tensor], masters: Masters) -> None:
         self._params: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for param in params:
-            if param.dtype in SIXTEEN_BIT and param.numel():
+            if param.dtype in SIXTEEN_BIT and held_here(masters.of(param)).numel():
                 self._params.setdefault((param.device, param.dtype), []).append(param)
         self._before = {key: _samples(some, masters) for key, some in self._params.items()}
 
@@ -52,6 +52,6 @@ class UpdateSample:
 
 
 def _samples(params: Sequence[Tensor], masters: Masters) -> Tensor:
-    """Returns some of the masters of parameters in one tensor."""
-    flat = [masters.of(param).detach().reshape(-1) for param in params]
+    """Returns some of the masters of parameters, as far as this rank holds them, in one tensor."""
+    flat = [held_here(masters.of(param).detach()).reshape(-1) for param in params]
     return torch.cat([master[:: max(1, master.numel() // SAMPLE)] for master in flat])

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from mpcore.base import SIXTEEN_BIT
+from mpcore.base import SIXTEEN_BIT, any_dtensor
 from mpcore.engine import MixedPrecisionOptimizer
 from mpcore.errors import ArgumentError
 
@@ -80,7 +80,7 @@ def replace_parameters(casts: Casts, optimizer: MixedPrecisionOptimizer | None) 
     # `data`, not `detach()`: a master must not share its weight's version counter
     originals = {param: param.data for param in casts}
     for param, cast in casts.items():
-        param.data = cast
+        _put(param, cast)
     if optimizer is None:
         return
     owned = {param for group in optimizer.param_groups for param in group["params"]}
@@ -88,7 +88,7 @@ def replace_parameters(casts: Casts, optimizer: MixedPrecisionOptimizer | None) 
         optimizer.adopt_masters([(p, original) for p, original in originals.items() if p in owned])
     except BaseException:
         for param, original in originals.items():
-            param.data = original
+            _put(param, original)
         raise
 
 
@@ -96,4 +96,15 @@ def widen_tensors(modules: Iterable[nn.Module]) -> None:
     """Makes the 16-bit parameters and buffers of modules that stay in FP32 FP32 again."""
     widened = [(t, t.float()) for t in own_tensors_of(modules) if t.dtype in SIXTEEN_BIT]
     for tensor, wide in widened:
-        tensor.data = wide
+        _put(tensor, wide)
+
+
+def _put(tensor: Tensor, value: Tensor) -> None:
+    """Makes a value what a tensor holds; that stays the same object."""
+    if not any_dtensor([tensor]):
+        tensor.data = value
+        return
+    # `.data` would leave what this rank holds of a DTensor as it is
+    other = nn.Parameter(value, requires_grad=tensor.requires_grad)
+    other.__dict__.update(tensor.__dict__)
+    torch.utils.swap_tensors(tensor, other)  # type: ignore[no-untyped-call]

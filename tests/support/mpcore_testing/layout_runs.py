@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from mpcore_testing.rank_layouts import flat, muon, parted, trained
+from mpcore_testing.rank_layouts import cast_later, flat, muon, parted, trained, watched
 
 ONE_MESH = ("fsdp", "tensor", "sequence")
 FOUR = ("fsdp", "hsdp", "2-D", "2-D sequence")
@@ -34,7 +34,7 @@ def cases_of(size: int) -> list[tuple[Any, ...]]:
         cases += [
             (flat, clips, original, 1) for clips in (False, True) for original in (False, True)
         ]
-        cases += [(muon,)]
+        cases += [(muon,), (cast_later,), (watched,)]
     else:
         cases += [
             (parted, path, clips, rank)

@@ -270,3 +270,42 @@ def muon(rank: int) -> float:
         optimizer.step()
     moved, expected = whole(sharded.weight).float() - before, whole(plain.weight).float() - before
     return float((moved - expected).norm() / expected.norm())
+
+
+def cast_later(rank: int) -> dict[str, Any]:
+    """float32 weights that are sharded first and cast then; norms are groups of their own."""
+    model = make_model(torch.float32)
+    original = [whole(param) for param in model.parameters()]
+    mesh = _line()
+    for layer in (model[1].norm, *model, model):  # type: ignore[union-attr]
+        fully_shard(layer, mesh=mesh)
+    optimizer = wrapped(model.named_parameters(), "fused", "AdamW", ranks=None)
+    before = list(model.parameters())
+    mpcore.cast_model(model, torch.float16, optimizer)
+    states = [optimizer.state[param] for param in before]
+    masters = [
+        whole(state.get("master", param)) for state, param in zip(states, before, strict=True)
+    ]
+    optimizer.backward(model(torch.ones(2, 4)).float().square().mean())
+    optimizer.step()
+    return {
+        "same": all(one is other for one, other in zip(before, model.parameters(), strict=True)),
+        "kept": all(map(torch.equal, masters, original)),
+        "dtypes": {str(param.dtype) for param in model.parameters()},
+        "steps": optimizer.steps,
+        "stale": optimizer.check_masters(),
+    }
+
+
+def watched(rank: int) -> tuple[int, float | None]:
+    """A Monitor over uneven shards."""
+    model = make_model(torch.float16)
+    LAYOUTS["fsdp"](model)
+    optimizer = wrapped(model.named_parameters(), "fused", "AdamW", ranks=None)
+    monitor = mpcore.Monitor(optimizer, every=1)
+    for _ in range(2):
+        optimizer.backward(model(torch.ones(2, 4).half()).float().square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+    reading: Any = monitor.reading
+    return reading.step, reading.lost_updates
