@@ -16,10 +16,12 @@ from torch import distributed
 
 from mpcore_testing import layout_runs
 from mpcore_testing.bits import same_bits
+from mpcore_testing.rank_cases import SCALE
 from mpcore_testing.rank_layouts import (
     BAD,
     STEPS,
     cast_later,
+    driven,
     flat,
     muon,
     parted,
@@ -122,3 +124,8 @@ def test_a_model_that_is_cast_after_it_was_sharded_keeps_its_digits(world: list[
 def test_a_monitor_reads_uneven_shards(world: list[Any]) -> None:
     for _, ranks in of(world, watched):
         assert ranks == [(1, 0.0)] * 2  # no update of 2^-6 is lost
+
+
+def test_a_grad_scaler_asks_all_ranks_of_a_square_once(world: list[Any]) -> None:
+    for _, ranks in of(world, driven):
+        assert ranks == [[(False, SCALE, 1), (True, SCALE / 2, 1), (False, SCALE / 2, 1)]] * 4

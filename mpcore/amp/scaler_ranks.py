@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from mpcore.ranks import reduced
+from mpcore.ranks import group_of, reduced, widest_of
 
 
 def process_groups(optimizer: torch.optim.Optimizer, given: Any) -> list[Any]:
-    """Returns the groups of ranks that share parameters of an optimizer, each mesh's once.
+    """Returns the groups of ranks that share parameters of an optimizer.
+
+    That is the widest mesh's, if it has the ranks of all others: one collective for all.
 
     Args:
         optimizer: Its parameters may be DTensors, of any meshes and placements. Those without a
@@ -24,7 +26,11 @@ def process_groups(optimizer: torch.optim.Optimizer, given: Any) -> list[Any]:
         for param in group["params"]
         if hasattr(param, "device_mesh")
     }
-    found = [mesh.get_group(dim) for mesh in meshes for dim in range(mesh.ndim)]
+    widest = widest_of(list(meshes)) if meshes else None
+    if widest is not None:
+        found = [group_of(widest)]
+    else:
+        found = [mesh.get_group(dim) for mesh in meshes for dim in range(mesh.ndim)]
     return found if given is None else [given, *found]
 
 

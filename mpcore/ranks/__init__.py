@@ -10,9 +10,11 @@ from mpcore.ranks.choice import (
     check_ranks,
     choose_agreement,
     find_replicated,
+    group_of,
     several_ranks,
     warn_alone,
     warn_scaler,
+    widest_of,
 )
 from mpcore.ranks.collective import reduced
 from mpcore.ranks.ranks import Ranks
@@ -24,8 +26,10 @@ __all__ = [
     "check_ranks",
     "choose_agreement",
     "find_replicated",
+    "group_of",
     "reduced",
     "several_ranks",
     "warn_alone",
     "warn_scaler",
+    "widest_of",
 ]

@@ -72,7 +72,8 @@ def choose_agreement(
         return None
     if ranks is None:
         # ranks of several meshes are tied to each other by the parameters of each: all are asked
-        ranks = Ranks(group=_group_of_all(list(meshes)))
+        widest = widest_of(list(meshes))
+        ranks = Ranks(group=None if widest is None else group_of(widest))
     return Agreement(ranks, state)
 
 
@@ -119,11 +120,15 @@ def _mesh_of(param: Any) -> Any:
     return getattr(param, "device_mesh", None)
 
 
-def _group_of_all(meshes: Sequence[Any]) -> Any:
-    """Returns the group of a mesh that has the ranks of all others, else None: all ranks."""
+def widest_of(meshes: Sequence[Any]) -> Any:
+    """Returns the mesh that has the ranks of all others, None if none has."""
     every = [set(mesh.mesh.flatten().tolist()) for mesh in meshes]
     widest = max(range(len(meshes)), key=lambda index: len(every[index]))
-    mesh, ranks = meshes[widest], every[widest]
-    if len(ranks) == distributed.get_world_size() or not all(ranks >= each for each in every):
+    return meshes[widest] if all(every[widest] >= each for each in every) else None
+
+
+def group_of(mesh: Any) -> Any:
+    """Returns the process group of all ranks of a mesh, None for all there are."""
+    if mesh.size() == distributed.get_world_size():
         return None
     return mesh.get_group() if mesh.ndim == 1 else mesh._flatten().get_group()

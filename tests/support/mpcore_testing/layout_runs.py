@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from mpcore_testing.rank_layouts import cast_later, flat, muon, parted, trained, watched
+from mpcore_testing.rank_layouts import cast_later, driven, flat, muon, parted, trained, watched
 
 ONE_MESH = ("fsdp", "tensor", "sequence")
 FOUR = ("fsdp", "hsdp", "2-D", "2-D sequence")
@@ -36,6 +36,7 @@ def cases_of(size: int) -> list[tuple[Any, ...]]:
         ]
         cases += [(muon,), (cast_later,), (watched,)]
     else:
+        cases += [(driven, bad) for bad in (0, 3)]
         cases += [
             (parted, path, clips, rank)
             for path in ("fused", "general")

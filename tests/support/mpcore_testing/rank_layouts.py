@@ -309,3 +309,30 @@ def watched(rank: int) -> tuple[int, float | None]:
         optimizer.zero_grad()
     reading: Any = monitor.reading
     return reading.step, reading.lost_updates
+
+
+def driven(rank: int, bad: int) -> list[tuple[bool, float, int]]:
+    """A GradScaler around torch's own optimizer over a 2-D mesh: skips, scales, collectives."""
+    model = make_model(torch.float32)
+    LAYOUTS["2-D"](model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = mpcore.GradScaler("cpu", init_scale=SCALE)
+    own, calls = distributed.all_reduce, 0
+
+    def counting(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return own(*arguments, **options)
+
+    found = []
+    for step in range(3):
+        scaler.scale(model(torch.ones(2, 4)).square().mean()).backward()
+        if step == BAD and rank == bad:
+            overflow(model)
+        before, distributed.all_reduce = calls, counting
+        scaler.step(optimizer)
+        distributed.all_reduce = own
+        scaler.update()
+        optimizer.zero_grad()
+        found.append((scaler.last_step.skipped, scaler.get_scale(), calls - before))
+    return found
