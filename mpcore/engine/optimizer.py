@@ -13,6 +13,7 @@ from mpcore.checkpoint import read_section, read_states, read_sums, section_in
 from mpcore.engine.backward_passes import BackwardPasses
 from mpcore.engine.external import External
 from mpcore.engine.gradients import StepGradients
+from mpcore.engine.idle_watch import IdleWatch
 from mpcore.engine.inner_methods import InnerMethods
 from mpcore.engine.paths import GroupPath, Paths, check_path
 from mpcore.engine.readings import Readings
@@ -119,6 +120,7 @@ class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, InnerMethods,
         self.register_state_dict_post_hook(add_section)
         self._writes = Writes()
         self._climb = None
+        self._idle = IdleWatch()
         self._edits = WeightEdits(
             self.on_weight_edit, self._masters, self._module, self.param_groups
         )
@@ -208,6 +210,7 @@ class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, InnerMethods,
             self._paths.step_without_gradients(collected.found_inf())
             self._finish(collected, moved=False)
         else:
+            self._idle.see(any_gradient=False, parameters=len(self._params()))
             self._paths.step_without_gradients()
             self._stage.throw_away(last_step=True)
 
@@ -242,11 +245,13 @@ class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, InnerMethods,
         if any_gradient or first is not None or gradients.has_ranks:
             self._finish(gradients, moved)
         else:
+            self._idle.see(any_gradient=False, parameters=len(self._params()))
             self._stage.throw_away(last_step=True)
         return result
 
     def _finish(self, gradients: StepGradients, moved: bool) -> None:
         self._began = True
+        self._idle.see(any_gradient=True, parameters=len(gradients.params))
         self._stage.finish(gradients, External.of(self), moved=moved)
         self._edits.hear()  # last: it may raise
 
