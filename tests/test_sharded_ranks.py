@@ -15,6 +15,7 @@ import torch
 from torch import distributed
 
 from mpcore_testing import layout_runs
+from mpcore_testing import sharded_accidents as accidents
 from mpcore_testing.bits import same_bits
 from mpcore_testing.rank_cases import SCALE
 from mpcore_testing.rank_layouts import (
@@ -129,3 +130,41 @@ def test_a_monitor_reads_uneven_shards(world: list[Any]) -> None:
 def test_a_grad_scaler_asks_all_ranks_of_a_square_once(world: list[Any]) -> None:
     for _, ranks in of(world, driven):
         assert ranks == [[(False, SCALE, 1), (True, SCALE / 2, 1), (False, SCALE / 2, 1)]] * 4
+
+
+def test_a_master_follows_the_memory_of_its_weight(world: list[Any]) -> None:
+    assert [ranks for _, ranks in of(world, accidents.relaid)] == [[True, True]] * 2
+
+
+def test_what_one_rank_adds_to_its_piece_after_a_look_is_seen(world: list[Any]) -> None:
+    for (way,), ranks in of(world, accidents.overflown_since):
+        assert ranks[1] == (True, True)
+        # after a clip ranks have agreed already: the others hear of it in the next step
+        assert way == "clip" or ranks[0] == (True, True)
+
+
+def test_a_parameter_of_no_dimensions_keeps_its_step_count(world: list[Any]) -> None:
+    for _, ranks in of(world, accidents.single_number):
+        assert ranks == [("Tensor", True)] * 2
+
+
+def test_a_master_that_somebody_wrote_to_is_stepped_from(world: list[Any]) -> None:
+    for _, ranks in of(world, accidents.master_edited):
+        assert ranks == [2.0 + 2.0 + 2.0] * 2
+
+
+def test_a_row_that_one_rank_holds_may_be_written_before_the_first_step(world: list[Any]) -> None:
+    for _, ranks in of(world, accidents.first_edit):
+        assert ranks == [(1, 6 * 1.0 + 2 * 3.0)] * 2
+
+
+def test_a_computed_scale_is_that_of_the_largest_gradient_of_all_shards(world: list[Any]) -> None:
+    for _, ranks in of(world, accidents.computed):
+        assert ranks == [2.0 ** (16 - 2 - 1)] * 2  # gradients of 1 have the exponent 1
+
+
+def test_other_meshes_and_groups_that_are_too_small_are_refused(world: list[Any]) -> None:
+    told = {options[0]: ranks for options, ranks in of(world, accidents.told)}
+    assert all("expected a group of all ranks of the DTensors' mesh" in m for m in told["group"])
+    assert all("over the mesh of the parameter" in m for m in told["state"])
+    assert all("expected one over the mesh of its parameter" in m for m in told["gradient"])

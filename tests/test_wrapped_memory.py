@@ -217,7 +217,7 @@ def test_c_is_never_handed_the_address_zero(mesh: Any) -> None:
 
 def test_a_clip_over_shards_of_several_ranks_is_refused_before_anything_is_read() -> None:
     shard: Any = SimpleNamespace(device_mesh=SimpleNamespace(size=lambda: 2))
-    with pytest.raises(mpcore.ArgumentError, match=r"after unscale_\(\)"):
+    with pytest.raises(mpcore.ArgumentError, match=r"scaler\.unscale_\(optimizer\)"):
         WrappedPasses(reference).inspect([shard], torch.ones(()), 1.0)
 
 
@@ -252,5 +252,5 @@ def test_pieces_that_are_cut_in_another_way_never_reach_an_update() -> None:
     batch = Batch(
         masters=[torch.ones(4)], weights=None, moments=[[torch.ones(3)]], steps=None, groups=[0]
     )
-    with pytest.raises(mpcore.ArgumentError, match=r"pieces of \[4\] like the master's, got \[3\]"):
+    with pytest.raises(mpcore.ArgumentError, match=r"like the master's, got \[3\]"):
         WrappedPasses(reference).plan_update("sgd", [batch])

@@ -23,20 +23,20 @@ from mpcore.base.checks import (
     check_number,
     check_scale,
 )
-from mpcore.base.gradient_set import GradientSet
-from mpcore.base.graphs import outside_graphs, outside_graphs_step
-from mpcore.base.host_copy import HostCopy, comes_late, is_capturing
-from mpcore.base.layouts import (
+from mpcore.base.dtensors import (
+    PLAIN,
     addresses_of,
     any_dtensor,
     held_here,
-    laid_out_like,
-    own_memory,
     placed_like,
     sharded_like,
 )
+from mpcore.base.gradient_set import GradientSet
+from mpcore.base.graphs import outside_graphs, outside_graphs_step
+from mpcore.base.host_copy import HostCopy, comes_late, is_capturing
+from mpcore.base.layouts import laid_out_like, own_memory
 from mpcore.base.machine import Cpu, Gpu, examine_cpu, find_gpus, find_versions, torch_build
-from mpcore.base.memory import PLAIN, all_in_memory, can_be_stepped, why_no_memory
+from mpcore.base.memory import all_in_memory, can_be_stepped, why_no_memory
 from mpcore.base.nested import map_tensors
 from mpcore.base.parameter_set import ParameterSet
 from mpcore.base.table import Table, capitalized

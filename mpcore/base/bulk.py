@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpcore.base.dtensors import any_dtensor, held_here
+
 _DTYPE = attrgetter("dtype")
 _DEVICE = attrgetter("device")
 _LAYOUT = attrgetter("layout")
@@ -75,10 +77,18 @@ def grads_of(params: Iterable[Tensor]) -> list[Tensor]:
 def writes_to(tensors: Iterable[Tensor]) -> list[int]:
     """Returns how often each tensor was written to, as far as autograd knows; no host sync.
 
-    Nobody counts for tensors made in inference mode: -1.
+    Of a DTensor writes to what this rank holds count as well: FSDP2 adds gradients up there. Nobody
+    counts for tensors made in inference mode: -1.
     """
     tensors = list(tensors)
     try:
-        return list(map(_VERSION, tensors))
+        writes = list(map(_VERSION, tensors))
     except RuntimeError:
         return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
+    if not any_dtensor(tensors):
+        return writes
+    held = map(held_here, tensors)
+    return [
+        count if here is tensor or here.is_inference() else count + here._version
+        for tensor, here, count in zip(tensors, held, writes, strict=True)
+    ]

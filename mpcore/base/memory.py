@@ -9,12 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mpcore.base.bulk import layouts_of
-
-#: types whose tensors are what they seem to be
-PLAIN = {Tensor, nn.Parameter}
+from mpcore.base.dtensors import PLAIN
 
 
 def why_no_memory(tensor: Tensor) -> str | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mpcore.base.bulk import devices_of, dtypes_in_order
-from mpcore.base.layouts import addresses_of, any_dtensor
+from mpcore.base.dtensors import addresses_of, any_dtensor
 
 
 class ParameterSet(tuple[Tensor, ...]):

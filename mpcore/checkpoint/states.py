@@ -264,6 +264,11 @@ def _check_state(where: str, saved: State, param: Tensor, names: dict[str, bool]
                 f"{where}[{key!r}]: expected a tensor, since the parameter is one, got a DTensor. "
                 "torch.distributed.checkpoint loads what was saved sharded into any layout."
             )
+        elif _mesh_of(value) not in (None, _mesh_of(param)):
+            raise ArgumentError(
+                f"{where}[{key!r}]: expected a DTensor over the mesh of the parameter, got another "
+                "mesh. torch.distributed.checkpoint loads what was saved into any layout."
+            )
         elif (value is not None or key == "master") and (
             not isinstance(value, Tensor) or value.dtype not in dtypes or value.shape != param.shape
         ):
@@ -272,6 +277,10 @@ def _check_state(where: str, saved: State, param: Tensor, names: dict[str, bool]
                 f"{where}[{key!r}]: expected a {wide} tensor of shape {list(param.shape)}, got "
                 f"{got}."
             )
+
+
+def _mesh_of(value: Any) -> Any:
+    return getattr(value, "device_mesh", None)
 
 
 def _check_complete(
@@ -325,8 +334,12 @@ def _for(param: Tensor, saved: State, on_device: bool) -> State:
     if not any_dtensor([param]):
         return found
     shape = param.shape
-    placed: State = map_tensors(found, lambda t: sharded_like(param, t) if t.shape == shape else t)
-    return placed
+    return {
+        key: value
+        if key == "step"
+        else map_tensors(value, lambda t: sharded_like(param, t) if t.shape == shape else t)
+        for key, value in found.items()
+    }
 
 
 def _moved(value: Any, device: torch.device, keep_device: bool) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpcore.base import grads_of, laid_out_like, own_memory
+from mpcore.base import grads_of, laid_out_like, own_memory, writes_to
 from mpcore.masters import Masters
 
 #: Whether tensors say which dtype their gradients have.
@@ -97,7 +97,8 @@ class Exposure:
     def note(self, params: Sequence[Tensor]) -> None:
         """Notes that what `params` show now is known: what is written later is an edit."""
         grads = grads_of(params)
-        self._seen = {p: (g, g._version) for p, g in zip(params, grads, strict=True)}
+        writes = writes_to(grads)
+        self._seen = {p: (g, n) for p, g, n in zip(params, grads, writes, strict=True)}
 
     def take_edits(self, params: Sequence[Tensor]) -> bool:
         """Makes what `params` show their gradients; returns whether anything was written.
@@ -106,15 +107,16 @@ class Exposure:
             params: Those that still have a gradient.
         """
         edited = False
-        for param, grad in zip(params, grads_of(params), strict=True):
-            known, version = self._seen.get(param, (None, 0))
+        grads = grads_of(params)
+        for param, grad, now in zip(params, grads, writes_to(grads), strict=True):
+            known, writes = self._seen.get(param, (None, 0))
             master = self._masters.of(param)
             fits = (
                 grad.dtype == master.dtype
                 and grad.stride() == master.stride()
                 and master.grad is grad
             )
-            if grad is known and grad._version == version and fits:
+            if grad is known and now == writes and fits:
                 continue
             edited = True
             if not fits:

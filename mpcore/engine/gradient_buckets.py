@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mpcore.backends import Inspection
-from mpcore.base import SIXTEEN_BIT, ParameterSet, grads_of
+from mpcore.base import SIXTEEN_BIT, ParameterSet, grads_of, held_here
 
 
 @torch.no_grad()
@@ -130,7 +130,7 @@ def largest_of(buckets: Sequence[Bucket], unscaled_by: Tensor) -> Tensor:
         if grads and bucket.largest is not None and len(grads) == len(bucket.with_master):
             peak = bucket.largest[: len(grads)].amax().double()
             peaks.append(peak.to(home, non_blocking=True))
-        elif grads := [grad for grad in grads if grad.numel()]:
+        elif grads := [here for here in map(held_here, grads) if here.numel()]:
             norms = torch.stack(torch._foreach_norm(grads, torch.inf)).amax().double()
             peaks.append(norms.to(home, non_blocking=True) * unscaled_by)
     return torch.stack(peaks).amax()

@@ -38,7 +38,7 @@ class _Left:
             for param, grad, writes in zip(self.params, self._grads, self._writes, strict=True)
             if (now := param.grad) is not None
             and grad() is now
-            and now._version == writes
+            and writes_to([now]) == [writes]
             and not now.requires_grad  # of a pass with create_graph: not ours to multiply
         ]
 

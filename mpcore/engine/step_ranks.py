@@ -6,6 +6,7 @@ from functools import partial
 
 from torch import Tensor
 
+from mpcore.base import are_same
 from mpcore.engine.external import External
 from mpcore.errors import ArgumentError
 from mpcore.loss_scale import LossScale, LossScaleTensors
@@ -42,10 +43,12 @@ class StepRanks:
     ) -> None:
         self._groups = groups
         self._masters = masters
-        self._told = ranks is not None
+        self._ranks = ranks
         self._scaling = scaling
         self._tensors = tensors
-        self._agreement = choose_agreement(ranks, self._params(), tensors)
+        self._known: list[Tensor] = []  # parameters whose meshes were looked at
+        self._agreement: Agreement | None = None
+        self._choose()
         self._of_sums: Agreement | None = None  # of ranks that nobody told us of
         self._searched = False  # whether they were looked for, which takes a while
         self._warned = False
@@ -73,10 +76,12 @@ class StepRanks:
             StageError: On every rank, if masters that should be copies differ.
         """
         if external is not None:
-            if self._told and not self._warned:
+            if self._ranks is not None and not self._warned:
                 self._warned = True
                 warn_scaler()
             return None
+        if several_ranks():
+            self._choose()
         if self._agreement is None and not self._warned and several_ranks():
             self._warned = True
             if self._of_sums is None:
@@ -113,6 +118,13 @@ class StepRanks:
         for agreement in (self._agreement, self._of_sums):
             if agreement is not None:
                 agreement.start_anew()
+
+    def _choose(self) -> None:
+        """Finds out who agrees, once for the parameters of now: others may have other meshes."""
+        params = self._params()
+        if not self._known or not are_same(params, self._known):
+            self._known = params
+            self._agreement = choose_agreement(self._ranks, params, self._tensors)
 
     def _begun(self, agreement: Agreement | None) -> Agreement | None:
         if agreement is not None:

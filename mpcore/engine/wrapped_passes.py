@@ -61,6 +61,8 @@ class WrappedPasses:
         """Rounds masters into 16-bit weights unless `found_inf` is set."""
         held, here = list(map(held_here, masters)), list(map(held_here, weights))
         module = self._for(held, here, device=found_inf.device)
+        if any(m.stride() != w.stride() for m, w in zip(held, here, strict=True)):
+            module = reference  # which goes by elements, not by memory
         module.cast_into(held, here, found_inf, saturated)
 
     def adopt_(self, weights: Sequence[Tensor], masters: Sequence[Tensor], counts: Tensor) -> None:
@@ -79,8 +81,8 @@ class WrappedPasses:
         if max_norm is not None and any(map(_is_shared, grads)):
             raise ArgumentError(
                 "clip_grad_norm_(): expected gradients that this rank holds whole, got a DTensor "
-                "over several ranks. Clip float32 parameters by torch.nn.utils.clip_grad_norm_ "
-                "after unscale_()."
+                "over several ranks, whose norm nobody is asked for under a GradScaler. Call "
+                "scaler.unscale_(optimizer) and torch.nn.utils.clip_grad_norm_."
             )
         here = list(map(held_here, grads))
         module = self._for(here, device=coefficient.device)
@@ -121,10 +123,11 @@ def _held(batch: Batch) -> Batch:
     moments = [list(map(held_here, moment)) for moment in batch.moments]
     for others in (*([] if weights is None else [weights]), *moments):
         for master, other in zip(masters, others, strict=True):
-            if other.shape != master.shape:  # of one whole shape, cut in another way
+            if (other.shape, other.stride()) != (master.shape, master.stride()):
                 raise ArgumentError(
-                    f"optimizer.state: expected pieces of {list(master.shape)} like the master's, "
-                    f"got {list(other.shape)}. Place masters and moments as their parameter is: "
+                    f"optimizer.state: expected pieces of {list(master.shape)} with strides "
+                    f"{master.stride()} like the master's, got {list(other.shape)} with "
+                    f"{other.stride()}. Place masters and moments as their parameter is: "
                     "value.redistribute(placements=param.placements)."
                 )
     return Batch(masters, weights, moments, batch.steps, batch.groups)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mpcore.base import SIXTEEN_BIT, any_dtensor, map_tensors, writes_to
+from mpcore.masters.fitted import FittedMasters
 from mpcore.masters.inner_guards import check_shared_groups
 from mpcore.masters.shared import NEVER, SUSPECT, Sharing
 from mpcore.masters.shown_state import ShownState
@@ -52,6 +53,7 @@ class Masters:
         self.sharing = Sharing()
         #: counts what replaces tensors: plans made of older ones are stale
         self.version = 0
+        self._fitted = FittedMasters()
         self._sharded = (-1, False)  # what `any_sharded` was at a version
         self.link_state(param for group in inner.param_groups for param in group["params"])
 
@@ -235,6 +237,7 @@ class Masters:
     def after_copy(self) -> None:
         """Sets right what a copy or a pickle has taken from its original: identities."""
         self._place = {id(param): place for place, param in enumerate(self._master_of)}
+        self._fitted.forget()
         # a copy counts its writes anew, and may be of a weight that somebody has written to
         self._seen = [then if then == NEVER else SUSPECT for then in self._seen]
         self._shown.note(self._outer_state)
@@ -255,6 +258,7 @@ class Masters:
         self.version += 1
         self._master_of.clear()
         self._place.clear()
+        self._fitted.forget()
         self._inner.state.clear()
         self._outer_state.clear()
         for param, state in states.items():
@@ -280,6 +284,12 @@ class Masters:
         self._seen = writes_to(self._master_of)
         if self.sharing.links:
             self.sharing.note()
+        if self.any_sharded:
+            self._fitted.note(self._master_of.items())
+
+    def edited(self) -> list[Tensor]:
+        """Returns sharded parameters whose masters somebody wrote to, or replaced; no host sync."""
+        return self._fitted.edited(self._master_of.items()) if self.any_sharded else []
 
     def written(self) -> list[Tensor]:
         """Returns the weights that somebody wrote to since their masters fitted; no host sync.
@@ -309,6 +319,8 @@ class Masters:
         for param, writes in zip(params, writes_to(params), strict=True):
             self._seen[self._place[id(param)]] = writes
         self.sharing.note(params)
+        if self.any_sharded:
+            self._fitted.note((param, self.of(param)) for param in params)
 
     def suspect(self, params: Iterable[Tensor]) -> None:
         """Notes that these weights are not their rounded masters: they are `written`."""

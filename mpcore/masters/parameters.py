@@ -20,6 +20,7 @@ from mpcore.errors import ArgumentError, ArgumentTypeError
 from mpcore.masters.inner_guards import DirectStepGuard
 from mpcore.masters.masters import Groups, Masters
 from mpcore.masters.shared import conflicting
+from mpcore.ranks import naming_failures
 
 
 def name_of(param: Tensor, groups: Groups) -> str:
@@ -204,7 +205,9 @@ def check_can_be_stepped(
         )
     if grad.is_neg():
         param.grad = grad = grad.resolve_neg()
-    if (placed := placed_like(param, grad)) is not grad:
+    with naming_failures(None, lambda: f"the sum of the gradients of {name_of(param, groups)}"):
+        placed = placed_like(param, grad)
+    if placed is not grad:
         param.grad = grad = placed
     wrapped = why_no_memory(param) is not None
     if not can_be_stepped(grad) or wrapped != (why_no_memory(grad) is not None):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mpcore.backends import Backend
-from mpcore.base import SIXTEEN_BIT, ParameterSet, addresses_of, are_same, sharded_like
+from mpcore.base import SIXTEEN_BIT, ParameterSet, addresses_of, are_same, held_here, sharded_like
 from mpcore.errors import ArgumentError
 from mpcore.masters.held_state import HeldState
 from mpcore.masters.masters import Groups, Masters
@@ -185,8 +185,9 @@ def _lay_out_like(weights: Sequence[Tensor], masters: Sequence[Tensor]) -> None:
     leaves masters behind.
     """
     for weight, master in zip(weights, masters, strict=True):
-        if master.stride() != weight.stride():
-            master.data = torch.empty_like(weight, dtype=master.dtype).copy_(master)
+        here, held = held_here(weight.detach()), held_here(master)
+        if held.stride() != here.stride():
+            held.data = torch.empty_like(here, dtype=held.dtype).copy_(held)
 
 
 def _complete(
@@ -218,7 +219,8 @@ def _complete(
             )
         else:
             state[name] = moment = sharded_like(master, moment)
-            if moment.dtype != torch.float32 or moment.stride() != master.stride():
+            laid_out = held_here(moment).stride() == held_here(master).stride()
+            if moment.dtype != torch.float32 or not laid_out:
                 state[name] = torch.empty_like(master).copy_(moment)
     if rule.counts_steps(names):
         step = state.get("step")

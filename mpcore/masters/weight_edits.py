@@ -24,6 +24,7 @@ from mpcore.backends import Backend, reference
 from mpcore.base import (
     SIXTEEN_BIT,
     HostCopy,
+    any_dtensor,
     are_same,
     comes_late,
     devices_of,
@@ -173,7 +174,10 @@ class WeightEdits:
         """
         self.hear()
         masters = self._masters
-        written = [] if began else masters.written()
+        if self._rule == "adopt":
+            self._round(masters.edited())
+        # of a DTensor each rank adopts what it holds, and all of it
+        written = [] if began else [p for p in masters.written() if not any_dtensor([p])]
         if written and several_ranks():
             self._check_fit(
                 written,
@@ -196,6 +200,15 @@ class WeightEdits:
         `torch.distributed.checkpoint` does when it loads, nobody counts.
         """
         return self._rule == "always" or (self._rule == "adopt" and self._masters.any_sharded)
+
+    def _round(self, params: Sequence[Tensor]) -> None:
+        """Makes weights their rounded masters: those are what somebody wrote to."""
+        for device in devices_of(params):
+            here = [param for param in params if param.device == device]
+            nothing = torch.zeros((), dtype=torch.int32, device=device)
+            pairs = list(map(self._masters.of, here)), [param.detach() for param in here]
+            self._backend.cast_into(*pairs, nothing, nothing.long())
+        self._masters.note(params)
 
     def _to_look_at(self, later: Sequence[Tensor]) -> list[Tensor]:
         """Returns the parameters whose weights are compared with their masters before the step."""
@@ -246,7 +259,8 @@ class WeightEdits:
         # of all masters there is one since the first step; of those that were written to, a capture
         # would have to upload one
         new = not self._looks_at_all and is_capturing(device)
-        if new or any(self._masters.of(param).stride() != param.stride() for param in params):
+        pairs = [(held_here(p.detach()), held_here(self._masters.of(p))) for p in params]
+        if new or any(here.stride() != held.stride() for here, held in pairs):
             return reference
         return self._backend
 

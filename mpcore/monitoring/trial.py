@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from mpcore.monitoring.operations import Operation, values_of
 from mpcore.monitoring.origins import Origins, is_finite
 from mpcore.monitoring.probe import Probe
 from mpcore.monitoring.survey import Survey, described, difference_of, name_of
-from mpcore.precision import cast_model
+from mpcore.precision import cast_model, is_rounded
 
 #: By how much loss and gradients may differ from those in float32, as shares of these.
 _BOUNDS = {torch.float16: (0.02, 0.1), torch.bfloat16: (0.03, 0.25)}
@@ -88,9 +89,11 @@ def try_out(
         >>> try_out(model, batch, torch.sum, survey, torch.float16, 8.0).wrong
         ''
     """
-    with LeftAlone(model):
+    with LeftAlone(model), warnings.catch_warnings():
         try:
             cast_model(model, dtype)
+            # of a batch that becomes infinite it is the result that tells
+            warnings.filterwarnings("ignore", "cast_model: the batch holds", UserWarning)
             return _Attempt(model, batch, loss_of, survey, dtype, loss_scale).trial
         except (ArgumentError, StageError, RuntimeError, TypeError, ValueError) as error:
             text = f"{type(error).__name__}: {error}".partition("\n")[0]
@@ -119,7 +122,9 @@ class _Attempt:
         self._narrow = {f"buffer {name}" for name, t in buffers.items() if t.dtype == dtype}
         self._crowded = ""
         probe = Probe(model, batch, loss_of)
-        self._origins = Origins(probe.named())
+        named = probe.named()
+        self._origins = Origins(named)
+        self._narrow |= {name for name, tensor in named if is_rounded(model, tensor)}
         probe.run(_ignored, self._see, loss_scale=loss_scale, after=self._judge)
 
     def _see(self, operation: Operation) -> None:

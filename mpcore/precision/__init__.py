@@ -6,6 +6,7 @@ Start with `cast_model.py`. Its face is what is imported here.
 from __future__ import annotations
 
 from mpcore.precision.cast_model import cast_model, cast_report
+from mpcore.precision.casts import is_rounded
 from mpcore.precision.emulate import emulate_tensor_cores
 from mpcore.precision.policy import Policy
 from mpcore.precision.scope import global_policy, set_global_policy, use_policy
@@ -16,6 +17,7 @@ __all__ = [
     "cast_report",
     "emulate_tensor_cores",
     "global_policy",
+    "is_rounded",
     "set_global_policy",
     "use_policy",
 ]

@@ -248,6 +248,13 @@ def hooks_of(module: nn.Module) -> Hooks:
     return (before[0] if before else None), (after[0] if after else None)
 
 
+def is_rounded(model: nn.Module, tensor: Tensor) -> bool:
+    """Tells whether a model rounds a tensor that it is given to 16 bits."""
+    before, _ = hooks_of(model)
+    is_dense = tensor.layout == torch.strided and not tensor.is_nested
+    return is_dense and tensor.numel() > 0 and before is not None and before.rounds(tensor)
+
+
 def attach(module: nn.Module, hooks: Hooks) -> None:
     """Gives a module those of `hooks` that it does not carry yet."""
     present = hooks_of(module)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mpcore.base import SIXTEEN_BIT, HostCopy, comes_late, is_capturing
 from mpcore.precision.buffers import WRITTEN
-from mpcore.precision.casts import hooks_of, named_tensors, plain_tensors
+from mpcore.precision.casts import is_rounded, named_tensors, plain_tensors
 from mpcore.precision.lender import Lender, is_lent, lend_running, lender_of
 from mpcore.precision.report import CastReport
 from mpcore.precision.writes import WriteWatch, in_fp32
@@ -175,7 +175,7 @@ class Watch:
         given = {
             name: tensor
             for name, tensor in named_tensors(args, kwargs)
-            if type(tensor) is Tensor and _is_rounded(model, tensor)
+            if type(tensor) is Tensor and is_rounded(model, tensor)
         }
         devices = {tensor.device for tensor in given.values()}
         # others than these would have to be waited for
@@ -220,12 +220,6 @@ def _is_traced(args: Any, kwargs: Any) -> bool:
         return True
     is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     return any(is_wrapped(tensor) or tensor.is_meta for _, tensor in named_tensors(args, kwargs))
-
-
-def _is_rounded(model: nn.Module, tensor: Tensor) -> bool:
-    before, _ = hooks_of(model)
-    is_dense = tensor.layout == torch.strided and not tensor.is_nested
-    return is_dense and tensor.numel() > 0 and before is not None and before.rounds(tensor)
 
 
 def _state(tensor: Tensor) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from mpcore.ranks.choice import (
     warn_scaler,
     widest_of,
 )
-from mpcore.ranks.collective import reduced
+from mpcore.ranks.collective import naming_failures, reduced
 from mpcore.ranks.ranks import Ranks
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "choose_agreement",
     "find_replicated",
     "group_of",
+    "naming_failures",
     "reduced",
     "several_ranks",
     "warn_alone",

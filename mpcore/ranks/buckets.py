@@ -20,11 +20,12 @@ def in_buckets(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         [[4194304, 4194304], [3]]
     """
     bucket: list[Tensor] = []
+    size = 0
     for param in params:
-        size = sum(other.numel() for other in bucket) + param.numel()
+        size += param.numel()
         if bucket and (size > LARGEST or _kind(param) != _kind(bucket[0])):
             yield bucket
-            bucket = []
+            bucket, size = [], param.numel()
         bucket.append(param)
     if bucket:
         yield bucket

@@ -70,6 +70,8 @@ def choose_agreement(
     meshes = {mesh: None for mesh in meshes if mesh.size() > 1}
     if ranks is None and not (meshes and several_ranks()):
         return None
+    if ranks is not None and meshes:
+        _check_holds(ranks, list(meshes))
     if ranks is None:
         # ranks of several meshes are tied to each other by the parameters of each: all are asked
         widest = widest_of(list(meshes))
@@ -118,6 +120,19 @@ def warn_scaler() -> None:
 
 def _mesh_of(param: Any) -> Any:
     return getattr(param, "device_mesh", None)
+
+
+def _check_holds(ranks: Ranks, meshes: Sequence[Any]) -> None:
+    """Raises unless ranks that agree have all pieces of the DTensors that they hold."""
+    group = set(distributed.get_process_group_ranks(ranks.group))
+    for mesh in meshes:
+        outside = sorted(set(mesh.mesh.flatten().tolist()) - group)
+        if outside:
+            raise ArgumentError(
+                f"ranks: expected a group of all ranks of the DTensors' mesh, got one without "
+                f"{outside}, which hold other pieces or copies of them. Leave ranks out, or pass "
+                "a group that has the ranks of the mesh."
+            )
 
 
 def widest_of(meshes: Sequence[Any]) -> Any:

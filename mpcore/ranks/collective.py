@@ -64,11 +64,13 @@ def naming_failures(group: Any, purpose: Callable[[], str]) -> Iterator[None]:
     """
     try:
         yield
+    except NotImplementedError:
+        raise  # no rank is to blame
     except RuntimeError as error:
         size, said = distributed.get_world_size(group), str(error).rstrip(".")
         raise RankError(
-            f"{purpose()}: expected an answer of all {size} ranks, got: {said}. No weight of this "
-            "step was written. A rank has ended or is late: start the ranks again, as many as "
+            f"{purpose()}: expected an answer of all {size} ranks, got: {said}. The update of this "
+            "step was not made. A rank has ended or is late: start the ranks again, as many as "
             "there are, and load the last checkpoint."
         ) from error
 

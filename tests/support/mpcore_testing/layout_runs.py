@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import distributed
 
+from mpcore_testing import sharded_accidents as accidents
 from mpcore_testing.rank_layouts import cast_later, driven, flat, muon, parted, trained, watched
 
 ONE_MESH = ("fsdp", "tensor", "sequence")
@@ -17,7 +18,7 @@ WAYS = ("clip", "unscale", "accumulate", "closure")
 def cases_of(size: int) -> list[tuple[Any, ...]]:
     """Every layout steps and clips on both paths; the rest in pairs."""
     layouts = ONE_MESH if size == 2 else FOUR
-    last = size - 1
+    last, paths = size - 1, ("fused", "general")
     cases: list[tuple[Any, ...]] = []
     for layout in layouts:
         cases += [(trained, layout, "float16", p, "AdamW", "", last) for p in ("fused", "general")]
@@ -35,6 +36,13 @@ def cases_of(size: int) -> list[tuple[Any, ...]]:
             (flat, clips, original, 1) for clips in (False, True) for original in (False, True)
         ]
         cases += [(muon,), (cast_later,), (watched,)]
+        cases += [(accidents.relaid, path) for path in paths]
+        cases += [(accidents.overflown_since, way) for way in ("clip", "unscale")]
+        cases += [(accidents.single_number,)]
+        cases += [(accidents.master_edited, path) for path in paths]
+        cases += [(accidents.first_edit, path) for path in paths]
+        cases += [(accidents.computed, way) for way in ("", "clip")]
+        cases += [(accidents.told, what) for what in ("group", "state", "gradient")]
     else:
         cases += [(driven, bad) for bad in (0, 3)]
         cases += [

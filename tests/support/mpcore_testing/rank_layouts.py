@@ -202,7 +202,8 @@ def parted(rank: int, path: str, clips: bool, bad: int) -> list[dict[str, Any]]:
     stage = rank // (size // 2)
     model = nn.Sequential(OrderedDict({f"stage{stage}": nn.Linear(5 - stage, 3).half()}))
     fully_shard(model, mesh=mesh["data"])
-    optimizer = wrapped(model.named_parameters(), path)
+    ranks = mpcore.Ranks(replicas={"*": None}) if path == "fused" else mpcore.Ranks()
+    optimizer = wrapped(model.named_parameters(), path, ranks=ranks)
     found = []
     for step in range(3):
         if stage == 1:
