@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -124,6 +125,100 @@ def test_the_average_runs_as_the_model_does() -> None:
     assert not torch.equal(average.module.norm.running_mean, model.norm.running_mean)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])  # of the buffers
+def test_statistics_of_update_bn_are_exported_and_put_in(dtype: torch.dtype) -> None:
+    model, optimizer, step = training(torch.float16)
+    model.norm.to(dtype)
+    average = mpcore.AveragedModel(model, optimizer)
+    step()
+    average.update_parameters(model)
+    inputs = torch.randn(64, 4) * 3 + 5
+    seen: list[Tensor] = []
+    average.module.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    swa_utils.update_bn([inputs], average)
+    expected = seen[0].double().mean(0)
+    wide = average.float32_state_dict()
+    assert wide["norm.running_mean"].dtype == torch.float32
+    assert (wide["norm.running_mean"].double() - expected).abs().max() < 0.02
+    assert int(wide["norm.num_batches_tracked"]) == 1
+    before = copy.deepcopy(model.state_dict())
+    with average.applied_to(model):
+        assert same_bits(dict(model.state_dict()), dict(average.module.state_dict()))
+    assert same_bits(dict(model.state_dict()), dict(before))
+    average.update_parameters(model)
+    assert torch.equal(average.module.norm.running_mean, model.norm.running_mean)
+
+
+class Around(nn.Module):
+    """Has a child called `module`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module, self.head = nn.Linear(2, 2), nn.Linear(2, 1)
+
+
+class Tied(nn.Module):
+    """One weight, and one buffer, under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.out = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+        self.out.weight = self.inside.weight
+        for part in (self.inside, self.out):
+            part.register_buffer("mask", torch.ones(3) if part is self.inside else self.inside.mask)
+
+
+class Extra(nn.Linear):
+    """State that is no parameter, and a buffer that is not saved."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.extra: Any = torch.ones(2).half()
+        self.register_buffer("scratch", torch.ones(2), persistent=False)
+
+    def get_extra_state(self) -> Any:
+        return self.extra
+
+    def set_extra_state(self, state: Any) -> None:
+        self.extra = state
+
+
+SHAPES: dict[str, Callable[[], nn.Module]] = {
+    "data parallel": lambda: nn.DataParallel(nn.Linear(2, 2)),
+    "a child called module": Around,
+    "module in module": lambda: nn.DataParallel(Around()),
+    "tied": Tied,
+    "extra state": lambda: nn.Sequential(Extra(), nn.BatchNorm1d(2)),
+    "parametrized": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_strict_load_gets_the_averages_under_all_names(shape: str) -> None:
+    model = SHAPES[shape]()
+    inner = torch.optim.SGD(model.parameters(), lr=1e-3)
+    optimizer = mpcore.MixedPrecisionOptimizer(inner, mpcore.NoLossScale())
+    mpcore.cast_model(model, torch.bfloat16, optimizer)
+    average = mpcore.AveragedModel(model, optimizer)
+    totals = [torch.zeros(param.shape, dtype=torch.float64) for param in model.parameters()]
+    for _ in range(2):
+        optimizer.backward(sum(param.float().sum() for param in model.parameters()))
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update_parameters(model)
+        for total, param in zip(totals, model.parameters(), strict=True):
+            total += master_of(optimizer, param) / 2
+    wide = average.float32_state_dict()
+    assert list(wide) == list(model.state_dict())
+    fresh = SHAPES[shape]()
+    fresh.load_state_dict(wide)
+    for param, total in zip(fresh.parameters(), totals, strict=True):
+        assert param.dtype == torch.float32
+        assert (param.double() - total).abs().max() < 1e-6
+    if isinstance(fresh, nn.Sequential):
+        assert fresh[0].extra.dtype == torch.float16, "extra state is the model's own affair"
+
+
 def test_a_loaded_or_copied_average_goes_on_with_the_same_bits() -> None:
     model, optimizer, step = training(torch.bfloat16)
     fn = swa_utils.get_ema_multi_avg_fn(DECAY)
@@ -187,6 +282,42 @@ def test_several_optimizers_and_weights_without_masters() -> None:
             assert name in at
 
 
+def test_weights_that_no_given_optimizer_steps_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).half()
+    first, second = (
+        mpcore.MixedPrecisionOptimizer(torch.optim.SGD(part.parameters(), lr=1e-4))
+        for part in model
+    )
+    with pytest.raises(mpcore.ArgumentError, match=r"got '0\.weight' \(torch\.float16\) in none"):
+        mpcore.AveragedModel(model, second)
+    with pytest.raises(mpcore.ArgumentError, match=r"got '1\.weight'"):
+        mpcore.AveragedModel(model, [first])
+    mpcore.AveragedModel(model, [first, second])
+    model[1].float()  # needs no master
+    mpcore.AveragedModel(model, first)
+    model[1].half().requires_grad_(False)
+    mpcore.AveragedModel(model, first)
+
+
+def test_a_copy_of_the_average_alone_does_not_average_rounded_weights() -> None:
+    model, optimizer, step = training(torch.bfloat16)
+    average = mpcore.AveragedModel(model, optimizer)
+    step()
+    average.update_parameters(model)
+    alone = copy.deepcopy(average)
+    step()
+    before = copy.deepcopy(alone.state_dict())
+    with pytest.raises(mpcore.ArgumentError, match="copy model, optimizer and average in one"):
+        alone.update_parameters(model)
+    assert same_bits(dict(alone.state_dict()), dict(before))
+    assert same_bits(dict(alone.float32_state_dict()), dict(average.float32_state_dict()))
+    other = mpcore.AveragedModel(model, optimizer)  # what the message says
+    other.load_state_dict(alone.state_dict())
+    for each in (average, other):
+        each.update_parameters(model)
+    assert same_bits(dict(other.state_dict()), dict(average.state_dict()))
+
+
 def test_large_averages_saturate_and_masks_stay() -> None:
     model = nn.Linear(1, 1, bias=False)
     model.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
@@ -205,6 +336,8 @@ def test_what_cannot_be_averaged_is_refused() -> None:
         mpcore.AveragedModel([model], torch.optim.SGD(model.parameters()))  # type: ignore[arg-type]
     with pytest.raises(mpcore.ArgumentTypeError, match="optimizer: expected"):
         mpcore.AveragedModel(model, 3)  # type: ignore[arg-type]
+    with pytest.raises(mpcore.ArgumentTypeError, match="optimizer: expected"):
+        mpcore.AveragedModel(model, types.SimpleNamespace(state={}))  # type: ignore[arg-type]
     with pytest.raises(mpcore.ArgumentTypeError, match="optimizer: expected"):
         mpcore.AveragedModel(model, [swa_utils.get_ema_avg_fn()])  # type: ignore[list-item]
     with pytest.raises(mpcore.ArgumentError, match="at most one"):

@@ -211,3 +211,23 @@ def test_a_dtensor_is_refused() -> None:
     weight.device_mesh = object()  # what tells one
     with pytest.raises(mpcore.ArgumentError, match="has whole, got a DTensor"):
         scaler().clip_grad_norm_([torch.optim.SGD([weight], lr=1.0)], 1.0)
+
+
+def test_a_parameter_that_two_optimizers_share_is_refused_and_nothing_has_changed() -> None:
+    shared, own = (nn.Parameter(torch.ones(4)) for _ in range(2))
+    made = [torch.optim.SGD([shared], lr=1.0), torch.optim.SGD([shared, own], lr=1.0)]
+    scaling = mpcore.GradScaler("cpu", init_scale=8.0)
+    scaling.scale(shared.sum() * 2 + own.sum()).backward()
+    for _ in range(2):
+        with pytest.raises(mpcore.ArgumentError, match=r"once, got one of shape \[4\] twice"):
+            scaling.clip_grad_norm_(made, 100.0)
+    assert (shared.grad.tolist(), own.grad.tolist()) == ([16.0] * 4, [8.0] * 4)
+    assert scaling.clip_grad_norm_(made[1:], 100.0).item() == pytest.approx(math.sqrt(20))
+
+
+def test_a_shared_parameter_without_a_gradient_is_no_matter() -> None:
+    shared, *own = (nn.Parameter(torch.ones(1)) for _ in range(3))
+    made = [torch.optim.SGD([shared, each], lr=1.0) for each in own]
+    scaling = mpcore.GradScaler("cpu", init_scale=8.0)
+    scaling.scale((own[0] * 3 + own[1] * 4).sum()).backward()
+    assert scaling.clip_grad_norm_(made, 100.0).item() == 5.0

@@ -152,3 +152,25 @@ def test_a_loop_of_ones_own_is_seen_too() -> None:
         return update
 
     assert len(said(torch.float16, make)) == 1
+
+
+def test_another_model_that_is_trained_is_no_average() -> None:
+    """Of the same class, with an optimizer of its own; and what is half made, or has no memory."""
+    torch.manual_seed(1)
+    pair = [nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1)).bfloat16() for _ in range(2)]
+    optimizers = [
+        mpcore.MixedPrecisionOptimizer(
+            torch.optim.SGD(model.parameters(), lr=1e-4), mpcore.NoLossScale()
+        )
+        for model in pair
+    ]
+    half_made = nn.Linear.__new__(nn.Linear)
+    skeleton = copy.deepcopy(pair[0]).to("meta")
+    with mpcore.Monitor(optimizers[0], pair[0], every=1):  # warnings are errors here
+        for _ in range(40):
+            for model, optimizer in zip(pair, optimizers, strict=True):
+                optimizer.backward(model(torch.ones(2, 4).bfloat16()).float().square().mean())
+                optimizer.step()
+                optimizer.zero_grad()
+    assert next(skeleton.parameters()).is_meta
+    assert type(half_made) is nn.Linear

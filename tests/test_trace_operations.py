@@ -274,6 +274,7 @@ def test_outputs_of_any_kind_are_looked_into(wrap: Callable[[Tensor], Any]) -> N
     assert not outer.finite_out
 
 
+@pytest.mark.filterwarnings("ignore:cast_model. the batch holds")
 @pytest.mark.parametrize("kind", [lambda x: {"x": x}, lambda x: (x,), lambda x: x])
 def test_a_batch_that_a_cast_makes_infinite_is_named(kind: Callable[[Tensor], Any]) -> None:
     class Plain(nn.Module):

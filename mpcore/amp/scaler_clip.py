@@ -16,8 +16,8 @@ def check_clip(optimizers: Sequence[torch.optim.Optimizer], max_norm: float) -> 
 
     Raises:
         ArgumentTypeError: They are no list of optimizers, or `max_norm` is no number.
-        ArgumentError: There are none, one is there twice, a parameter is a DTensor, or `max_norm`
-            is not above 0.
+        ArgumentError: There are none, one is there twice, a parameter with a gradient is in two
+            of them or a DTensor, or `max_norm` is not above 0.
     """
     name = "GradScaler.clip_grad_norm_"
     if not isinstance(optimizers, (list, tuple)) or not all(
@@ -36,6 +36,16 @@ def check_clip(optimizers: Sequence[torch.optim.Optimizer], max_norm: float) -> 
         raise ArgumentError(f"max_norm: expected a number above 0, got {max_norm}.")
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     params: list[Tensor] = [p for group in groups for p in group["params"] if p.grad is not None]
+    seen: set[int] = set()
+    for param in params:
+        if id(param) in seen:
+            raise ArgumentError(
+                f"{name}: expected each parameter that has a gradient once, got one of shape "
+                f"{list(param.shape)} twice: it would be unscaled twice, and count twice in the "
+                "norm. Leave it in one group of one optimizer or, if several step it in turn, "
+                "clip with the one whose turn it is."
+            )
+        seen.add(id(param))
     if any(hasattr(param, "device_mesh") for param in params):
         raise ArgumentError(
             f"{name}: expected parameters that this process has whole, got a DTensor. Call "

@@ -74,9 +74,11 @@ def _by_gradients(certain: Sequence[Range]) -> Choice:
     lost = lost_share(gradients, torch.float16, scale)
     if lost > TOO_MANY or fits < 1:
         smallest = min(one.smallest for one in gradients if one.largest)
+        far = (
+            "too far for float16 at any scale" if lost > TOO_MANY else "which needs a scale below 1"
+        )
         reason = (
-            f"gradients reach from {smallest:.3g} to {peak:.3g}, too far for float16 at any scale "
-            f"({lost:.1%} would be lost)."
+            f"gradients reach from {smallest:.3g} to {peak:.3g}, {far} ({lost:.1%} would be lost)."
         )
         return _bfloat16_or_more(certain, reason)
     return Choice(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -49,7 +49,11 @@ class LeftAlone:
         self._numbers = random.getstate()
         numpy = sys.modules.get("numpy")
         self._numpy = None if numpy is None else (numpy.random, numpy.random.get_state())
-        self._stack = [torch.random.fork_rng(devices=list(devices)), torch.enable_grad()]
+        self._stack = [
+            torch.inference_mode(False),
+            torch.random.fork_rng(devices=list(devices)),
+            torch.enable_grad(),
+        ]
         for manager in self._stack:
             manager.__enter__()
         self.expect(params)
@@ -80,22 +84,23 @@ class LeftAlone:
     def __exit__(self, *error: object) -> None:
         for manager in reversed(self._stack):
             manager.__exit__(None, None, None)
+        for waiting, hooks in self._hooks:
+            waiting.update(hooks)
+        random.setstate(self._numbers)
+        if self._numpy is not None:
+            self._numpy[0].set_state(self._numpy[1])
         for module in self._modules:
             module.put_back()
         for tensor, data in self._data:
             moved = _has_memory(tensor) and tensor.data_ptr() != data.data_ptr()
             if moved or tensor.dtype != data.dtype:
                 tensor.data = data
-        with torch.no_grad():
-            for tensor, value in (*self._saved.values(), *self._buffers):
-                tensor.copy_(value)
         for leaf, grad in self._grads:
             leaf.grad = grad
-        for waiting, hooks in self._hooks:
-            waiting.update(hooks)
-        random.setstate(self._numbers)
-        if self._numpy is not None:
-            self._numpy[0].set_state(self._numpy[1])
+        values = (pair for module in self._modules for pair in module.tensors)
+        with torch.no_grad():
+            for tensor, value in (*self._saved.values(), *self._buffers, *values):
+                _put_back(tensor, value)
 
 
 class _Contents:
@@ -108,6 +113,10 @@ class _Contents:
         self._inside = [(held, held.copy()) for held in inside]
         lists = [held for held in self._here.values() if type(held) is list]
         self._lists = [(held, list(held)) for held in lists]
+        tensors = [held for held in self._here.values() if isinstance(held, Tensor)]
+        self.tensors = [(t, t.detach().clone()) for t in tensors if not t.requires_grad]
+        others = [held for held in self._here.values() if type(held) in (set, deque)]
+        self._others = [(held, held.copy()) for held in others]
 
     def put_back(self) -> None:
         """Puts everything back, the same objects under the same names."""
@@ -117,6 +126,19 @@ class _Contents:
                 here.update(before)
         for held, items in self._lists:
             held[:] = items
+        for others, before in self._others:
+            if others != before:
+                others.clear()
+                (others.update if isinstance(others, set) else others.extend)(before)
+
+
+def _put_back(tensor: Tensor, value: Tensor) -> None:
+    """Writes a value back; of an expanded tensor to each place in memory once."""
+    spread = (
+        zip(tensor.shape, tensor.stride(), strict=True) if tensor.layout == torch.strided else ()
+    )
+    once = tuple(slice(0, 1) if stride == 0 and n else slice(None) for n, stride in spread)
+    (tensor[once] if once else tensor).copy_(value[once] if once else value)
 
 
 def _has_memory(tensor: Tensor) -> bool:

@@ -214,9 +214,9 @@ def _moved_by(outputs: list[Tensor], grads: list[Tensor]) -> float:
 
 
 def _is_extreme(values: Tensor) -> bool:
-    """Returns whether float16 could overflow, unless below 0 as masks do, or flush something."""
+    """Returns whether float16 could overflow or flush something."""
     sizes = values.abs()
-    return bool((values > _LARGE).any() | ((sizes > 0) & (sizes < _SMALL)).any())
+    return bool((sizes > _LARGE).any() | ((sizes > 0) & (sizes < _SMALL)).any())
 
 
 def _dense(grad: Tensor) -> Tensor:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from mpcore.errors import ArgumentError, StageError
 from mpcore.monitoring.left_alone import LeftAlone
 from mpcore.monitoring.operations import Operation, values_of
-from mpcore.monitoring.origins import Origins, is_finite
+from mpcore.monitoring.origins import Event, Origins, is_finite
 from mpcore.monitoring.probe import Probe
+from mpcore.monitoring.rounded import moved_by_rounding
 from mpcore.monitoring.survey import Survey, described, difference_of, name_of
 from mpcore.precision import cast_model, is_rounded
 
@@ -91,15 +92,19 @@ def try_out(
     """
     with LeftAlone(model), warnings.catch_warnings():
         try:
+            # of what it rounds or makes infinite it is the result that tells
+            warnings.filterwarnings("ignore", "cast_model: ", UserWarning)
             cast_model(model, dtype)
-            # of a batch that becomes infinite it is the result that tells
-            warnings.filterwarnings("ignore", "cast_model: the batch holds", UserWarning)
-            return _Attempt(model, batch, loss_of, survey, dtype, loss_scale).trial
+            attempt = _Attempt(model, batch, loss_of, survey, dtype, loss_scale)
         except (ArgumentError, StageError, RuntimeError, TypeError, ValueError) as error:
             text = f"{type(error).__name__}: {error}".partition("\n")[0]
             if isinstance(error, StageError) or _UNTRIED in str(error):
                 return Trial(dtype, loss_scale, untried=text)
             return Trial(dtype, loss_scale, wrong=f"a step raises {text}")
+    trial = attempt.judged((0.0, 0.0))
+    if trial.gradient_error is None or not trial.wrong:
+        return trial
+    return attempt.judged(moved_by_rounding(model, batch, loss_of, survey, dtype))
 
 
 class _Attempt:
@@ -121,6 +126,11 @@ class _Attempt:
         buffers = dict(model.named_buffers())
         self._narrow = {f"buffer {name}" for name, t in buffers.items() if t.dtype == dtype}
         self._crowded = ""
+        self._loss = 0.0
+        self._error: float | None = None
+        self._grads: dict[str, Tensor] = {}
+        self._bad = self._lost = False
+        self._source: Event | None = None
         probe = Probe(model, batch, loss_of)
         named = probe.named()
         self._origins = Origins(named)
@@ -137,8 +147,8 @@ class _Attempt:
         name = name_of(operation)
         self._narrow.add(name)
         if event is None and self._dtype == torch.float16 and not self._crowded:
-            # what is large and negative is a mask's, and what is infinite is judged by what it does
-            largest = max(float(tensor.amax()) for tensor in outputs)
+            # what is infinite is judged by what it does
+            largest = max(map(_largest, outputs))
             if largest > _CROWDED:
                 self._crowded = f"{name} reaches {largest:.3g}, and float16 ends at 65504"
         if operation.name.startswith("cast"):
@@ -146,41 +156,48 @@ class _Attempt:
 
     def _judge(self, loss: Tensor) -> None:
         grads = {n: p.grad for n, p in self._parameters.items() if p.grad is not None}
-        lost = not is_finite(loss)
-        bad = lost or not all(map(is_finite, grads.values()))
-        results = [loss] if lost else list(grads.values())
-        source = self._origins.blamed(results, lost=lost) if bad else None
-        grads = (
-            {} if bad else {name: g.to_dense().double() / self._scale for name, g in grads.items()}
-        )
-        error = None if bad else difference_of(grads, self._survey.gradients)
+        self._loss, self._lost = float(loss), not is_finite(loss)
+        self._bad = self._lost or not all(map(is_finite, grads.values()))
         self._narrow |= {"loss"} if loss.dtype == self._dtype else set()
-        if bad:
-            what = "the loss" if lost else "a gradient"
-            begun = f": it begins {described(source)}" if source is not None else ""
+        if self._bad:
+            results = [loss] if self._lost else list(grads.values())
+            self._source = self._origins.blamed(results, lost=self._lost)
+            return
+        self._grads = {name: g.to_dense().double() / self._scale for name, g in grads.items()}
+        self._error = difference_of(self._grads, self._survey.gradients)
+
+    def judged(self, moved: tuple[float, float]) -> Trial:
+        """Returns what came of the step.
+
+        Args:
+            moved: By how much rounding alone moves loss and gradients.
+        """
+        if self._bad:
+            what = "the loss" if self._lost else "a gradient"
+            begun = f": it begins {described(self._source)}" if self._source is not None else ""
             wrong = f"{what} is not finite{begun}"
         else:
-            wrong = self._difference(float(loss), error) or self._flushed(grads) or self._crowded
-        self.trial = Trial(
+            wrong = self._difference(moved) or self._flushed(self._grads) or self._crowded
+        return Trial(
             self._dtype,
             self._scale,
-            loss=float(loss),
-            gradient_error=error,
+            loss=self._loss,
+            gradient_error=self._error,
             wrong=wrong,
-            overflowed_back=bad and not lost,
+            overflowed_back=self._bad and not self._lost,
             narrow=frozenset(self._narrow),
         )
 
-    def _difference(self, loss: float, error: float | None) -> str:
+    def _difference(self, moved: tuple[float, float]) -> str:
         """Returns what differs too much from float32, and by how much; empty if nothing does."""
-        survey = self._survey
+        survey, loss, error = self._survey, self._loss, self._error
         of_loss, of_gradients = survey.spread or (0.0, 0.0)
         most_loss, most_gradients = _BOUNDS[self._dtype]
         rounding = 2 * torch.finfo(self._dtype).eps * survey.rounding
-        bound = max(most_loss * abs(survey.loss), rounding, 2 * of_loss)
+        bound = max(most_loss * abs(survey.loss), rounding, 2 * of_loss, 2 * moved[0])
         if abs(loss - survey.loss) > bound:
             return f"the loss is {loss:.6g}, and {survey.loss:.6g} in float32"
-        if error is not None and error > max(most_gradients, 2 * of_gradients):
+        if error is not None and error > max(most_gradients, 2 * of_gradients, 2 * moved[1]):
             return f"the gradients differ from those in float32 by {error:.0%} of their norm"
         return ""
 
@@ -199,3 +216,12 @@ class _Attempt:
 
 def _ignored(*what: Any) -> None:
     """Looks at nothing."""
+
+
+def _largest(values: Tensor) -> float:
+    """Returns the largest finite magnitude, but for one number far below 0, as masks have it."""
+    values = values[values.isfinite()].float()
+    low = values[values <= -_CROWDED]
+    if low.numel() and bool((low == low[0]).all()):
+        values = values[values > -_CROWDED]
+    return float(values.abs().amax()) if values.numel() else 0.0

@@ -20,6 +20,9 @@ class _Optimizer(Protocol):
     @property
     def state(self) -> Mapping[Any, Any]: ...
 
+    @property
+    def param_groups(self) -> list[dict[str, Any]]: ...
+
 
 class AveragedModel(nn.Module):
     """Averages masters in float32, and runs as the model does with the average, rounded.
@@ -27,21 +30,30 @@ class AveragedModel(nn.Module):
     `torch.optim.swa_utils.AveragedModel` over 16-bit weights stands still: with a decay of 0.9995
     an average moves by a 2,000th of its distance from the weight, which is less than half its last
     place in float16 and bfloat16, and rounds away. This one takes the same arguments and the
-    optimizer that has the masters. Weights without a master count as they are.
+    optimizer that has the masters. Weights without a master, as those that are frozen and all
+    before the first step, count as they are.
 
     `module` is a copy of the model, casts and all, with the averages rounded to the dtypes of its
     weights: for evaluation. `state_dict` has both, so that averaging goes on with the same bits.
 
+    `copy.deepcopy` and pickles copy the optimizers too: copy model, optimizers and average in one
+    tuple. A copy of the average alone evaluates and saves, and refuses to average the original
+    model; for a second average of that, make a new one and load the `state_dict`.
+
     Args:
         model: Whose weights are averaged.
-        optimizer: A `MixedPrecisionOptimizer` of them, or several in a list.
+        optimizer: A `MixedPrecisionOptimizer` of them, or several in a list. Together they have
+            all 16-bit parameters that require a gradient.
         device: Where the averages are; by default where the weights are.
         avg_fn: As in torch; `get_ema_avg_fn(0.999)` for example.
         multi_avg_fn: As in torch. Without either, all models count the same.
-        use_buffers: Whether to average buffers too. Otherwise they are the model's last.
+        use_buffers: Whether to average buffers too. Otherwise they are the model's last, or what
+            `torch.optim.swa_utils.update_bn(loader, average)` makes of them afterwards.
 
     Raises:
-        ArgumentTypeError: `model` is no module, or an optimizer has no `state`.
+        ArgumentTypeError: `model` is no module, or an optimizer has no `state` or `param_groups`.
+        ArgumentError: No optimizer has a 16-bit parameter that requires a gradient, or there are
+            both `avg_fn` and `multi_avg_fn`.
 
     Example:
         >>> import torch, mpcore
@@ -68,8 +80,8 @@ class AveragedModel(nn.Module):
             raise ArgumentTypeError(f"model: expected a torch.nn.Module, got {_type(model)}.")
         if avg_fn is not None and multi_avg_fn is not None:
             raise ArgumentError("avg_fn, multi_avg_fn: expected at most one of them, got both.")
-        optimizers = [optimizer] if hasattr(optimizer, "state") else list(_all(optimizer))
-        self._optimizers = optimizers
+        self._optimizers = list(_all([optimizer] if hasattr(optimizer, "state") else optimizer))
+        self._check_optimized(model)
         self.module = copy.deepcopy(model)
         if device is not None:
             self.module.to(device)
@@ -93,40 +105,53 @@ class AveragedModel(nn.Module):
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
-        """Takes the masters of a model into the average; syncs as torch's does, to count."""
-        self.averages.update_parameters(self._values_of(model))
-        _round_into(self.module, self.averages.module)
+        """Takes the masters of a model into the average; syncs as torch's does, to count.
 
-    def float32_state_dict(self) -> dict[str, Tensor]:
-        """Returns the averages under the names of the model's parameters and buffers; no sync.
-
-        16-bit buffers are float32 as well. Load it into a model before `cast_model`.
+        Raises:
+            ArgumentError: No optimizer has a 16-bit parameter that requires a gradient.
         """
-        tensors = [*self.averages.module.parameters(), *self.averages.module.buffers()]
-        names = [
-            name for name, _ in (*self.module.named_parameters(), *self.module.named_buffers())
-        ]
-        by_name = dict(zip(names, tensors, strict=True))
-        kept = {name.removeprefix("module.") for name in self.module.state_dict()}
-        return {name: tensor.detach() for name, tensor in by_name.items() if name in kept}
+        self.averages.update_parameters(self._values_of(model))
+        averages = self.averages.module
+        _round_into(self.module, averages.parameters(), averages.buffers())
+
+    def float32_state_dict(self) -> dict[str, Any]:
+        """Returns `module.state_dict()` with the averages in float32; no sync.
+
+        16-bit buffers are float32 as well, and of `module` unless they are averaged. Tied weights
+        and extra state are there as the model has them. Load it into a model before `cast_model`.
+        """
+        own = [*self.module.parameters(), *self.module.buffers()]
+        wide = [*self.averages.module.parameters(), *map(_widened, self._shown_buffers())]
+        average_of = {id(tensor): value for tensor, value in zip(own, wide, strict=True)}
+        values = self.module.state_dict(keep_vars=True)
+        for name, value in list(values.items()):
+            if isinstance(value, Tensor):
+                values[name] = average_of.get(id(value), value).detach()
+        return values
 
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[None]:
-        """Puts the average, rounded, into a model for a while; no host sync.
+        """Puts the average, rounded, and its buffers into a model for a while; no host sync.
 
         Afterwards the model has the bits that it had: its masters lose nothing. Do not step inside.
         """
         tensors = [*model.parameters(), *model.buffers()]
         before = [tensor.detach().clone() for tensor in tensors]
         try:
-            _round_into(model, self.averages.module)
+            _round_into(model, self.averages.module.parameters(), self._shown_buffers())
             yield
         finally:
             with torch.no_grad():
                 for tensor, value in zip(tensors, before, strict=True):
                     tensor.copy_(value)
 
+    def _shown_buffers(self) -> Iterator[Tensor]:
+        """Returns the averages of buffers, or those of `module`, which `update_bn` writes to."""
+        return (self.averages if self.averages.use_buffers else self).module.buffers()
+
     def _values_of(self, model: nn.Module) -> _Values:
+        self._check_optimized(model)
+
         def master_of(param: Tensor) -> Tensor:
             for optimizer in self._optimizers:
                 entry = optimizer.state.get(param)
@@ -136,6 +161,22 @@ class AveragedModel(nn.Module):
             return _widened(param)
 
         return _Values(map(master_of, model.parameters()), map(_widened, model.buffers()))
+
+    def _check_optimized(self, model: nn.Module) -> None:
+        """Raises if a parameter has its master, now or later, in an optimizer that is not here."""
+        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        held = {id(param) for group in groups for param in group["params"]}
+        for name, param in model.named_parameters():
+            if param.dtype in _SIXTEEN_BIT and param.requires_grad and id(param) not in held:
+                raise ArgumentError(
+                    "AveragedModel: expected each 16-bit parameter that requires a gradient in an "
+                    f"optimizer given, got {name!r} ({param.dtype}) in none; its average would be "
+                    "of rounded weights. Give the optimizers that step this model, all in a list, "
+                    "and freeze what none steps by requires_grad_(False). If the average is a "
+                    "copy, or was loaded whole, its optimizer is a copy too: copy model, "
+                    "optimizer and average in one tuple, or make a new AveragedModel and load "
+                    "the state_dict of the old one."
+                )
 
 
 class _Values(nn.Module):
@@ -154,14 +195,10 @@ def _widened(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _round_into(model: nn.Module, values: nn.Module) -> None:
+def _round_into(model: nn.Module, params: Iterable[Tensor], buffers: Iterable[Tensor]) -> None:
     """Writes values to the tensors of a model, as masters are: rounded and saturated."""
-    pairs = zip(
-        (*model.parameters(), *model.buffers()),
-        (*values.parameters(), *values.buffers()),
-        strict=True,
-    )
-    for tensor, value in pairs:
+    tensors = (*model.parameters(), *model.buffers())
+    for tensor, value in zip(tensors, (*params, *buffers), strict=True):
         if tensor.dtype in _SIXTEEN_BIT:
             limits = torch.finfo(tensor.dtype)
             bounded = value.clamp(limits.min, limits.max)
@@ -171,7 +208,7 @@ def _round_into(model: nn.Module, values: nn.Module) -> None:
 
 def _all(optimizers: Any) -> Iterator[_Optimizer]:
     for one in optimizers if isinstance(optimizers, Iterable) else [optimizers]:
-        if not hasattr(one, "state"):
+        if not (hasattr(one, "state") and hasattr(one, "param_groups")):
             raise ArgumentTypeError(
                 "optimizer: expected a MixedPrecisionOptimizer, or several in a list, got "
                 f"{_type(one)}."

@@ -138,10 +138,11 @@ class _InputPass(_Pass):
         # a mask of -1e9 stays one; what carries gradients is no mask, and what is too large for
         # the format has to be seen
         is_dense = tensor.layout == torch.strided and not tensor.is_nested
+        narrow = tensor.to(self._dtype)
         if is_dense and not tensor.requires_grad:
-            lowest = torch.finfo(self._dtype).min
-            tensor = torch.where(tensor == -torch.inf, tensor, tensor.clamp(min=lowest))
-        return tensor.to(self._dtype)
+            too_low = (narrow == -torch.inf) & (tensor != -torch.inf)
+            narrow = torch.where(too_low, torch.finfo(self._dtype).min, narrow)
+        return narrow
 
 
 def _is_container(value: Any) -> bool:
