@@ -141,6 +141,18 @@ def test_losses_with_scales_of_their_own_are_compared_with_their_own(engine: Eng
     assert reading.findings[0].headroom_bits == pytest.approx(math.log2(65504 / 12800), abs=1e-3)
 
 
+def test_sums_that_are_not_finite_have_no_room(engine: Engine) -> None:
+    training = Training(engine)
+    for bad in (False, True):
+        training.optimizer.backward(training.half.float().sum())
+        if bad:
+            training.half.grad[3] = torch.nan
+        training.optimizer.accumulate()
+    training.optimizer.step()
+    found = training.reading.findings[0]
+    assert (found.kinds, found.headroom_bits) == (("NaN",), None)
+
+
 def test_what_nobody_measured_is_null(engine: Engine, tmp_path: Any) -> None:
     training = Training(engine)
     training.half.grad = training.wide.grad = None

@@ -36,7 +36,10 @@ pytestmark = [
 lightning = pytest.importorskip("lightning")
 
 from lightning.fabric import Fabric  # noqa: E402
-from mpcore.integrations.lightning import FabricMasterWeightsPrecision  # noqa: E402
+from mpcore.integrations.lightning import (  # noqa: E402
+    FabricMasterWeightsPrecision,
+    MasterWeightsPrecision,
+)
 
 from mpcore_testing import lightened  # noqa: E402
 from mpcore_testing.lightened import Data, Module, loader, trainer_of  # noqa: E402
@@ -321,3 +324,26 @@ def test_two_ranks_skip_together_when_one_overflows_and_train_as_one_process(
     expected = lightened.in_one_process()
     assert sum(expected[0].skipped) == len(lightened.RANKED.overflows)
     check_ranks(lightened.__file__, tmp_path, expected)
+
+
+def test_an_optimizer_that_evaluates_its_closure_itself_is_refused_by_name(tmp_path: Path) -> None:
+    class Module(lightning.LightningModule):  # type: ignore[name-defined,misc]
+        def configure_optimizers(self) -> Any:
+            self.layer = nn.Linear(2, 1).half()
+            return mpcore.MixedPrecisionOptimizer(torch.optim.LBFGS(self.layer.parameters()))
+
+        def training_step(self, batch: Any, index: int) -> Any:
+            return self.layer(batch.half()).float().square().mean()
+
+    trainer = lightning.Trainer(
+        plugins=MasterWeightsPrecision(),
+        max_steps=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    with pytest.raises(mpcore.ArgumentError, match="one around LBFGS, which evaluates it itself"):
+        trainer.fit(Module(), torch.utils.data.DataLoader(torch.ones(4, 2), batch_size=2))

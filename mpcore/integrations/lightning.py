@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
 from mpcore.engine import MixedPrecisionOptimizer
+from mpcore.errors import ArgumentError
 
 
 class MasterWeightsPrecision(lightning.pytorch.plugins.Precision):
@@ -49,6 +51,12 @@ class MasterWeightsPrecision(lightning.pytorch.plugins.Precision):
         """Runs the closure, unscales, lets hooks and clip see the gradients, and steps or skips."""
         if not isinstance(optimizer, MixedPrecisionOptimizer):
             return super().optimizer_step(optimizer, model=model, closure=closure, **kwargs)
+        if _needs_closure(optimizer.inner):
+            raise ArgumentError(
+                "optimizer_step: expected an optimizer that can step without a closure, got one "
+                f"around {type(optimizer.inner).__name__}, which evaluates it itself. Set "
+                "automatic_optimization = False and call optimizer.step(closure)."
+            )
         result = closure()
         _unscale(optimizer)
         self._after_closure(model, optimizer)
@@ -78,6 +86,12 @@ class FabricMasterWeightsPrecision(lightning.fabric.plugins.Precision):
     def unscale_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         """Shows unscaled gradients in `p.grad`, unless they are there; no host sync."""
         _unscale(optimizer)
+
+
+def _needs_closure(inner: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer evaluates a closure itself, as LBFGS does."""
+    closure = inspect.signature(inner.step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
 
 
 def _raw(optimizer: Any) -> Any:

@@ -90,15 +90,16 @@ def _merged(sums: Finding, passes: Sequence[tuple[Finding, int]]) -> Finding:
     if not passes or any(one.histogram is None for one, _ in passes):
         return sums
     count = sum(number for _, number in passes)
+    kinds = sums.kinds or next((one.kinds for one, _ in passes if one.kinds), ())
     rooms = [one.headroom_bits for one, _ in passes if one.headroom_bits is not None]
     largest = [one.largest for one, _ in passes if one.largest is not None]
     bins = zip(*(one.histogram or () for one, _ in passes), strict=True)
     return replace(
         sums,
         dtype=passes[0][0].dtype,
-        kinds=sums.kinds or next((one.kinds for one, _ in passes if one.kinds), ()),
+        kinds=kinds,
         largest=max(largest, default=None),
-        headroom_bits=min(rooms, default=None),
+        headroom_bits=None if kinds else min(rooms, default=None),  # as of a single pass
         zeros=_mean([(one.zeros, number) for one, number in passes]),
         subnormal=_mean([(one.subnormal, number) for one, number in passes]),
         histogram=tuple(map(sum, bins)),

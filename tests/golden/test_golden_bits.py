@@ -140,8 +140,8 @@ def test_the_runs_hold_what_they_are_there_for():
     assert len({scales("several losses", i)[-1] for i in range(3)}) == 3
     assert len(set(scales("mpcore.GradScaler without a wrapper"))) > 1
     # what the compiled backend may have bits of its own for, it has; else one recording would do
-    norms = [
-        RECORDED[f"rounded norms, float16, {backends}"].after["norm"]
+    masters = [
+        RECORDED[f"rounded norms, float16, {backends}"].after["masters"]
         for backends in ("reference and triton", "compiled")
     ]
-    assert norms[0] != norms[1]
+    assert masters[0] != masters[1]

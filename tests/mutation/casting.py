@@ -134,8 +134,8 @@ CASTING = [
         ),
         (
             "infinities of a mask become finite",
-            "torch.where(tensor == -torch.inf, tensor, tensor.clamp(min=lowest))",
-            "tensor.clamp(min=lowest)",
+            "(narrow == -torch.inf) & (tensor != -torch.inf)",
+            "narrow == -torch.inf",
         ),
         ("times are rounded", "if tensor.dim() < 2 and", "if False and"),
         (

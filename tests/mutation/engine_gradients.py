@@ -22,7 +22,7 @@ EXPOSURE = [
             "weakref.ref(p))) for p in some]",
             "weakref.ref(p))) for p in some[:0]]",
         ),
-        ("writes to what is shown are not seen", "grad._version == version and fits", "fits"),
+        ("writes to what is shown are not seen", "now == writes and fits", "fits"),
         ("a gradient of other strides is taken as it lies", _FITS, ""),
         (
             "a gradient that was put there reaches no master",

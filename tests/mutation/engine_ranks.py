@@ -51,13 +51,37 @@ RANKS = [
         ("stages are taken for copies", "if listed == lists[here]]", "if True]"),
     ),
     *engine_mutants(
-        "base/layouts.py",
+        "base/dtensors.py",
         _SHARDED,
         (
             "sums that ranks have yet to add up are taken as they are",
-            'getattr(grad, "placements", asked) == asked',
-            "True",
+            "value if given == asked else value.redistribute(placements=asked)",
+            "value",
         ),
+    ),
+    *engine_mutants(
+        "base/bulk.py",
+        _SHARDED,
+        ("writes to a piece do not count", "else count + here._version", "else count"),
+    ),
+    *engine_mutants(
+        "masters/fitted.py",
+        _SHARDED,
+        (
+            "an edited master is overwritten by its weight",
+            "(known[0] is not master or known[1] != count)",
+            "False",
+        ),
+    ),
+    *engine_mutants(
+        "ranks/choice.py",
+        _SHARDED,
+        ("a group may be too small", "if outside:", "if False:"),
+    ),
+    *engine_mutants(
+        "checkpoint/states.py",
+        _SHARDED,
+        ("a step count becomes a DTensor", 'if key == "step"', "if False"),
     ),
     *engine_mutants(
         "engine/findings.py",
