@@ -140,8 +140,8 @@ class GradScaler(ScaleCourse):
 
         Raises:
             AssertionError, RuntimeError: At the wrong moment, as from `unscale_`.
-            ArgumentError: `max_norm` is not above 0, an optimizer is there twice, a parameter is a
-                DTensor, or the scaler has a `process_group`.
+            ArgumentError: `max_norm` is not above 0, an optimizer is there twice or two share a
+                parameter, one is a DTensor, or the scaler has a `process_group`.
             ArgumentTypeError: `optimizers` is no list of optimizers, or `max_norm` is no number.
 
         Example:

@@ -113,7 +113,7 @@ LEFTOVERS = engine_mutants(
     ),
     (
         "gradients that were written to are multiplied",
-        "and now._version == writes",
+        "and writes_to([now]) == [writes]",
         "",
     ),
     ("another gradient in its place is multiplied", "and grad() is now", ""),

@@ -81,7 +81,11 @@ RANKS = [
     *engine_mutants(
         "checkpoint/states.py",
         _SHARDED,
-        ("a step count becomes a DTensor", 'if key == "step"', "if False"),
+        (
+            "a step count becomes a DTensor",
+            'value\n        if key == "step"\n',
+            "value\n        if False\n",
+        ),
     ),
     *engine_mutants(
         "engine/findings.py",
