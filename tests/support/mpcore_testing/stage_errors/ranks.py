@@ -20,10 +20,10 @@ def _world(of_the_other: Callable[[Tensor], Tensor], other_masters: bool = False
     store = distributed.HashStore()
     distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
 
-    def reduced(numbers: Tensor, group: Any, operation: Any) -> Tensor:
+    def reduced(numbers: Tensor, group: Any, operation: Any, *, purpose: Any) -> Tensor:
         return numbers + of_the_other(numbers)
 
-    def gathered(numbers: list[int], group: Any) -> list[tuple[int, ...]]:
+    def gathered(numbers: list[int], group: Any, *, purpose: Any) -> list[tuple[int, ...]]:
         if len(numbers) == 1:
             return [tuple(numbers)] * 2
         layout, value = numbers
