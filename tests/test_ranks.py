@@ -6,8 +6,6 @@ The oracle is the same training in one process, or exact arithmetic.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import mpcore
@@ -41,7 +39,7 @@ from mpcore_testing.rank_cases import (
     values,
     wrapped,
 )
-from mpcore_testing.ranks import run_ranks
+from mpcore_testing.ranks import found_on, of
 
 pytestmark = [
     pytest.mark.ranks,
@@ -53,18 +51,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module", params=[2, 3], ids=lambda size: f"{size}-ranks")
 def world(request: Any, tmp_path_factory: Any) -> list[Any]:
-    """What each case found: (name, options, [of rank 0, of rank 1, ...])."""
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    run_ranks(rank_runs.__file__, folder, request.param, count=request.param)
-    ranks = [torch.load(folder / f"rank{rank}.pt") for rank in range(request.param)]
-    return [(*each[0][:2], [found for *_, found in each]) for each in zip(*ranks, strict=True)]
-
-
-def of(world: list[Any], case: Callable[..., Any]) -> list[Any]:
-    found = [(options, ranks) for name, options, ranks in world if name == case.__name__]
-    if not found:
-        pytest.skip("on two ranks only")
-    return found
+    return found_on(rank_runs.__file__, tmp_path_factory.mktemp("ranks"), request.param)
 
 
 def alone(path: str, inner: str, dtype: str, clips: bool) -> Any:

@@ -6,12 +6,9 @@ What one process replays are the gradients as ranks have reduced them; how they 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import distributed
 
 from mpcore_testing import layout_runs
@@ -30,7 +27,7 @@ from mpcore_testing.rank_layouts import (
     trained,
     watched,
 )
-from mpcore_testing.ranks import run_ranks
+from mpcore_testing.ranks import found_on, of
 
 pytestmark = [
     pytest.mark.ranks,
@@ -42,18 +39,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module", params=[2, 4], ids=lambda size: f"{size}-ranks")
 def world(request: Any, tmp_path_factory: Any) -> list[Any]:
-    """What each case found: (name, options, [of rank 0, of rank 1, ...])."""
-    folder: Path = tmp_path_factory.mktemp("sharded")
-    run_ranks(layout_runs.__file__, folder, request.param, count=request.param)
-    ranks = [torch.load(folder / f"rank{rank}.pt") for rank in range(request.param)]
-    return [(*each[0][:2], [found for *_, found in each]) for each in zip(*ranks, strict=True)]
-
-
-def of(world: list[Any], case: Callable[..., Any]) -> list[Any]:
-    found = [(options, ranks) for name, options, ranks in world if name == case.__name__]
-    if not found:
-        pytest.skip("on another number of ranks")
-    return found
+    return found_on(layout_runs.__file__, tmp_path_factory.mktemp("sharded"), request.param)
 
 
 def test_every_layout_trains_with_the_bits_of_one_process(world: list[Any]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from mpcore.ranks import group_of, reduced, widest_of
+from mpcore.ranks import group_of, meshes_of, reduced, widest_of
 
 
 def process_groups(optimizer: torch.optim.Optimizer, given: Any) -> list[Any]:
@@ -20,13 +20,8 @@ def process_groups(optimizer: torch.optim.Optimizer, given: Any) -> list[Any]:
             gradient count too: all ranks then ask the same groups in the same order.
         given: A process group that is one of them anyway; None: no.
     """
-    meshes = {
-        param.device_mesh: None
-        for group in optimizer.param_groups
-        for param in group["params"]
-        if hasattr(param, "device_mesh")
-    }
-    widest = widest_of(list(meshes)) if meshes else None
+    meshes = meshes_of(p for group in optimizer.param_groups for p in group["params"])
+    widest = widest_of(meshes) if meshes else None
     if widest is not None:
         found = [group_of(widest)]
     else:

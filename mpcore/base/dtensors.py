@@ -76,10 +76,8 @@ def sharded_like(param: Any, value: Any) -> Tensor:
         ArgumentError: It is over another mesh.
     """
     if hasattr(param, "placements") and not hasattr(value, "placements"):
-        from torch.distributed.tensor import (
-            DTensor,
-            Replicate,
-        )  # which not every build of torch has
+        # here, since not every build of torch has them
+        from torch.distributed.tensor import DTensor, Replicate
 
         everywhere = [Replicate()] * param.device_mesh.ndim
         value = DTensor.from_local(value, param.device_mesh, everywhere, run_check=False)

@@ -244,23 +244,22 @@ class WeightEdits:
         places = list(map(masters.place_of, params))
         whole = len(places) == len(counts.found) and places == list(range(len(places)))
         found = counts.found if whole else torch.zeros_like(counts.found[: len(places)])
-        self._passes_on(device, params).adopt_(
-            [held_here(param.detach()) for param in params],
-            [held_here(masters.of(param)) for param in params],
-            found,
-        )
+        here = [held_here(param.detach()) for param in params]
+        held = [held_here(masters.of(param)) for param in params]
+        self._passes_on(device, here, held).adopt_(here, held, found)
         if not whole:
             for place, row in zip(places, found.unbind(), strict=True):
                 counts.found[place].add_(row)
         counts.is_new = True
 
-    def _passes_on(self, device: torch.device, params: Sequence[Tensor]) -> Backend:
+    def _passes_on(
+        self, device: torch.device, here: Sequence[Tensor], held: Sequence[Tensor]
+    ) -> Backend:
         """Returns what adopts: plain torch where kernels have no table or other layouts."""
         # of all masters there is one since the first step; of those that were written to, a capture
         # would have to upload one
         new = not self._looks_at_all and is_capturing(device)
-        pairs = [(held_here(p.detach()), held_here(self._masters.of(p))) for p in params]
-        if new or any(here.stride() != held.stride() for here, held in pairs):
+        if new or any(w.stride() != m.stride() for w, m in zip(here, held, strict=True)):
             return reference
         return self._backend
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, distributed
@@ -66,15 +66,14 @@ def choose_agreement(
         params: All of the optimizer.
         state: The loss scale.
     """
-    meshes = {mesh: None for mesh in map(_mesh_of, params) if mesh is not None}
-    meshes = {mesh: None for mesh in meshes if mesh.size() > 1}
+    meshes = [mesh for mesh in meshes_of(params) if mesh.size() > 1]
     if ranks is None and not (meshes and several_ranks()):
         return None
     if ranks is not None and meshes:
-        _check_holds(ranks, list(meshes))
+        _check_holds(ranks, meshes)
     if ranks is None:
         # ranks of several meshes are tied to each other by the parameters of each: all are asked
-        widest = widest_of(list(meshes))
+        widest = widest_of(meshes)
         ranks = Ranks(group=None if widest is None else group_of(widest))
     return Agreement(ranks, state)
 
@@ -118,8 +117,10 @@ def warn_scaler() -> None:
     )
 
 
-def _mesh_of(param: Any) -> Any:
-    return getattr(param, "device_mesh", None)
+def meshes_of(params: Iterable[Any]) -> list[Any]:
+    """Returns the meshes of the DTensors among parameters, each once, in order of appearance."""
+    found = (getattr(param, "device_mesh", None) for param in params)
+    return list(dict.fromkeys(mesh for mesh in found if mesh is not None))
 
 
 def _check_holds(ranks: Ranks, meshes: Sequence[Any]) -> None:

@@ -5,6 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
 
 #: a fresh interpreter has no threads yet, so that a fork of it is whole
 PROGRAM = """
@@ -25,3 +31,18 @@ def run_ranks(file: str, *arguments: object, count: int = 2) -> None:
     command = [sys.executable, "-c", PROGRAM, file, str(count), *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def found_on(file: str, folder: Path, count: int) -> list[Any]:
+    """What each case of a file of runs found: (name, options, [of rank 0, of rank 1, ...])."""
+    run_ranks(file, folder, count, count=count)
+    ranks = [torch.load(folder / f"rank{rank}.pt") for rank in range(count)]
+    return [(*each[0][:2], [found for *_, found in each]) for each in zip(*ranks, strict=True)]
+
+
+def of(world: list[Any], case: Callable[..., Any]) -> list[Any]:
+    """What one case found: (options, ranks)."""
+    found = [(options, ranks) for name, options, ranks in world if name == case.__name__]
+    if not found:
+        pytest.skip("on another number of ranks")
+    return found
