@@ -55,7 +55,7 @@ def inspect(
 
 def _square_sums(flat: GradientSet) -> tuple[Tensor, Tensor]:
     """Returns chunks, and the sum of squares of each."""
-    whole = cut_chunks([grad.numel() for grad in flat])
+    whole = cut_chunks(flat.sizes)
     parts = []
     for dtype, cut, addresses in by_dtype(flat, whole):
         sums = torch.empty(len(cut.chunks), dtype=torch.float64, device="cpu")

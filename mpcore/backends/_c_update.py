@@ -16,7 +16,7 @@ from mpcore.backends._c_compiler import passes
 from mpcore.backends._c_scale import update_scale_
 from mpcore.backends._c_source import STEPS
 from mpcore.backends._c_work import DTYPES, Table, Work, by_dtype, run
-from mpcore.base import SIXTEEN_BIT, GradientSet, have_shapes
+from mpcore.base import SIXTEEN_BIT, GradientSet
 from mpcore.errors import ArgumentError
 from mpcore.loss_scale import ScaleMove
 from mpcore.updates import Batch
@@ -121,7 +121,7 @@ def _checked(batch: Batch, shapes: list[torch.Size], grads: Sequence[Tensor]) ->
             f"grads: expected one for each of {len(batch.masters)} masters, got {len(grads)}."
         )
     grads = GradientSet.of(grads)
-    if have_shapes(grads, shapes) and grads.dtypes <= DTYPES.keys():
+    if grads.shapes == shapes and grads.dtypes <= DTYPES.keys():
         return all_in_memory_order(grads)
     for index, (grad, shape) in enumerate(zip(grads, shapes, strict=True)):
         if grad.shape != shape or grad.dtype not in (*SIXTEEN_BIT, torch.float32):

@@ -34,6 +34,7 @@ from mpcore.base.dtensors import (
 from mpcore.base.gradient_set import GradientSet
 from mpcore.base.graphs import outside_graphs, outside_graphs_step
 from mpcore.base.host_copy import HostCopy, comes_late, is_capturing
+from mpcore.base.kinds import Kinds
 from mpcore.base.layouts import laid_out_like, own_memory
 from mpcore.base.machine import Cpu, Gpu, examine_cpu, find_gpus, find_versions, torch_build
 from mpcore.base.memory import all_in_memory, can_be_stepped, why_no_memory
@@ -51,6 +52,7 @@ __all__ = [
     "Gpu",
     "GradientSet",
     "HostCopy",
+    "Kinds",
     "ParameterSet",
     "Table",
     "addresses_of",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mpcore.base.bulk import dtypes_of, writes_to
+from mpcore.base.kinds import Kinds
 from mpcore.base.memory import are_in_memory
 
 
@@ -25,6 +26,16 @@ class GradientSet(tuple[Tensor, ...]):
         ({torch.float32}, [0, 0], True)
     """
 
+    kinds: Kinds | None = None  #: of what kinds they are, if somebody knows
+
+    @classmethod
+    def alike(cls, grads: Iterable[Tensor], kinds: Kinds | None) -> GradientSet:
+        """Returns a set that takes facts from `kinds`, if that is what the gradients are."""
+        found = cls(grads)
+        if kinds is not None and kinds.fit(found):
+            found.kinds = kinds
+        return found
+
     @classmethod
     def of(cls, grads: Iterable[Tensor]) -> GradientSet:
         """Returns `grads` itself if it is such a set, else one of them."""
@@ -33,7 +44,17 @@ class GradientSet(tuple[Tensor, ...]):
     @cached_property
     def dtypes(self) -> set[torch.dtype]:
         """Every dtype that occurs."""
-        return dtypes_of(self)
+        return dtypes_of(self) if self.kinds is None else self.kinds.dtypes
+
+    @cached_property
+    def shapes(self) -> list[torch.Size]:
+        """The shape of each."""
+        return [grad.shape for grad in self] if self.kinds is None else self.kinds.shapes
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """How many elements each has."""
+        return tuple(map(Tensor.numel, self)) if self.kinds is None else self.kinds.sizes
 
     @cached_property
     def addresses(self) -> list[int]:
@@ -53,9 +74,13 @@ class GradientSet(tuple[Tensor, ...]):
     @cached_property
     def are_in_memory(self) -> bool:
         """Whether the values of each lie at its address."""
+        if self.kinds is not None and 0 not in self.addresses:
+            return True
         return are_in_memory(self, lambda: self.addresses)
 
     @cached_property
     def are_contiguous(self) -> bool:
         """Whether each lies in memory in the order of its elements."""
+        if self.kinds is not None:
+            return self.kinds.are_contiguous
         return all(map(Tensor.is_contiguous, self))

@@ -35,7 +35,7 @@ class ParameterSet(tuple[Tensor, ...]):
         found = cls.of(params)
         if found.addresses != addresses_of(found, sharded=found.any_dtensor):
             found = cls(params)
-        _ = found.addresses, found.dtypes_in_order, found.shapes
+        _ = found.addresses, found.dtypes_in_order, found.shapes, found.are_contiguous
         return found
 
     @cached_property
@@ -67,3 +67,8 @@ class ParameterSet(tuple[Tensor, ...]):
     def shapes(self) -> list[torch.Size]:
         """The shape of each."""
         return [param.shape for param in self]
+
+    @cached_property
+    def are_contiguous(self) -> bool:
+        """Whether each lies in memory in the order of its elements."""
+        return all(map(Tensor.is_contiguous, self))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mpcore.base import (
     GradientSet,
+    Kinds,
     ParameterSet,
     addresses_of,
     all_in_memory,
@@ -48,6 +49,8 @@ class CheckedParameters:
         self._known = ParameterSet()  # that were found right,
         self._version = -1  # with these masters,
         self._held: list[Tensor] = []  # of the same shapes
+        self._kinds: tuple[Kinds, Kinds] | None = None  # of both, once they have stayed
+        self._grad_kinds: Kinds | None = None  # of their gradients
 
     def with_gradient(self, caller: str) -> Collected:
         """Returns the parameters that have a gradient, and these.
@@ -60,14 +63,17 @@ class CheckedParameters:
         """
         every = [param for group in self._groups for param in group["params"]]
         params, found = with_gradient(every)
-        grads = GradientSet(found)
         known = self._are_known(params)
+        grads = GradientSet.alike(found, self._grad_kinds if known else None)
         if not (known and grads.are_in_memory):
             self._masters.take_over_values()  # masters that somebody gave them
             self._check(caller, params, grads)
             grads = GradientSet(with_gradient(params)[1])  # some may have been replaced
             if not known:
                 self._note(params)
+        elif grads.kinds is None and (self._grad_kinds is None or self._grad_kinds.are_known):
+            self._grad_kinds = Kinds(grads)
+            grads = GradientSet.alike(grads, self._grad_kinds)
         known = known or are_same(params, self._known)  # with all that was found out about them
         return Collected(self._known if known else ParameterSet(params), grads)
 
@@ -76,15 +82,28 @@ class CheckedParameters:
             self._version == self._masters.version
             and are_same(params, self._known)
             and addresses_of(params, sharded=self._known.any_dtensor) == self._known.addresses
-            and dtypes_in_order(params) == self._known.dtypes_in_order
-            and have_shapes(params, self._known.shapes)
-            and have_shapes(self._held, self._known.shapes)  # `.data = other` of a master
+            and self._are_of_known_kinds(params)
         )
+
+    def _are_of_known_kinds(self, params: Sequence[Tensor]) -> bool:
+        kinds = self._kinds
+        if kinds is not None and kinds[0].fit(params) and kinds[1].fit(self._held):
+            return True
+        known = self._known
+        same = (
+            dtypes_in_order(params) == known.dtypes_in_order
+            and have_shapes(params, known.shapes)
+            and all(map(Tensor.is_contiguous, params)) == known.are_contiguous
+            and have_shapes(self._held, known.shapes)  # `.data = other` of a master
+        )
+        if same and kinds is None:
+            self._kinds = Kinds(params), Kinds(self._held)
+        return same
 
     def _note(self, params: Sequence[Tensor]) -> None:
         if self._version == self._masters.version and are_same(params, self._known):
             self._masters.version += 1  # something about them was replaced: what was planned is old
-        self._known = ParameterSet()
+        self._known, self._kinds, self._grad_kinds = ParameterSet(), None, None
         if all_in_memory(list(map(held_here, params))):
             self._known = ParameterSet.as_now(params)
             self._version = self._masters.version

@@ -21,6 +21,7 @@ class SeenGradients:
         self._params = params
         self._grads = grads
         self._writes = grads.writes
+        _ = grads.are_in_memory  # where they are, now
 
     def differ_from(self, grads: GradientSet) -> bool:
         """Whether anybody wrote to them, moved or reshaped them, or put others in their place.
@@ -29,11 +30,15 @@ class SeenGradients:
             grads: Those of the same parameters now.
         """
         seen = self._grads
+        kinds = seen.kinds
         return not (
             are_same(grads, seen)
             and grads.writes == self._writes
             # `.data =` may show the same memory otherwise
-            and (grads.dtypes == seen.dtypes and grads.are_contiguous == seen.are_contiguous)
+            and (
+                (kinds is not None and (kinds is grads.kinds or kinds.fit(grads)))
+                or (grads.dtypes == seen.dtypes and grads.are_contiguous == seen.are_contiguous)
+            )
             # wrappers have no address; what `.data =` does is seen there, and nowhere else
             and (not seen.are_in_memory or grads.addresses == seen.addresses)
         )
