@@ -19,7 +19,7 @@ from mpcore.engine import MixedPrecisionOptimizer
 from mpcore.errors import ArgumentError
 from mpcore.loss_scale import initial_state
 from mpcore.masters import upcast
-from mpcore.updates import rule_of
+from mpcore.updates import rules_of
 
 State = dict[str, Any]
 
@@ -146,19 +146,22 @@ def to_torch(optimizer: MixedPrecisionOptimizer) -> State:
     `float32_state_dict`. Tensors are not copied.
     """
     saved = optimizer.state_dict()
-    rule = rule_of(optimizer.inner)
+    groups = zip(saved["param_groups"], rules_of(optimizer.inner), strict=True)
+    rule_by = {index: rule for group, rule in groups for index in group["params"]}
     state = {}
     for index, values in saved["state"].items():
         if not isinstance(values, dict):  # what belongs to no parameter
             state[index] = values
             continue
         plain = {key: value for key, value in values.items() if key != "master"}
-        if rule is not None:
+        if (rule := rule_by.get(index)) is not None:
             rule.hand_over(plain)
         if plain:
             state[index] = plain
-    groups = [{k: v for k, v in group.items() if k != SECTION} for group in saved["param_groups"]]
-    return {"state": state, "param_groups": groups}
+    plain_groups = [
+        {k: v for k, v in group.items() if k != SECTION} for group in saved["param_groups"]
+    ]
+    return {"state": state, "param_groups": plain_groups}
 
 
 def float32_state_dict(model: nn.Module, optimizer: MixedPrecisionOptimizer) -> dict[str, Any]:

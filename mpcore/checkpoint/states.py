@@ -14,7 +14,7 @@ from mpcore.base import SIXTEEN_BIT, any_dtensor, map_tensors, sharded_like
 from mpcore.checkpoint.section import SECTION
 from mpcore.errors import ArgumentError
 from mpcore.masters import Groups
-from mpcore.updates import UpdateRule, rule_of
+from mpcore.updates import UpdateRule, rules_of
 
 State = dict[str, Any]
 # what else is in a param group
@@ -51,14 +51,14 @@ def read_states(state_dict: State, inner: torch.optim.Optimizer, *, stepped: boo
         ArgumentError: Something is missing, foreign, or of another shape or dtype; the message
             names the key.
     """
-    groups, rule = inner.param_groups, rule_of(inner)
+    groups, rules = inner.param_groups, rules_of(inner)
     saved_groups, saved_states = _checked_layout(state_dict)
     matches = _matched(groups, saved_groups)
     sources = [(f'state_dict["param_groups"][{n}]', saved_groups[n]) for _, n in matches]
     for (where, saved), group in zip(sources, groups, strict=True):
         _check_kinds(where, saved, group, inner.defaults)
     states: dict[Tensor, State] = {}
-    for group, (indices, source) in zip(groups, matches, strict=True):
+    for group, rule, (indices, source) in zip(groups, rules, matches, strict=True):
         for param, index in zip(group["params"], indices, strict=True):
             if index in saved_states:
                 where = f'state_dict["state"][{index}]'
@@ -70,7 +70,9 @@ def read_states(state_dict: State, inner: torch.optim.Optimizer, *, stepped: boo
                 states[param] = _for(param, saved_states[index], on_device)
     foreign = set(saved_states) - {index for indices, _ in matches for index in indices}
     by_number = all(type(index) is int for indices, _ in matches for index in indices)
-    known = {"master", "step", *(n for g in groups if rule is not None for n in rule.moments(g))}
+    pairs = zip(groups, rules, strict=True)
+    moments = {n for group, rule in pairs if rule is not None for n in rule.moments(group)}
+    known = {"master", "step", *moments}
     others = {
         key
         for key in foreign  # torch keeps what belongs to no parameter in the same dictionary
@@ -85,13 +87,11 @@ def read_states(state_dict: State, inner: torch.optim.Optimizer, *, stepped: boo
     home = groups[0]["params"][0].device if groups and groups[0]["params"] else torch.device("cpu")
     kept = {key: _moved(saved_states[key], home, True) for key in others}
     if stepped:
-        moments = set() if rule is None else {n for group in groups for n in rule.moments(group)}
         params = [param for group in groups for param in group["params"]]
         _check_not_left_out(states, moments, params)
-    pairs = zip(groups, matches, strict=True)
     param_of = {
         index: param
-        for group, (indices, _) in pairs
+        for group, (indices, _) in zip(groups, matches, strict=True)
         for param, index in zip(group["params"], indices, strict=True)
     }
     return Saved(options, {**states, **kept}, param_of)

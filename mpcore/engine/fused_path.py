@@ -8,7 +8,7 @@ the clip. A step that overflowed is skipped inside the update: nobody asks the h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mpcore.backends import Backend, ScaleMove
 from mpcore.engine.gradients import StepGradients
-from mpcore.masters import Masters, StepPlan, WeightEdits, Writes, make_plan
+from mpcore.masters import Groups, Masters, StepPlan, WeightEdits, Writes, make_plan
 from mpcore.updates import UpdateRule
 
 
@@ -45,6 +45,8 @@ class FusedPath:
     ) -> None:
         self.inner = inner
         self.rule = rule
+        #: the param groups that are updated here, the optimizer's own list if it is all of them
+        self.groups: Groups = inner.param_groups
         self._masters = masters
         self._backend = backend
         self._saturated = saturated
@@ -56,12 +58,16 @@ class FusedPath:
     def hand_over(self) -> None:
         """Makes the state what the wrapped optimizer's own `step` expects."""
         if self._handed_over != self._masters.version:
-            for key, state in self.inner.state.items():
-                if not isinstance(key, Tensor):
-                    continue  # what belongs to no parameter
-                self.rule.hand_over(state)
+            self.hand_over_of(p for group in self.inner.param_groups for p in group["params"])
             self._plan = None
             self._handed_over = self._masters.version
+
+    def hand_over_of(self, params: Iterable[Tensor]) -> None:
+        """Makes the state of these parameters what the optimizer's own `step` expects."""
+        for param in params:
+            state = self.inner.state.get(self._masters.of(param))
+            if state is not None:
+                self.rule.hand_over(state)
 
     def plan(self, params: Sequence[Tensor]) -> StepPlan:
         """Returns how `params` are updated, made anew if tensors or options changed; no host sync.
@@ -69,7 +75,7 @@ class FusedPath:
         Args:
             params: Those that have a gradient; 16-bit ones have a master.
         """
-        groups = self.inner.param_groups
+        groups = self.groups
         if self._plan is None or not self._plan.fits(params, groups, self.rule, self._masters):
             self._plan = None  # frees what the old one holds before the new one is made
             self._plan = make_plan(
@@ -105,6 +111,21 @@ class FusedPath:
         gradients.plan = plan  # the one that a clip prepared may hold a state that is gone
         gradients.inspect()
         gradients.agree()
+        moved = self.update(plan, gradients, move)
+        self._masters.note_weights()
+        return moved
+
+    def update(self, plan: StepPlan, gradients: StepGradients, move: ScaleMove | None) -> bool:
+        """Updates by a plan, or skips, over gradients that were looked at; no host sync.
+
+        Args:
+            plan: What `plan` has returned.
+            gradients: What to step with; others than those of the plan may be among them.
+            move: As for `step`.
+
+        Returns:
+            As `step` does. Whoever calls this notes that weights are their rounded masters.
+        """
         coefficient, found_inf = gradients.coefficient, gradients.found_inf()
         home = self._saturated.device
         moved = False
@@ -134,33 +155,8 @@ class FusedPath:
                 self._saturated.add_(saturated.to(home, non_blocking=True))
         # writes by address, and those of torch's fused kernels, tell autograd nothing
         torch.autograd.graph.increment_version(plan.written)
-        self._masters.note_weights()
         self._note_step()
         return moved
-
-    def step_with_closure(
-        self,
-        closure: Callable[[], Any],
-        collect: Callable[[], StepGradients],
-        move: ScaleMove | None,
-    ) -> tuple[Any, StepGradients, bool]:
-        """Evaluates `closure` once and steps, as the optimizers with a rule do; no host sync.
-
-        Args:
-            closure: Clears gradients, computes the loss, calls `backward`, returns the loss.
-            collect: Returns the gradients that the closure left.
-            move: As for `step`.
-
-        Returns:
-            The loss, the gradients, and whether the scale has moved.
-        """
-        with torch.enable_grad():
-            loss = closure()
-            gradients = collect()
-        if not gradients.params:
-            gradients.agree()
-            return loss, gradients, False
-        return loss, gradients, self.step(gradients, move)
 
     def _note_step(self) -> None:
         """Tells LR schedulers on the wrapped optimizer that it was stepped: they warn otherwise."""

@@ -8,8 +8,7 @@ one host sync.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,16 +16,14 @@ from torch import Tensor
 
 from mpcore.backends import Backend
 from mpcore.base import held_here, own_memory, writes_to
+from mpcore.engine.device_skips import is_torchs, takes_found_inf
 from mpcore.engine.gradients import StepGradients
 from mpcore.errors import StageError
 from mpcore.masters import CheckpointGuard, DirectStepGuard, Masters, Snapshot, Writes
+from mpcore.updates import parts_of
 
 Closure = Callable[[], Any]
-
-
-def is_torchs(inner: torch.optim.Optimizer) -> bool:
-    """Whether an optimizer is one of torch's own."""
-    return type(inner).__module__.startswith("torch.optim.")
+Groupings = Collection[int] | None  # numbers of param groups; None: all
 
 
 class _Overflow(Exception):
@@ -58,34 +55,44 @@ class GeneralPath:
         self._backend = backend
         self._saturated = saturated
         self._writes = writes
-        # optimizers of an older protocol take the scaler itself and ignore `found_inf`
-        self._takes_scaler = "grad_scaler" in inspect.signature(inner.step).parameters
         self.guard_inner()
 
     def guard_inner(self) -> None:
         """Registers hooks that refuse a direct `step` and checkpoints of the inner one."""
-        self.inner.register_step_pre_hook(DirectStepGuard(self))
-        self.inner.register_state_dict_pre_hook(CheckpointGuard(self, "state_dict"))
-        self.inner.register_load_state_dict_pre_hook(CheckpointGuard(self, "load_state_dict"))
+        for optimizer in dict.fromkeys([self.inner, *parts_of(self.inner)]):
+            optimizer.register_step_pre_hook(DirectStepGuard(self))
+            optimizer.register_state_dict_pre_hook(CheckpointGuard(self, "state_dict"))
+            optimizer.register_load_state_dict_pre_hook(CheckpointGuard(self, "load_state_dict"))
 
     def step(self, gradients: StepGradients) -> None:
         """Unscales, then steps or skips; syncs with the host only if `inner` needs it."""
         gradients.apply()
         gradients.inspect()
         gradients.agree()
-        found_inf = gradients.found_inf()
-        if self._takes_found_inf(gradients.params):
-            self._step_on_device(found_inf)
+        self.step_groups(gradients.params, gradients.found_inf())
+
+    def step_groups(
+        self, params: Sequence[Tensor], found_inf: Tensor, numbers: Groupings = None
+    ) -> None:
+        """Steps param groups over the gradients that their masters have, or skips.
+
+        Args:
+            params: Those of these groups that have a gradient.
+            found_inf: 0-d, non-zero: skip.
+            numbers: Of the groups; None: all. The others are neither stepped nor rounded.
+        """
+        if takes_found_inf(self.inner, map(self.masters.of, params)):
+            self._step_on_device(found_inf, numbers)
         elif bool(found_inf):
             return
         else:
-            self._step_inner()
-        self.write_weights(found_inf, self._saturated)
-        self.link_state()
+            self._step_inner(numbers=numbers)
+        self.write_weights(found_inf, self._saturated, numbers)
+        self.link_state(numbers)
 
-    def step_without_gradients(self) -> None:
+    def step_without_gradients(self, numbers: Groupings = None) -> None:
         """Lets the inner optimizer do what it does without gradients: usually nothing."""
-        self._step_inner()
+        self._step_inner(numbers=numbers)
         self._take_results()
         self._writes.end()
 
@@ -222,9 +229,9 @@ class GeneralPath:
         used = any(self.masters.of(param).grad is None for param in first.params)
         return used and bool(first.found_inf())
 
-    def link_state(self) -> None:
+    def link_state(self, numbers: Groupings = None) -> None:
         """Shows the inner optimizer's state in the wrapper's; no host sync."""
-        self.masters.link_state(self._params())
+        self.masters.link_state(self._params(numbers))
 
     @torch.no_grad()
     def hand_back(self, gradients: StepGradients) -> None:
@@ -242,38 +249,53 @@ class GeneralPath:
                 scaled = here / gradients.unscaled_by.to(here.device, non_blocking=True)
                 held_here(own_memory(param, param.grad)).copy_(scaled)
 
-    def write_weights(self, found_inf: Tensor, saturated: Tensor) -> None:
-        """Rounds every master into its weight unless `found_inf` is set; no host sync."""
+    def write_weights(
+        self, found_inf: Tensor, saturated: Tensor, numbers: Groupings = None
+    ) -> None:
+        """Rounds every master, or those of some groups, into its weight; no host sync.
+
+        Args:
+            found_inf: 0-d, non-zero: do not.
+            saturated: 0-d int64, counts weights clamped to the finite maximum.
+            numbers: Of groups; None: every master.
+        """
+        pairs: Iterable[tuple[Tensor, Tensor]] = self.masters.items()
+        if numbers is not None:
+            every = ((param, self.masters.of(param)) for param in self._params(numbers))
+            pairs = [(param, master) for param, master in every if master is not param]
         by_device: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
-        for param, master in self.masters.items():
+        for param, master in pairs:
             by_device.setdefault(param.device, []).append((master, param))
-        for device, pairs in by_device.items():
+        for device, here in by_device.items():
             count = torch.zeros_like(saturated, device=device)
             self._backend.cast_into(
-                [master for master, _ in pairs],
-                [param for _, param in pairs],
+                [master for master, _ in here],
+                [param for _, param in here],
                 found_inf.to(device, non_blocking=True),
                 count,
             )
             saturated.add_(count.to(saturated.device, non_blocking=True))
-        self.masters.note_weights()
+        if numbers is None:
+            self.masters.note_weights()
+        else:
+            self.masters.note(param for param, _ in pairs)
 
-    def _step_on_device(self, found_inf: Tensor) -> None:
+    def _step_on_device(self, found_inf: Tensor, numbers: Groupings) -> None:
         # torch's fused kernels skip on exactly 1.0; the attributes are its GradScaler's protocol
         inner: Any = self.inner
         inner.found_inf, inner.grad_scale = found_inf.float(), None
         try:
-            self._step_inner()
+            self._step_inner(numbers=numbers)
         finally:
             del inner.found_inf, inner.grad_scale
 
-    def _step_inner(self, closure: Closure | None = None) -> Any:
+    def _step_inner(self, closure: Closure | None = None, numbers: Groupings = None) -> Any:
         before = self._written() if closure is None else None
         self.stepping = True
         if closure is None:  # with one a snapshot undoes what was written
             self._writes.begin()
         try:
-            with self.masters.in_groups():
+            with self.masters.in_groups(numbers):
                 # without a closure call step() bare: some optimizers' step takes no argument
                 result = self.inner.step() if closure is None else self.inner.step(closure)
         except BaseException:
@@ -284,7 +306,7 @@ class GeneralPath:
             self.stepping = False
         # torch's fused kernels write parameters without telling autograd
         torch.autograd.graph.increment_version(
-            [p for p in self._params() if p.grad is not None and self.masters.of(p) is p]
+            [p for p in self._params(numbers) if p.grad is not None and self.masters.of(p) is p]
         )
         return result
 
@@ -303,15 +325,10 @@ class GeneralPath:
         sizes = [len(state) for state in states]
         return writes_to([*map(self.masters.of, self._params()), *tensors]), sizes
 
-    def _takes_found_inf(self, params: Sequence[Tensor]) -> bool:
-        if self._takes_scaler or not getattr(self.inner, "_step_supports_amp_scaling", False):
-            return False
-        # torch's fused SGD leaves momentum buffers uninitialised when its first step overflows
-        makes_buffers = any(group.get("momentum", 0) for group in self.inner.param_groups)
-        if not isinstance(self.inner, torch.optim.SGD) or not makes_buffers:
-            return True
-        states = [self.inner.state.get(self.masters.of(param), {}) for param in params]
-        return all(state.get("momentum_buffer") is not None for state in states)
-
-    def _params(self) -> list[Tensor]:
-        return [param for group in self.inner.param_groups for param in group["params"]]
+    def _params(self, numbers: Groupings = None) -> list[Tensor]:
+        return [
+            param
+            for number, group in enumerate(self.inner.param_groups)
+            if numbers is None or number in numbers
+            for param in group["params"]
+        ]

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from mpcore.backends import Backend, ScaleMove
 from mpcore.base import held_here, why_no_memory
+from mpcore.engine.device_skips import is_torchs
 from mpcore.engine.fused_path import FusedPath
-from mpcore.engine.general_path import GeneralPath, is_torchs
+from mpcore.engine.general_path import GeneralPath
 from mpcore.engine.gradients import StepGradients
+from mpcore.engine.mixed_path import MixedPath, Split, split
 from mpcore.errors import ArgumentError
-from mpcore.masters import DirectStepGuard, Groups, Masters, StepPlan, WeightEdits, Writes
-from mpcore.updates import rule_of
+from mpcore.masters import DirectStepGuard, Masters, StepPlan, WeightEdits, Writes
+from mpcore.updates import parts_of, rule_of, rules_of
 
 PATHS = ("auto", "fused", "general")
 
@@ -46,7 +48,7 @@ class GroupPath(NamedTuple):
 
 
 def choose_paths(asked: str, inner: torch.optim.Optimizer, backend: str) -> tuple[GroupPath, ...]:
-    """Returns the path of each param group; all take the same one. No host sync.
+    """Returns the path of each param group, which does not depend on the others; no host sync.
 
     Args:
         asked: "auto", "fused" or "general".
@@ -62,18 +64,19 @@ def choose_paths(asked: str, inner: torch.optim.Optimizer, backend: str) -> tupl
     if asked == "auto" and backend == "reference":
         reason = 'the reference backend fuses only if path is "fused"'
         return tuple(GroupPath("general", reason) for _ in groups)
-    reasons = _reasons(inner, groups, backend)
+    reasons = _reasons(inner, backend)
     stopped = next((i for i, reason in enumerate(reasons) if reason is not None), None)
-    if stopped is None:
-        rule = rule_of(inner)
-        return tuple(GroupPath("fused", "" if rule is None else rule.name) for _ in groups)
-    if asked == "fused":
+    if asked == "fused" and stopped is not None:
         raise ArgumentError(
             f"path: expected a step that can be fused, got param group {stopped}: "
             f'{reasons[stopped]}. Pass path="auto" or path="general".'
         )
-    because = f"group {stopped} needs it"
-    return tuple(GroupPath("general", reason or because) for reason in reasons)
+    return tuple(
+        GroupPath("fused", "" if rule is None else rule.name)
+        if reason is None
+        else GroupPath("general", reason)
+        for rule, reason in zip(rules_of(inner), reasons, strict=True)
+    )
 
 
 def _signature(inner: torch.optim.Optimizer, version: int) -> list[Any]:
@@ -83,27 +86,29 @@ def _signature(inner: torch.optim.Optimizer, version: int) -> list[Any]:
         inner: The wrapped optimizer.
         version: That of the masters, which counts when parameters got other memory.
     """
-    rule = rule_of(inner)
-    groups = inner.param_groups
-    sizes = [len(group["params"]) for group in groups]
-    if rule is None:
-        return [sizes, version]
-    reasons = [rule.why_not(_options(inner, group)) for group in groups]
-    return [sizes, version, _why_step_must_run(inner), *reasons]
+    found: list[Any] = [version, _why_step_must_run(inner)]
+    for part in parts_of(inner):
+        rule, groups = rule_of(part), part.param_groups
+        found += [[(id(group), len(group["params"])) for group in groups]]
+        if rule is not None:
+            found.append(_why_step_must_run(part))
+            found += [rule.why_not(_options(part, group)) for group in groups]
+    return found
 
 
-def _reasons(inner: torch.optim.Optimizer, groups: Groups, backend: str) -> list[str | None]:
+def _reasons(inner: torch.optim.Optimizer, backend: str) -> list[str | None]:
     """Returns per group why its step cannot be fused, or None."""
-    rule = rule_of(inner)
-    if rule is None:
-        return [f"no fused update for {type(inner).__name__}"] * len(groups)
-    hooked = _why_step_must_run(inner)
-    if hooked is not None:
-        return [hooked] * len(groups)
-    return [
-        rule.why_not(_options(inner, group)) or _why_not_params(group["params"], backend)
-        for group in groups
-    ]
+    found: list[str | None] = []
+    for part in parts_of(inner):
+        rule = rule_of(part)
+        hooked = _why_step_must_run(inner) or _why_step_must_run(part)
+        for group in part.param_groups:
+            if rule is None:
+                found.append(f"no fused update for {type(part).__name__}")
+            else:
+                stopped = hooked or rule.why_not(_options(part, group))
+                found.append(stopped or _why_not_params(group["params"], backend))
+    return found
 
 
 def _options(inner: torch.optim.Optimizer, group: dict[str, Any]) -> dict[str, Any]:
@@ -177,15 +182,17 @@ class Paths:
         self._backend, module = backend
         self._inner = inner
         self._masters = masters
-        rule = rule_of(inner)
         self.general = GeneralPath(inner, masters, module, saturated, writes)
-        self._fused: FusedPath | None = None
-        if rule is not None:
-            self._fused = FusedPath(
-                inner, rule, masters, module, saturated, writes=writes, edits=edits
-            )
+        self._mixed = MixedPath(self.general, masters, module)
+        # by the number of the optimizer in a chain
+        self._fused = {
+            number: FusedPath(part, rule, masters, module, saturated, writes=writes, edits=edits)
+            for number, part in enumerate(parts_of(inner))
+            if (rule := rule_of(part)) is not None
+        }
         self._signature: list[Any] = []
         self._chosen: tuple[GroupPath, ...] = ()
+        self._last: tuple[Sequence[Tensor], Split] | None = None  # of some parameters
         self.current()
 
     def current(self) -> tuple[GroupPath, ...]:
@@ -193,21 +200,35 @@ class Paths:
         signature = _signature(self._inner, self._masters.version)
         if signature != self._signature:
             self._chosen = choose_paths(self._asked, self._inner, self._backend)
-            self._signature = signature
+            self._signature, self._last = signature, None
+            for path in self._fused.values():
+                groups = path.inner.param_groups
+                fused = [group for group in groups if self._is_fused(group)]
+                path.groups = groups if len(fused) == len(groups) else fused
         return self._chosen
 
-    def _is_fused(self) -> bool:
-        return bool(self._chosen) and self._chosen[0].path == "fused"
+    def _is_fused(self, wanted: dict[str, Any]) -> bool:
+        pairs = zip(self._inner.param_groups, self._chosen, strict=True)
+        return any(group is wanted and path.path == "fused" for group, path in pairs)
 
-    def _now(self) -> FusedPath | None:
-        """Returns the fused path if the next step takes it."""
-        self.current()
-        return self._fused if self._is_fused() else None
+    @property
+    def _any_fused(self) -> bool:
+        return any(path.path == "fused" for path in self.current())
+
+    def _split(self, params: Sequence[Tensor]) -> Split:
+        """Returns which of these parameters take which path in the next step."""
+        chosen = self.current()
+        if self._last is None or self._last[0] is not params:
+            paths = [path.path for path in chosen]
+            self._last = params, split(params, self._inner, paths, self._fused)
+        return self._last[1]
 
     def plan(self, params: Sequence[Tensor]) -> StepPlan | None:
-        """Returns how the fused path is likely to update `params`; None: the general path steps."""
-        fused = self._now()
-        return None if fused is None else fused.likely_plan(params)
+        """Returns how a fused path is likely to update some of `params`; None: there is none."""
+        for path, some in self._split(params).fused:
+            if some:
+                return path.likely_plan(some)
+        return None
 
     def in_update(self, gradients: StepGradients | None = None) -> Sequence[Tensor]:
         """Returns the parameters whose weights the backend's update is going to read.
@@ -215,16 +236,21 @@ class Paths:
         Args:
             gradients: What the step takes; None: a closure will tell.
         """
+        params: Sequence[Tensor]
         if gradients is not None:
-            return [] if gradients.plan is None else gradients.params
-        if self._now() is None:
-            return []
-        return [param for group in self._inner.param_groups for param in group["params"]]
+            params = gradients.params
+        else:
+            params = [param for group in self._inner.param_groups for param in group["params"]]
+        fused = self._split(params).fused
+        return fused[0][1] if len(fused) == 1 else [param for _, some in fused for param in some]
 
     def step(self, gradients: StepGradients, move: ScaleMove | None) -> bool:
         """Steps or skips; returns whether the loss scale has moved with it."""
-        if gradients.plan is not None and self._fused is not None:
-            return self._fused.step(gradients, move)
+        split = self._split(gradients.params)
+        if split.only is not None:
+            return split.only.step(gradients, move)
+        if split.fused:
+            return self._mixed.step(gradients, split, move)
         self._hand_over()
         self.general.step(gradients)
         return False
@@ -234,11 +260,11 @@ class Paths:
 
         All optimizers of torch evaluate it first.
         """
-        return self._now() is None and not is_torchs(self._inner)
+        return not self._any_fused and not is_torchs(self._inner)
 
     def _hand_over(self) -> None:
-        if self._fused is not None:
-            self._fused.hand_over()
+        for path in self._fused.values():
+            path.hand_over()
 
     def step_without_gradients(self, found_inf: Tensor | None = None) -> None:
         """Lets the wrapped optimizer do what it does without gradients: usually nothing.
@@ -247,8 +273,10 @@ class Paths:
             found_inf: 0-d, what other ranks have found, which the general path waits for: not 0
                 means that nobody steps. None: there are no others.
         """
-        if self._now() is None and (found_inf is None or not bool(found_inf)):
-            self.general.step_without_gradients()
+        chosen = self.current()
+        general = frozenset(n for n, path in enumerate(chosen) if path.path == "general")
+        if general and (found_inf is None or not bool(found_inf)):
+            self.general.step_without_gradients(general if len(general) < len(chosen) else None)
 
     def call_inner(self, adopt: Callable[[], None], method: Callable[[], Any]) -> Any:
         """Calls a method of the wrapped optimizer over masters, and rounds these into weights.
@@ -263,8 +291,8 @@ class Paths:
     def initialise_state(self, gradients: StepGradients) -> None:
         """Makes the optimizer's state and changes no weight."""
         self.general.initialise_state(gradients)
-        if (fused := self._now()) is not None:
-            fused.plan(gradients.params)  # makes what only its steps need
+        for path, some in self._split(gradients.params).fused:
+            path.plan(some)  # makes what only its steps need
 
     def step_with_closure(
         self,
@@ -276,13 +304,20 @@ class Paths:
         """Returns the closure's loss, the last gradients, and whether the loss scale has moved.
 
         Args:
-            closure: A user's.
+            closure: A user's. If a group is fused it is evaluated once, before the step, as the
+                optimizers with a rule do.
             collect: Returns the gradients that it left.
             move: How the loss scale moves, on the fused path.
             first: Gradients that `uses_waiting` asked for, if some waited.
         """
-        fused = self._now()
-        if fused is not None:
-            return fused.step_with_closure(closure, collect, move)
-        self._hand_over()
-        return *self.general.step_with_closure(closure, collect, first), False
+        if not self._any_fused:
+            self._hand_over()
+            return *self.general.step_with_closure(closure, collect, first), False
+        with torch.enable_grad():
+            loss = closure()
+            gradients = collect()
+        if gradients.params:
+            return loss, gradients, self.step(gradients, move)
+        gradients.agree()
+        self.step_without_gradients(gradients.found_inf())
+        return loss, gradients, False

@@ -6,7 +6,7 @@ A 16-bit weight loses an update smaller than half its last place; a float32 mast
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -328,9 +328,13 @@ class Masters:
             self._seen[self._place[id(param)]] = SUSPECT
             self.sharing.doubt(param)
 
-    def in_groups(self) -> AbstractContextManager[None]:
-        """Puts masters in the place of their parameters in the inner optimizer's groups."""
-        return swapped(self._groups, ([self.of(p) for p in g["params"]] for g in self._groups))
+    def in_groups(self, numbers: Collection[int] | None = None) -> AbstractContextManager[None]:
+        """Puts masters into the inner optimizer's groups, or those of `numbers`; empties others."""
+        contents = (
+            [self.of(p) for p in g["params"]] if numbers is None or number in numbers else []
+            for number, g in enumerate(self._groups)
+        )
+        return swapped(self._groups, contents)
 
     def out_of_groups(self) -> AbstractContextManager[None]:
         """Within `in_groups`, puts the model's parameters back: for a user's closure."""

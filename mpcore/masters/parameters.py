@@ -21,6 +21,7 @@ from mpcore.masters.inner_guards import DirectStepGuard
 from mpcore.masters.masters import Groups, Masters
 from mpcore.masters.shared import conflicting
 from mpcore.ranks import naming_failures
+from mpcore.updates import parts_of
 
 
 def name_of(param: Tensor, groups: Groups) -> str:
@@ -58,15 +59,17 @@ def check_inner(optimizer: object, wrapper: type) -> None:
             f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}. "
             "Pass the object, e.g. torch.optim.AdamW(model.parameters(), lr=3e-4)."
         )
-    if isinstance(optimizer, torch.optim.SparseAdam):
+    parts = parts_of(optimizer)
+    if any(isinstance(part, torch.optim.SparseAdam) for part in parts):
         raise ArgumentError(
             "optimizer: expected one for dense gradients, got SparseAdam. Use Adam or Adagrad, and "
             "torch.nn.Embedding(..., sparse=False)."
         )
-    if type(optimizer).__module__.startswith("torch.distributed.optim"):
+    behind = [p for p in parts if type(p).__module__.startswith("torch.distributed.optim")]
+    if behind:
         raise ArgumentError(
             "optimizer: expected one that steps the parameters it is given, got "
-            f"{type(optimizer).__name__}, which writes to them behind the masters. Pass the "
+            f"{type(behind[0]).__name__}, which writes to them behind the masters. Pass the "
             "optimizer that it wraps, and ranks=mpcore.Ranks(); for shards of masters and moments "
             "use fully_shard() of torch.distributed.fsdp."
         )
@@ -75,7 +78,7 @@ def check_inner(optimizer: object, wrapper: type) -> None:
             "optimizer: expected differentiable=False, got True. Casts to 16 bits have no gradient."
         )
     check_params(optimizer.param_groups)
-    hooks = optimizer._optimizer_step_pre_hooks.values()
+    hooks = [hook for part in parts for hook in part._optimizer_step_pre_hooks.values()]
     if any(isinstance(hook, DirectStepGuard) and hook.active for hook in hooks):
         raise ArgumentError(
             "optimizer: expected an unwrapped optimizer, got one that another "

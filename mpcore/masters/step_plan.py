@@ -101,9 +101,9 @@ class StepPlan:
         return params is self.written or are_same(params, self.written)
 
     def on(self, device: torch.device) -> DevicePlan | None:
-        """Returns the part of one device; None if groups were added or removed: it is old."""
-        part = next(part for part in self.devices if part.device == device)
-        return part if len(part.groups) == len(self.members) else None
+        """Returns the part of one device; None: nothing is there, or groups came or went since."""
+        part = next((part for part in self.devices if part.device == device), None)
+        return part if part is not None and len(part.groups) == len(self.members) else None
 
 
 def make_plan(

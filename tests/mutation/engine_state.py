@@ -211,7 +211,7 @@ MEMORY = [
     *engine_mutants(
         "engine/paths.py",
         ("test_memory_that_moves.py",),
-        ("gaps in memory are not seen", "return [sizes, version, _why", "return [sizes, _why"),
+        ("gaps in memory are not seen", "= [version, _why_step", "= [_why_step"),
     ),
     *engine_mutants(
         "base/memory.py",

@@ -133,12 +133,8 @@ EDITS = [
         ("test_weight_edits_in_updates.py",),
         (
             "a closure is preceded by a pass",
-            """if self._now() is None:
-            return []
-        return [param""",
-            """if self._now() is not self:
-            return []
-        return [param""",
+            """params = [param for group""",
+            """params = [param for group in [] for group""",
         ),
     ),
     *engine_mutants(

@@ -25,6 +25,7 @@ def cases_of(size: int) -> list[tuple[Any, ...]]:
         cases += [
             (trained, layout, "bfloat16", "fused", "AdamW", "clip", rank) for rank in (0, last)
         ]
+        cases += [(trained, layout, "float16", "mixed", "AdamW", way, last) for way in ("", "clip")]
         cases += [
             (trained, layout, "float32", p, "SGD", "clip", last) for p in ("fused", "general")
         ]
@@ -32,6 +33,7 @@ def cases_of(size: int) -> list[tuple[Any, ...]]:
         cases += [(trained, "fsdp", "float16", "fused", "AdamW", way, 1) for way in WAYS]
         cases += [(trained, "fsdp", "bfloat16", "general", "SGD", way, 0) for way in WAYS]
         cases += [(trained, "tensor", "float16", "fused", "Lion", way, 1) for way in WAYS]
+        cases += [(trained, "fsdp", "bfloat16", "mixed", "SGD", way, 0) for way in WAYS[1:]]
         cases += [
             (flat, clips, original, 1) for clips in (False, True) for original in (False, True)
         ]

@@ -10,7 +10,8 @@ import torch
 from torch import distributed, nn
 
 SCALE = 2.0**6
-PATHS = ("fused", "general")
+#: "mixed": every other parameter in a group whose options keep it from being fused
+PATHS = ("fused", "general", "mixed")
 INNER: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "AdamW": lambda params: torch.optim.AdamW(params, lr=2.0**-6),
     "SGD": lambda params: torch.optim.SGD(params, lr=2.0**-6, momentum=0.5),
@@ -21,6 +22,13 @@ INNER: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 def wrapped(params: Any, path: str, inner: str = "SGD", **options: Any) -> Any:
     scaling = options.pop("scaling", mpcore.DynamicLossScale(SCALE, growth_interval=2))
     options.setdefault("ranks", mpcore.Ranks())
+    if path == "mixed":
+        params = list(params)
+        general = {"params": params[1::2], "foreach": False}
+        optimizer = INNER[inner]([{"params": params[::2]}, general])
+        wrapper = mpcore.MixedPrecisionOptimizer(optimizer, scaling, **options)
+        assert [path.path for path in wrapper.path] == ["fused", "general"]
+        return wrapper
     return mpcore.MixedPrecisionOptimizer(INNER[inner](params), scaling, path=path, **options)
 
 

@@ -251,24 +251,29 @@ def flat(rank: int, clips: bool, original: bool, bad: int) -> list[dict[str, Any
 
 
 def muon(rank: int) -> float:
-    """Muon over rows: how far its update is from that over the whole matrix, relative to it."""
+    """Muon over rows, chained with AdamW: how far its update is from that over the whole matrix."""
     torch.manual_seed(0)
-    plain, sharded = nn.Linear(48, 64, bias=False).half(), nn.Linear(48, 64, bias=False).half()
+    plain, sharded = nn.Linear(48, 64).half(), nn.Linear(48, 64).half()
     sharded.load_state_dict(plain.state_dict())
     fully_shard(sharded, mesh=_line())
     before = whole(plain.weight).float()
     grad = torch.randn(64, 48).half()
     for model in (plain, sharded):
-        inner = torch.optim.Muon(model.parameters(), lr=1.0, weight_decay=0.0)
+        inner = mpcore.optim.ChainedOptimizer(
+            torch.optim.Muon([model.weight], lr=1.0, weight_decay=0.0),
+            torch.optim.AdamW([model.bias]),
+        )
         ranks = None if model is sharded else mpcore.Ranks()
         optimizer = mpcore.MixedPrecisionOptimizer(inner, mpcore.NoLossScale(), ranks=ranks)
-        model.weight.grad = torch.zeros_like(model.weight)
+        assert [path.path for path in optimizer.path] == ["general", "fused"]
+        model.weight.grad, model.bias.grad = map(torch.zeros_like, (model.weight, model.bias))
         model.weight.grad.copy_(
             torch.distributed.tensor.distribute_tensor(grad, _line(), [Shard(0)])
             if model is sharded
             else grad
         )
         optimizer.step()
+    assert torch.equal(whole(sharded.bias), plain.bias)
     moved, expected = whole(sharded.weight).float() - before, whole(plain.weight).float() - before
     return float((moved - expected).norm() / expected.norm())
 

@@ -34,7 +34,8 @@ from mpcore_testing.rank_cases import (
 CLIPS = (False, True)
 CASES: list[tuple[Any, ...]] = [
     *((copies, p, "AdamW", "float16", c, 1) for p in PATHS for c in CLIPS),
-    *((copies, p, inner, "bfloat16", True, 0) for p in PATHS for inner in ("SGD", "Lion")),
+    *((copies, p, "SGD", "bfloat16", True, 0) for p in PATHS),
+    *((copies, p, "Lion", "bfloat16", True, 0) for p in ("fused", "general")),
     *((stages, p, c, bad) for p in PATHS for c in CLIPS for bad in (0, 1)),
     *((experts, p, c, 1) for p in PATHS for c in CLIPS),
     *((idle, p, c, 1) for p in PATHS for c in CLIPS),
