@@ -58,6 +58,7 @@ def test_gpt2_list_has_the_published_number_of_parameters():
         ("1.5K", [1500]),
         ("17", [17]),
         ("sweep", [1e6, 1e7, 5e7, 1e8, 2e8]),
+        ("watch", [8192000, 128000]),
     ],
 )
 def test_words_name_parameter_lists(text, counts):

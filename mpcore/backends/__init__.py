@@ -18,6 +18,7 @@ from torch import Tensor
 from mpcore.backends import compiled, cpu, reference
 from mpcore.backends._blocks import innermost_first
 from mpcore.backends._c_compiler import check_can_run, comes_built
+from mpcore.backends._c_sample import MasterSample
 from mpcore.backends._cast import differing
 from mpcore.backends._inspection import Inspection, rounded_max_norm
 from mpcore.errors import ArgumentError, BackendError
@@ -27,6 +28,7 @@ from mpcore.updates import Batch, Hyper
 __all__ = [
     "Backend",
     "Inspection",
+    "MasterSample",
     "ScaleMove",
     "compiled",
     "cpu",

@@ -21,7 +21,11 @@ from pathlib import Path
 HERE = Path(__file__).parent
 SOURCE, HEADER = HERE / "_passes.c", HERE / "_steps.h"
 #: All that a library is made from.
-SOURCES = (SOURCE, HERE / "_numbers.h", HERE / "_adopt.h", HERE / "_loop.h", HEADER)
+SOURCES = (
+    SOURCE,
+    *(HERE / name for name in ("_numbers.h", "_adopt.h", "_sample.h", "_loop.h")),
+    HEADER,
+)
 #: Where the libraries of a wheel are.
 BUILT = HERE / "_built"
 COMPILERS = ("cc", "gcc", "clang")

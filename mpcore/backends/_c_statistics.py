@@ -51,8 +51,9 @@ def with_statistics(found: Inspection, flat: Sequence[Tensor], coefficient: Tens
 
 def _kinds(rows: Tensor, dtypes: list[torch.dtype]) -> Tensor:
     """Returns how many values are NaN, +inf, -inf (told apart later), 0, subnormal, normal."""
-    sums = rows[:, :256].cumsum(1)
-    first = torch.tensor([_FIRST_NORMAL[d] for d in dtypes], dtype=torch.int64, device="cpu")
-    small = sums.gather(1, first[:, None] - 1).squeeze(1)
-    zeros, finite, none = rows[:, 256], sums[:, 254], torch.zeros_like(small)
+    zeros, finite = rows[:, 256], rows[:, :255].sum(1)
+    small = none = torch.zeros_like(finite)
+    for dtype in dict.fromkeys(dtypes):
+        here = torch.tensor([one == dtype for one in dtypes], device="cpu")
+        small = torch.where(here, rows[:, : _FIRST_NORMAL[dtype]].sum(1), small)
     return torch.stack([none, none, none, zeros, small - zeros, finite - small], dim=1)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from threading import Thread
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -147,10 +147,16 @@ class Work(ctypes.Structure):
         self._kept = memory
 
 
-def run(function: Any, work: Work) -> None:
+class Shared(Protocol):
+    """A structure of C that threads share, and how many elements they have to do."""
+
+    elements: int
+
+
+def run(function: Any, work: Shared) -> None:
     """Runs a pass on as many threads as torch uses: its own, if they can be had."""
     threads = torch.get_num_threads() if work.elements >= _WORTH_A_THREAD else 1
-    argument = ctypes.byref(work)
+    argument = ctypes.byref(cast(ctypes.Structure, work))
     team = _openmp()
     if threads > 1 and team is not None:
         team(function, argument, threads, 0)

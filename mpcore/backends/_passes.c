@@ -160,6 +160,7 @@ static double power(double base, double exponent) {
 }
 
 #include "_adopt.h"
+#include "_sample.h"
 #include "_loop.h"
 
 /* Fills the scalars of tensors, [tensors][columns], for their next update.

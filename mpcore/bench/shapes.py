@@ -84,6 +84,16 @@ def many_small() -> tuple[ParameterList, ...]:
     )
 
 
+def watched() -> tuple[ParameterList, ...]:
+    """Returns lists that show what a reading of a `Monitor` costs: for rows `fused` and `read`.
+
+    Example:
+        >>> [found.name for found in watched()]
+        ['2,000 x 4,096', '2,000 x 64']
+    """
+    return small(), ParameterList("2,000 x 64", ((64,),) * 2000)
+
+
 def uniform(count: int) -> ParameterList:
     """Returns `count` parameters in tensors of 1,000 x 1,000 and one of what is left.
 
@@ -102,8 +112,8 @@ def parse(text: str) -> tuple[ParameterList, ...]:
     """Returns the lists that a word of the command line names.
 
     Args:
-        text: "gpt2", "small", "sweep" (1 M to 200 M), "host" (1,000, 150 and 8 small tensors) or a
-            number of parameters: 5000, 10K, 2.5M.
+        text: "gpt2", "small", "sweep" (1 M to 200 M), "host" (1,000, 150 and 8 small tensors),
+            "watch" (2,000 tensors of 4,096 and of 64) or a number of parameters: 5000, 10K, 2.5M.
 
     Raises:
         ArgumentError: Something else.
@@ -120,6 +130,8 @@ def parse(text: str) -> tuple[ParameterList, ...]:
         return (small(),)
     if text == "host":
         return many_small()
+    if text == "watch":
+        return watched()
     if text == "sweep":
         return tuple(found for size in SWEEP for found in parse(size))
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)", text)
@@ -128,8 +140,8 @@ def parse(text: str) -> tuple[ParameterList, ...]:
         count = float(match[1]) * {"": 1, "K": 1e3, "M": 1e6, "G": 1e9}[match[2]]
     if count < 1 or count != int(count):
         raise ArgumentError(
-            "shapes: expected gpt2, small, sweep, host or a number of parameters such as 10M, got "
-            f"{text!r}."
+            "shapes: expected gpt2, small, sweep, host, watch or a number of parameters such as "
+            f"10M, got {text!r}."
         )
     return (uniform(int(count)),)
 

@@ -74,7 +74,7 @@ def demo(
 def bench(
     shapes: Annotated[
         str | None,
-        typer.Option(help="gpt2, small, sweep, host, numbers of parameters such as 10M; commas."),
+        typer.Option(help="gpt2, small, sweep, host, watch, numbers such as 10M; commas."),
     ] = None,
     rounds: Annotated[int | None, typer.Option(help="Timed steps of each row.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,

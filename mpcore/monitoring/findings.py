@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -61,74 +62,164 @@ class Finding:
 LOWEST, HIGHEST = -24, 15
 
 
-def findings_of(
-    look: Look, scale: float, name_of: Callable[[Tensor], str], *, sums: bool
-) -> list[Finding]:
-    """Returns what was found in each gradient; syncs with the host, twice.
+class FindingTable(Sequence[Finding]):
+    """Findings as columns, made one by one when somebody asks for them.
+
+    Two tables are equal if their findings are, also to a tuple of findings.
 
     Args:
-        look: The gradients of one device.
+        columns: What was found, on each device.
+        rows: In order: the number of the columns, and the place in them.
+    """
+
+    def __init__(self, columns: Sequence[Columns], rows: Sequence[tuple[int, int]]) -> None:
+        self._columns = tuple(columns)
+        self._rows = tuple(rows)
+
+    @cached_property
+    def _made(self) -> tuple[Finding, ...]:
+        return tuple(self._columns[number].finding(place) for number, place in self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[Finding]:
+        return iter(self._made)
+
+    @overload
+    def __getitem__(self, index: int) -> Finding: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Finding]: ...
+
+    def __getitem__(self, index: int | slice) -> Finding | Sequence[Finding]:
+        return self._made[index]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, (FindingTable, tuple)) and self._made == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(self._made)
+
+    def __repr__(self) -> str:
+        return repr(self._made)
+
+    def figures(self) -> list[Figures]:
+        """Returns the numbers of each that a sum of all is made of, without making findings."""
+        figures = [columns.figures for columns in self._columns]
+        return [figures[number][place] for number, place in self._rows]
+
+    def histogram(self) -> list[int] | None:
+        """Returns the sum of the histograms of float16 gradients; None if there is none."""
+        sums = [columns.bins for columns in self._columns if columns.bins is not None]
+        return [sum(bins) for bins in zip(*sums, strict=True)] if sums else None
+
+
+#: Of a gradient its dtype as text, how many values it has, which shares of them are 0 and subnormal
+#: (None if nobody counted), and its headroom: see `Finding`.
+Figures = tuple[str, int, float | None, float | None, float | None]
+
+
+class Columns:
+    """What was found in the gradients of one device, on the host; syncs with it, twice.
+
+    Args:
+        look: At the gradients.
         scale: The loss scale they have.
         name_of: Names a parameter.
         sums: Whether they are sums in float32, which say nothing about the format of the gradients.
     """
-    findings = [
-        _finding(param, dtype, strides, scale, name_of(param), *values)
-        for param, (dtype, strides), values in zip(
-            look.params, look.layouts, _rows(look, counted=not sums), strict=True
+
+    def __init__(
+        self, look: Look, scale: float, name_of: Callable[[Tensor], str], *, sums: bool
+    ) -> None:
+        found = look.found
+        self._names = list(map(name_of, look.params))
+        self._shapes = [param.shape for param in look.params]
+        self._layouts = look.layouts
+        self._scale = scale
+        # all whole numbers are read at once, and all others: each read waits for the device
+        whole = [found.kinds.long().unsqueeze(1), found.first_bad.unsqueeze(1)]
+        real = [found.square_sum]
+        self._has_largest = found.largest is not None and not sums
+        if found.largest is not None:
+            real.append(found.largest.double())
+        totals = real[0][:0]
+        self._is_counted = not sums and found.counts is not None and found.histogram is not None
+        if not sums and found.counts is not None and found.histogram is not None:
+            bins = _folded(found.histogram, found.counts)
+            whole.append(bins)
+            counts = found.counts.double()
+            values = counts.sum(1).clamp(min=1)  # of all passes that were counted
+            real += [counts[:, 3] / values, counts[:, 4] / values]
+            totals = _of_float16(bins, [dtype for dtype, _ in look.layouts])
+        self._whole = torch.cat(whole, 1).tolist()
+        numbers = torch.cat([*real, totals]).tolist()
+        count = len(self._names)
+        columns = [numbers[count * i : count * (i + 1)] for i in range(len(real))]
+        unknown: list[float | None] = [None] * count
+        self._square_sums: list[float] = columns[0]
+        self._largest = columns[1] if found.largest is not None else unknown
+        self._zeros = columns[-2] if self._is_counted else unknown
+        self._subnormal = columns[-1] if self._is_counted else unknown
+        #: the sum of the histograms of float16 gradients; None if there is none
+        self.bins = list(map(int, numbers[count * len(real) :])) or None
+
+    @cached_property
+    def figures(self) -> list[Figures]:
+        """The numbers of each gradient."""
+        names = [_short(dtype) for dtype, _ in self._layouts]
+        sizes = list(map(torch.Size.numel, self._shapes))
+        return list(
+            zip(names, sizes, self._zeros, self._subnormal, self._rooms(), strict=True),
         )
-    ]
-    return [replace(one, headroom_bits=None) for one in findings] if sums else findings
+
+    def _rooms(self) -> Sequence[float | None]:
+        if not self._has_largest:
+            return [None] * len(self._names)
+        scale = self._scale
+        return [
+            math.log2(_largest_of(dtype) / (largest * scale)) if largest else None
+            for (dtype, _), largest in zip(self._layouts, self._largest, strict=True)
+        ]
+
+    def finding(self, place: int) -> Finding:
+        """Returns what was found in one gradient."""
+        dtype, strides = self._layouts[place]
+        shape = self._shapes[place]
+        kinds, first_bad, *bins = self._whole[place]
+        square_sum = self._square_sums[place]
+        _, _, zeros, subnormal, headroom = self.figures[place]
+        return Finding(
+            name=self._names[place],
+            shape=tuple(shape),
+            dtype=_short(dtype),
+            kinds=tuple(kind for bit, kind in enumerate(KINDS) if kinds >> bit & 1),
+            first_bad=None if first_bad < 0 else index_at(first_bad, shape, strides),
+            norm=math.sqrt(square_sum) if square_sum >= 0 else math.nan,
+            largest=self._largest[place],
+            headroom_bits=headroom,
+            zeros=zeros,
+            subnormal=subnormal,
+            histogram=tuple(bins) if self._is_counted else None,
+        )
 
 
-def _rows(look: Look, *, counted: bool) -> Iterator[tuple[Any, ...]]:
-    """Yields kinds, place, sum of squares, largest value, counts and histogram of each gradient.
-
-    All whole numbers are read at once, and all others: each read waits for the device.
-    """
-    found = look.found
-    whole = [found.kinds.long().unsqueeze(1), found.first_bad.unsqueeze(1)]
-    real = [found.square_sum]
-    if counted and found.counts is not None and found.histogram is not None:
-        whole += [found.counts, _folded(found.histogram, found.counts)]
-    if found.largest is not None:
-        real.append(found.largest.double())
-    numbers = zip(torch.cat(whole, 1).tolist(), torch.stack(real, 1).tolist(), strict=True)
-    for (kinds, first_bad, *counts), (square_sum, *largest) in numbers:
-        largest_or_none = largest[0] if largest else None
-        yield kinds, first_bad, square_sum, largest_or_none, counts[:6] or None, counts[6:] or None
+def _of_float16(bins: Tensor, dtypes: Sequence[torch.dtype]) -> Tensor:
+    """Returns the sum of the histograms of float16 gradients, float64; empty if there is none."""
+    here = [place for place, dtype in enumerate(dtypes) if dtype == torch.float16]
+    some = bins if len(here) == len(dtypes) else bins[here]
+    return some.sum(0).double() if here else bins[:0, 0].double()
 
 
-def _finding(
-    param: Tensor,
-    dtype: torch.dtype,
-    strides: tuple[int, ...],
-    scale: float,
-    name: str,
-    kinds: int,
-    first_bad: int,
-    square_sum: float,
-    largest: float | None,
-    counts: list[int] | None,
-    histogram: list[int] | None,
-) -> Finding:
-    values = max(sum(counts or ()), 1)  # of all passes that were counted
-    headroom = None
-    if largest:
-        headroom = math.log2(torch.finfo(dtype).max / (largest * scale))
-    return Finding(
-        name=name,
-        shape=tuple(param.shape),
-        dtype=str(dtype).removeprefix("torch."),
-        kinds=tuple(kind for bit, kind in enumerate(KINDS) if kinds >> bit & 1),
-        first_bad=None if first_bad < 0 else index_at(first_bad, param.shape, strides),
-        norm=math.sqrt(square_sum) if square_sum >= 0 else math.nan,
-        largest=largest,
-        headroom_bits=headroom,
-        zeros=None if counts is None else counts[3] / values,
-        subnormal=None if counts is None else counts[4] / values,
-        histogram=None if histogram is None else tuple(histogram),
-    )
+@cache
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@cache
+def _largest_of(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).max
 
 
 def _folded(histogram: Tensor, counts: Tensor) -> Tensor:

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from mpcore.base import check_count
 from mpcore.engine import MixedPrecisionOptimizer, StepGradients, StepResult
 from mpcore.errors import ArgumentTypeError
-from mpcore.masters import names_of
 from mpcore.monitoring.facts import Facts, NanStreak
-from mpcore.monitoring.findings import Finding, findings_of
+from mpcore.monitoring.findings import Columns, Finding, FindingTable
 from mpcore.monitoring.history import Course, History
 from mpcore.monitoring.memory import bytes_of_sums, resident_bytes
 from mpcore.monitoring.model_state import BufferWatch, large_weights, not_finite
+from mpcore.monitoring.names import Names
 from mpcore.monitoring.pass_counts import PassCounts
 from mpcore.monitoring.pass_losses import PassLosses
 from mpcore.monitoring.pending import LIMIT, Pending, Step
@@ -96,7 +96,7 @@ class Monitor:
         self._buffers = BufferWatch(model)
         self._nans = NanStreak()
         self._averages = StandingAverages(model)
-        self._names = {} if model is None else {id(p): n for n, p in model.named_parameters()}
+        self._names = Names(optimizer, model)
         self._sinks = list(sinks)
         self._device = optimizer._scale.scale.device
         self._window = check_count("window", window)
@@ -235,27 +235,21 @@ class Monitor:
 
     def _findings(
         self, gradients: StepGradients, scale: float, counts: PassCounts | None = None
-    ) -> tuple[Finding, ...]:
-        sums, name_of = gradients.accumulated is not None, self._naming()
-        found = [
-            pair
-            for look in gradients.findings.looks()
-            for pair in zip(look.params, findings_of(look, scale, name_of, sums=sums), strict=True)
-        ]
-        findings = [one for _, one in found] if counts is None else counts.merged(found, name_of)
-        by_param = {id(param): one for (param, _), one in zip(found, findings, strict=True)}
+    ) -> Sequence[Finding]:
+        sums, name_of = gradients.accumulated is not None, self._names.current()
+        looks = gradients.findings.looks()
+        columns = [Columns(look, scale, name_of, sums=sums) for look in looks]
+        params = [param for look in looks for param in look.params]
+        places = [(n, place) for n, look in enumerate(looks) for place in range(len(look.params))]
+        place_of = dict(zip(map(id, params), places, strict=True))
         of_model = [] if self._model is None else self._model.parameters()
-        order = [*of_model, *self._optimizer._params()]
-        return tuple(by_param[key] for key in dict.fromkeys(map(id, order)) if key in by_param)
-
-    def _naming(self) -> Callable[[Tensor], str]:
-        """Returns what names parameters; each by itself would be searched for."""
-        names = {**names_of(self._optimizer.param_groups), **self._names}
-
-        def name_of(param: Tensor) -> str:
-            return names.get(id(param)) or self._optimizer._name_of(param)
-
-        return name_of
+        order = dict.fromkeys(map(id, [*of_model, *self._optimizer._params()]))
+        table = FindingTable(columns, [place_of[key] for key in order if key in place_of])
+        if not counts:
+            return table
+        by_id = {id(param): param for param in params}
+        found = [by_id[key] for key in order if key in place_of]
+        return tuple(counts.merged(list(zip(found, table, strict=True)), name_of))
 
     def _made_reading(
         self, step: int, gradients: StepGradients, counts: PassCounts, lost: float | None
@@ -318,7 +312,7 @@ class Monitor:
         )
 
     def _parameters(self) -> list[tuple[str, Tensor]]:
-        name_of = self._naming()
+        name_of = self._names.current()
         return [(name_of(param), param) for param in self._optimizer._params()]
 
     def _emit_course(self) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mpcore.engine import Look
-from mpcore.monitoring.findings import Finding, findings_of
+from mpcore.monitoring.findings import Columns, Finding
 
 
 @dataclass
@@ -53,6 +53,9 @@ class PassCounts:
     def __init__(self) -> None:
         self._totals: dict[tuple[object, ...], _Total] = {}
 
+    def __bool__(self) -> bool:
+        return bool(self._totals)
+
     def add(self, looks: Sequence[Look], scale: Tensor, loss: str) -> None:
         """Adds what was found in a pass.
 
@@ -79,9 +82,9 @@ class PassCounts:
         """
         found: dict[int, list[tuple[Finding, int]]] = {}
         for total in self._totals.values():
-            some = findings_of(total.look, float(total.scale), name_of, sums=False)
-            for param, one in zip(total.look.params, some, strict=True):
-                found.setdefault(id(param), []).append((one, total.passes))
+            columns = Columns(total.look, float(total.scale), name_of, sums=False)
+            for place, param in enumerate(total.look.params):
+                found.setdefault(id(param), []).append((columns.finding(place), total.passes))
         return [_merged(one, found.get(id(param), [])) for param, one in findings]
 
 

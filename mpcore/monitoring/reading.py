@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from mpcore.monitoring.findings import HIGHEST, LOWEST, Finding
+from mpcore.monitoring.findings import HIGHEST, LOWEST, Figures, Finding, FindingTable
 from mpcore.monitoring.memory import Resident
-from mpcore.monitoring.report import plain
+from mpcore.monitoring.report import as_dict, plain
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Reading:
     histogram: tuple[int, ...]
     lost_updates: float | None
     saturated: int
-    findings: tuple[Finding, ...]
+    findings: Sequence[Finding]
     memory: Resident | None = None
     largest_loss: float | None = None
     passes: int = 1
@@ -88,7 +88,7 @@ class Reading:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain numbers and strings; what is not finite becomes a string, as JSON wants."""
-        return {"kind": "reading", **plain(asdict(self))}
+        return {"kind": "reading", **plain(as_dict(self))}
 
 
 def summed_up(findings: Sequence[Finding]) -> dict[str, Any]:
@@ -100,25 +100,32 @@ def summed_up(findings: Sequence[Finding]) -> dict[str, Any]:
         >>> summed_up([Finding("w", (2,), "float32", (), None, 1.0, 1.0, None)])["zeros"] is None
         True
     """
-    counted = [finding for finding in findings if finding.zeros is not None]
-    narrow = [finding for finding in counted if finding.dtype != "float32"]
-    total, small = sum(map(_values, counted)), sum(map(_values, narrow))
-    bins = [0] * (HIGHEST - LOWEST + 1)
-    for finding in narrow:
-        if finding.dtype == "float16":
-            bins = [a + b for a, b in zip(bins, finding.histogram or bins, strict=True)]
-    zeros = sum((finding.zeros or 0.0) * _values(finding) for finding in counted)
-    subnormal = sum((finding.subnormal or 0.0) * _values(finding) for finding in narrow)
-    halves = any(finding.dtype == "float16" and finding.histogram for finding in narrow)
-    lost = estimated_flushed(bins) if halves else None
-    rooms = [finding.headroom_bits for finding in findings if finding.headroom_bits is not None]
+    figures, bins = _figures_of(findings)
+    counted = [one for one in figures if one[2] is not None]
+    narrow = [one for one in counted if one[0] != "float32"]
+    total, small = (sum(values for _, values, *_ in some) for some in (counted, narrow))
+    zeros = sum((share or 0.0) * values for _, values, share, _, _ in counted)
+    subnormal = sum((share or 0.0) * values for _, values, _, share, _ in narrow)
+    lost = None if bins is None else estimated_flushed(bins)
+    rooms = [room for *_, room in figures if room is not None]
     return {
         "headroom_bits": min(rooms, default=None),
         "zeros": zeros / total if total else None,
         "subnormal": subnormal / small if small else None,
         "flushed": None if lost is None else lost / small,
-        "histogram": tuple(bins),
+        "histogram": tuple(bins or [0] * (HIGHEST - LOWEST + 1)),
     }
+
+
+def _figures_of(findings: Sequence[Finding]) -> tuple[list[Figures], list[int] | None]:
+    """Returns the numbers of findings, and the sum of the histograms of those in float16."""
+    if isinstance(findings, FindingTable):
+        return findings.figures(), findings.histogram()
+    figures: list[Figures] = [
+        (one.dtype, _values(one), one.zeros, one.subnormal, one.headroom_bits) for one in findings
+    ]
+    histograms = [one.histogram for one in findings if one.dtype == "float16" and one.histogram]
+    return figures, [sum(counts) for counts in zip(*histograms, strict=True)] or None
 
 
 def _values(finding: Finding) -> int:

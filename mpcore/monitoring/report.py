@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ class OverflowReport:
     skips_in_a_row: int
     skipped_steps: int
     headroom_before: float | None
-    findings: tuple[Finding, ...]
+    findings: Sequence[Finding]
     passes: tuple[Overflow, ...] = ()
     rank: int | None = None
     losses: tuple[float | None, ...] = ()
@@ -100,7 +100,7 @@ class OverflowReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain numbers and strings; what is not finite becomes a string, as JSON wants."""
-        return {"kind": "overflow", **plain(asdict(self))}
+        return {"kind": "overflow", **plain(as_dict(self))}
 
     def __str__(self) -> str:
         lines = [
@@ -155,6 +155,19 @@ def _described(finding: Finding) -> str:
         return f"{', '.join(finding.kinds)}{at}"
     room = "" if finding.headroom_bits is None else f", {finding.headroom_bits:.1f} bits left"
     return f"finite, norm {finding.norm:.3g}{room}"
+
+
+def as_dict(record: Any) -> dict[str, Any]:
+    """Returns the fields of a record, its findings as dictionaries too.
+
+    Example:
+        >>> finding = Finding("w", (2,), "float16", (), None, 1.0, 1.0, None)
+        >>> verdict = Verdict("search", True, "Too high.")
+        >>> report = OverflowReport(0, verdict, 8.0, 4.0, None, 1, 1, None, (finding,))
+        >>> as_dict(report)["findings"][0]["name"]
+        'w'
+    """
+    return asdict(replace(record, findings=tuple(record.findings)))
 
 
 def plain(value: Any) -> Any:

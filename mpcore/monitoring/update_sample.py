@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
 
 import torch
 from torch import Tensor
 
+from mpcore.backends import MasterSample
 from mpcore.base import SIXTEEN_BIT, held_here
 from mpcore.masters import Masters
 
@@ -24,11 +26,16 @@ class UpdateSample:
 
     @torch.no_grad()
     def __init__(self, params: Sequence[Tensor], masters: Masters) -> None:
-        self._params: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        for param in params:
-            if param.dtype in SIXTEEN_BIT and held_here(masters.of(param)).numel():
-                self._params.setdefault((param.device, param.dtype), []).append(param)
-        self._before = {key: _samples(some, masters) for key, some in self._params.items()}
+        self._params: dict[tuple[torch.device, torch.dtype], Sequence[Tensor]] = {}
+        self._before: dict[tuple[torch.device, torch.dtype], MasterSample] = {}
+        kinds = [(param.device, param.dtype) for param in params]
+        for key in dict.fromkeys(kind for kind in kinds if kind[1] in SIXTEEN_BIT):
+            some = list(compress(params, [kind == key for kind in kinds]))
+            held = _held(some, masters)
+            sizes = list(map(Tensor.numel, held))
+            if any(sizes):
+                self._params[key] = list(compress(some, sizes))
+                self._before[key] = MasterSample(list(compress(held, sizes)), SAMPLE, key[1])
 
     @torch.no_grad()
     def lost(self, masters: Masters) -> float | None:
@@ -39,19 +46,13 @@ class UpdateSample:
         """
         counts: dict[torch.device, list[Tensor]] = {}
         for (device, dtype), before in self._before.items():
-            after = _samples(self._params[device, dtype], masters)
-            weight = before.to(dtype)
-            alone = (weight.float() + (after - before)).to(dtype)
-            changed = after != before
-            counts.setdefault(device, []).append(
-                torch.stack([(changed & (alone == weight)).sum(), changed.sum()])
-            )
+            held = _held(self._params[device, dtype], masters)
+            counts.setdefault(device, []).append(before.lost(held))
         read = [torch.stack(some).sum(0).tolist() for some in counts.values()]
         lost, moved = sum(one[0] for one in read), sum(one[1] for one in read)
         return lost / moved if moved else None
 
 
-def _samples(params: Sequence[Tensor], masters: Masters) -> Tensor:
-    """Returns some of the masters of parameters, as far as this rank holds them, in one tensor."""
-    flat = [held_here(masters.of(param).detach()).reshape(-1) for param in params]
-    return torch.cat([master[:: max(1, master.numel() // SAMPLE)] for master in flat])
+def _held(params: Sequence[Tensor], masters: Masters) -> list[Tensor]:
+    """Returns the masters of parameters, as far as this rank holds them."""
+    return list(map(held_here, map(masters.of, params)))
