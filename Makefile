@@ -19,7 +19,7 @@ PARALLEL := -n auto --maxprocesses=4
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench gpu test test-ranks test-trainers test-exhaustive test-random doctest lint docs build audit mutants golden c-steps import-time clean
+.PHONY: help demo bench gpu test test-ranks test-trainers test-exhaustive test-random doctest lint docs build compat pictures audit mutants golden c-steps import-time clean
 
 help: ## Show this list.
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 18
@@ -55,18 +55,28 @@ test-random: $(VENV)/.test ## Run the property tests on 1,000 new random example
 doctest: $(VENV)/.test ## Run the examples of the docstrings, the README and the docs.
 	$(PYTEST) tests/test_doctests.py tests/test_docs.py $(ARGS)
 
-lint: $(VENV)/.dev ## Run ruff (lint and format) and mypy --strict.
+lint: $(VENV)/.dev ## Run ruff (lint and format), mypy --strict, and pyright's rules on a user's script.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy tests/typing
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 docs: $(VENV)/.dev ## Build the documentation into site/; warnings are errors.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-build: $(VENV)/.dev ## Build wheel and sdist into dist/; try both outside the repository.
+build: $(VENV)/.release ## Build sdist and wheels into dist/; try each outside the repository.
 	rm -rf dist
-	$(BIN)/python -m build --no-isolation --outdir dist . >/dev/null
+	$(BIN)/python .ci/build_dist.py dist
 	$(BIN)/python .ci/check_dist.py dist
+
+# Each argument makes an environment: what it holds beside NumPy, pytest and hypothesis.
+VERSIONS ?= "torch==2.13.0 triton==3.9.0" "torch==2.13.0 triton==3.8.0" "torch==2.13.0 triton==3.7.1"
+compat: ## Run the core suite with other versions, each in an environment; rows go to docs/versions.md.
+	$(PYTHON) .ci/compat.py $(VERSIONS)
+
+pictures: $(VENV)/.demo ## Draw the pictures of README.md anew, into docs/pictures/.
+	$(BIN)/python .ci/pictures.py
 
 audit: $(VENV)/.test ## Compile every kernel for four GPUs and judge the machine code.
 	$(BIN)/python -m mpcore_audit
@@ -118,5 +128,9 @@ $(VENV)/.trainers: $(VENV)/.test
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.test $(BUILT_FROM)
-	$(INSTALL_SELF) -e ".[demo,test,triton,lint,docs]" build
+	$(INSTALL_SELF) -e ".[demo,test,triton,lint,docs]"
+	@touch $@
+
+$(VENV)/.release: $(VENV)/.torch $(BUILT_FROM)
+	$(INSTALL_SELF) -e ".[release]"
 	@touch $@

@@ -1,4 +1,4 @@
-"""Installs the wheel and the sdist of a folder, each in an environment of its own, and tries them.
+"""Installs the wheels and the sdist of a folder, each in an environment of its own; tries them.
 
     python .ci/check_dist.py dist
 
@@ -7,6 +7,8 @@ to each file of torch and of torch's own requirements in the running environment
 dependency which was never declared is missing there, and nothing is downloaded twice.
 
 Before that, the wheel is searched for what is for us alone: tests and the audit of machine code.
+The environment's programs alone are on the PATH, so that nothing can be compiled there: a wheel for
+any platform has to train without the library in C.
 """
 
 from __future__ import annotations
@@ -53,9 +55,17 @@ def link(distribution: metadata.Distribution, site: Path) -> None:
             (site / top).symlink_to(target)
 
 
-def run(*command: str | Path, cwd: Path) -> None:
-    """Runs a command away from the repository; raises if it fails."""
+def run(*command: str | Path, cwd: Path, path: Path | None = None) -> None:
+    """Runs a command away from the repository; raises if it fails.
+
+    Args:
+        command: Program and arguments.
+        cwd: Where.
+        path: The only folder in which it finds programs; None: as here.
+    """
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    if path is not None:
+        environment["PATH"] = str(path)
     subprocess.run([str(part) for part in command], check=True, cwd=cwd, env=environment)
 
 
@@ -93,15 +103,16 @@ def check(artifact: Path) -> None:
         for distribution in closure(installed.requires or []):
             link(distribution, site)
         run(*pip, "check", cwd=folder)
-        run(python, "-I", "-W", "ignore", SMOKE, cwd=folder)
+        backend = "cpu" if wheel.stem.endswith("-any") else "compiled"
+        run(python, "-I", "-W", "ignore", SMOKE, backend, cwd=folder, path=python.parent)
 
 
 def main() -> int:
     """Checks every wheel and sdist of the folder named on the command line."""
     folder = Path(sys.argv[1]).resolve()
     artifacts = [*folder.glob("*.whl"), *folder.glob("*.tar.gz")]
-    if len(artifacts) != 2:
-        print(f"{folder}: expected one wheel and one sdist, got {[a.name for a in artifacts]}")
+    if not {".whl", ".gz"} <= {artifact.suffix for artifact in artifacts}:
+        print(f"{folder}: expected wheels and an sdist, got {[a.name for a in artifacts]}")
         return 1
     for artifact in artifacts:
         try:

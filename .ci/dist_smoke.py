@@ -1,12 +1,15 @@
 """Tries an installed mpcore, away from its repository: what it ships, imports and computes.
 
-Run by check_dist.py in an environment that holds mpcore's declared dependencies only.
+Run by check_dist.py in an environment that holds mpcore's declared dependencies only. Its argument
+is the backend that has to be taken: "compiled" where the wheel has the library in C, else "cpu".
 """
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from importlib import metadata, resources
+from pathlib import Path
 
 SHIPPED = {"mpcore", "mpcore_kernels"}
 
@@ -47,6 +50,16 @@ def check_imports() -> None:
     expect("py.typed readable", resources.files("mpcore").joinpath("py.typed").is_file())
 
 
+def check_program() -> None:
+    """The program is there twice, and says what it lacks without a traceback."""
+    program = str(Path(sys.executable).parent / "mpcore")
+    for command in ([program], [sys.executable, "-I", "-m", "mpcore"]):
+        said = subprocess.run(command, capture_output=True, text=True, check=False)
+        advice = 'mpcore: the command line needs typer. Run: pip install "mpcore[demo]"'
+        # before it torch warns of NumPy, which is not here
+        expect(f"{advice!r}, got {said.stderr!r}", said.stderr.splitlines()[-1:] == [advice])
+
+
 def check_training() -> None:
     """Ten steps of a float16 model with float32 masters lower the loss."""
     import mpcore
@@ -66,7 +79,8 @@ def check_training() -> None:
         optimizer.zero_grad()
         losses.append(loss.item())
     weight = model.weight
-    expect("the library in C, built with the wheel", optimizer.backend == "compiled")
+    backend = sys.argv[1]
+    expect(f"backend {backend}, got {optimizer.backend}", optimizer.backend == backend)
     expect("float16 weights", weight.dtype is torch.float16)
     expect("a falling loss", losses[-1] < losses[0])
     master = optimizer.state[weight]["master"]
@@ -76,4 +90,5 @@ def check_training() -> None:
 if __name__ == "__main__":
     check_files()
     check_imports()
+    check_program()
     check_training()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 
 import pytest
 from mpcore.cli import app
@@ -78,3 +79,21 @@ def test_bench_refuses_impossible_options_in_one_line(arguments, message):
     assert found.exit_code == 2
     assert found.output.startswith(f"mpcore: {message}")
     assert found.output.count("\n") == 1
+
+
+def test_json_has_the_numbers_of_the_csv_and_nothing_else_is_on_standard_output(tmp_path):
+    found = run(*TINY, "--rows", "fused", "--json", "--csv", tmp_path / "bench.csv")
+    assert found.exit_code == 0, found.output
+    printed = json.loads(found.stdout)
+    lines = list(csv.DictReader(io.StringIO((tmp_path / "bench.csv").read_text())))
+    assert len(printed["rows"]) == len(lines) == 4
+    for row, line in zip(printed["rows"], lines, strict=True):
+        assert row["label"] == line["label"]
+        assert row["median_s"] == float(line["median_s"]) > 0
+    assert all(str(value) == lines[0][name] for name, value in printed["machine"].items())
+
+
+def test_json_is_refused_where_there_is_a_table_only():
+    found = run("--host", "--json")
+    assert found.exit_code == 2
+    assert "json: expected none with --host" in found.output

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +84,97 @@ def test_what_is_wrong_is_said_in_one_line(loop: Path, arguments: list[Any], mes
     assert result.output.startswith("mpcore: ")
     assert message in result.output
     assert not Path("mpcore-compare.html").exists()
+
+
+BROKEN = """
+import torch
+
+def train(run):
+    model = torch.nn.Linear(4, 1)
+    model, optimizer = run.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    for step in range(3):
+        optimizer.backward((model(torch.randn(16, 4)) - 1).square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+        if run.seed == 2 and run.policy.name != "float32":
+            {ending}
+"""
+
+
+def broken(ending: str) -> str:
+    Path("broken.py").write_text(BROKEN.replace("{ending}", ending))
+    return "broken.py:train"
+
+
+@pytest.mark.parametrize(
+    ("ending", "status", "said"),
+    [
+        ("raise KeyboardInterrupt", 130, "Interrupted in seed 2."),
+        ("1 / 0", 1, "broken.py:12, in train: 1 / 0\n  ZeroDivisionError: division by zero\n"),
+        ("run.prepare(0, 0)", 1, "broken.py:12, in train: run.prepare(0, 0)\n  StageError: "),
+    ],
+)
+def test_seeds_that_are_complete_are_shown_when_a_later_one_ends(
+    loop: Path, ending: str, status: int, said: str
+) -> None:
+    result = run(broken(ending), "--seeds", 4, "--policies", "bfloat16")
+    assert result.exit_code == status, result.output
+    assert said in result.stderr
+    assert "loss (lower is better), seeds: 0, 1\n" in result.stdout
+    assert "Of 4 seeds 2 are missing." in result.stdout
+    assert "bfloat16: " in result.stdout
+    check_well_formed(Path("mpcore-compare.html").read_text(encoding="utf-8"))
+
+
+def test_without_a_complete_seed_there_is_no_page(loop: Path) -> None:
+    result = run(broken("1 / 0"), "--first-seed", 2)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert not Path("mpcore-compare.html").exists()
+
+
+def test_a_traceback_begins_in_the_file_of_the_user(loop: Path) -> None:
+    result = run(broken("1 / 0"), "--first-seed", 2)
+    files = re.findall(r'File "(.*?)"', result.stderr)
+    assert [Path(name).name for name in files] == ["broken.py"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("import torch\n1 / 0\n", "beside.py:2, in <module>: 1 / 0\n  ZeroDivisionError"),
+        ("import nowhere_to_be_found\n", "beside.py:1, in <module>: import nowhere"),
+        ("def train(run:\n    pass\n", "beside.py:1: SyntaxError: '(' was never closed"),
+    ],
+)
+def test_an_error_of_the_file_itself_names_its_line(loop: Path, text: str, said: str) -> None:
+    Path("beside.py").write_text(text)
+    result = run("beside.py:train")
+    assert result.exit_code == 1
+    assert said in result.stderr
+    assert "mpcore/cli" not in result.stderr
+
+
+def test_json_has_the_verdicts_and_nothing_else_is_on_standard_output(loop: Path) -> None:
+    result = run("my_loop.py:train", "--seeds", 2, "--policies", "bfloat16", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["seeds"] == [0, 1]
+    assert found["seeds_missing"] == []
+    full, brain = found["policies"]
+    assert (full["policy"], full["verdict"], brain["policy"]) == ("float32", None, "bfloat16")
+    assert brain["verdict"] in ("matches", "worse", "undecided")
+    low, high = brain["interval"]
+    assert low <= brain["difference"] <= high
+    means = [sum(policy["metrics"]) / 2 for policy in (full, brain)]
+    assert math.isclose(means[1] - means[0], brain["difference"], rel_tol=1e-6, abs_tol=1e-9)
+    assert brain["skipped_steps"] == [0, 0]
+    assert found["report"] == "mpcore-compare.html"
+
+
+def test_json_of_what_is_not_finite_is_null(loop: Path) -> None:
+    ending = "return float('nan')"
+    result = run(broken(ending), "--first-seed", 2, "--seeds", 1, "--json")
+    assert result.exit_code == 0, result.output
+    assert "NaN" not in result.stdout
+    assert json.loads(result.stdout)["policies"][1]["metrics"] == [None]

@@ -19,7 +19,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>\S*)[^\n]*\n(?P<body>.*?)^(?P=indent)```", re.M | re.S
 )
-LANGUAGES = {"python", "bash", "text", "toml"}
+LANGUAGES = {"python", "bash", "text", "toml", "diff"}
 
 
 class Block(NamedTuple):
@@ -95,7 +95,8 @@ def shell_commands(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_page_names_shell_commands_that_exist(page):
-    commands = set(typer.main.get_command(app).commands)
+    program = typer.main.get_command(app)
+    commands = {*program.commands, *(name for option in program.params for name in option.opts)}
     extras = set(re.findall(r"^(\w+) = \[", project_table("optional-dependencies"), re.M))
     for words in shell_commands(page):
         if words[0] == "make":

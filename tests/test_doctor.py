@@ -120,6 +120,14 @@ def test_gpu_is_described_by_its_properties(kind, version, architecture, in_hard
     assert (found.float16_products, found.bfloat16_products) == in_hardware
 
 
+def test_a_product_is_timed_in_turn_with_the_others_and_its_best_time_counts(monkeypatch):
+    asked, times = [], iter([9.0, 1.0, 2.0, 3.0, 8.0, 7.0, 5.0, 5.0, 5.0, 5.0, 5.0, 5.0])
+    monkeypatch.setattr(machine, "time_product", lambda dtype: asked.append(dtype) or next(times))
+    best = machine.time_products({"float32": torch.float32, "float16": torch.float16})
+    assert best == {"float32": 2.0, "float16": 1.0}
+    assert asked == [torch.float32, torch.float16] * 6
+
+
 def test_diagnosis_reports_the_versions_that_run():
     diagnosis = doctor.diagnose()
     assert diagnosis.versions["torch"].split("+")[0] == torch.__version__.split("+")[0]

@@ -21,7 +21,7 @@ FLOORS = (
     ("checkpoint",),
     ("engine",),
     ("amp", "precision", "monitoring", "migration"),
-    ("doctor", "report", "comparison", "demo", "bench", "cli", "integrations"),
+    ("doctor", "report", "comparison", "demo", "bench", "cli", "integrations", "__main__"),
 )
 ROOMS = [room for floor in FLOORS for room in floor]
 #: Rooms of which others see what `__init__.py` names, and nothing else.

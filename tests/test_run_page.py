@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -307,3 +308,20 @@ def test_the_command_says_in_one_line_what_is_wrong(tmp_path: Path) -> None:
         assert result.exit_code == 2
         assert result.output.startswith("mpcore: ")
         assert "Traceback" not in result.output
+
+
+def test_json_says_what_the_runs_come_to(tmp_path: Path, records: list[Any]) -> None:
+    sink = mpcore.JsonLines(tmp_path / "run.jsonl")
+    for record in records:
+        sink(record)
+    output = tmp_path / "page.html"
+    result = run_command(tmp_path / "run.jsonl", "--output", output, "--json")
+    assert result.exit_code == 0, result.output
+    (run,) = json.loads(result.stdout)["runs"]
+    log = RunLog.read(tmp_path / "run.jsonl")
+    assert run["run"] == "run"
+    assert (run["steps"], run["skipped_steps"]) == (len(log.steps), len(log.skipped))
+    assert run["last_loss"] == log.losses[-1][1]
+    assert run["last_loss_scale"] == log.scales[-1]
+    assert run["headroom_bits"] == log.readings[-1].headroom_bits
+    assert output.is_file()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -85,10 +85,10 @@ class Mpcore(Contender):
         self,
         problem: Problem,
         dtype: torch.dtype,
-        path: str,
-        backend: str,
+        path: Literal["fused", "general"],
+        backend: Any,  # as typed on the command line: the optimizer checks it
         every: int | None = None,
-        on_weight_edit: str = "adopt",
+        on_weight_edit: Literal["adopt", "always"] = "adopt",
     ) -> None:
         super().__init__(problem, dtype)
         # the general path calls this optimizer's own step: give it the fastest one there is

@@ -162,7 +162,7 @@ def _groups(params: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
     return [{"params": params[i::GROUPS], "lr": 1e-3 * (i + 1)} for i in range(GROUPS)]
 
 
-def _mpcore(device: torch.device, backend: str, tensors: int, bare: bool, *, clip: bool) -> _Steps:
+def _mpcore(device: torch.device, backend: Any, tensors: int, bare: bool, *, clip: bool) -> _Steps:
     params = _params(device, torch.float16, tensors)
     inner = torch.optim.AdamW(_groups(params), **ADAMW)
     kind = _Stubbed if bare else MixedPrecisionOptimizer

@@ -143,6 +143,11 @@ def to_csv(result: BenchResult) -> str:
     return text.getvalue()
 
 
+def records(result: BenchResult) -> list[dict[str, object]]:
+    """Returns every number of every row and parameter list, as the CSV has them."""
+    return [_fields(result, outcome) for outcome in result.outcomes]
+
+
 def _fields(result: BenchResult, outcome: Outcome) -> dict[str, object]:
     row, listed, times = outcome.row, outcome.listed, outcome.times
     # csv writes None as an empty field

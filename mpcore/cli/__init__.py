@@ -18,7 +18,7 @@ def main() -> None:
     try:
         from mpcore.cli.commands import app
 
-        app()  # the commands import what they need when they run
+        app(prog_name="mpcore")  # the commands import what they need when they run
     except ModuleNotFoundError as error:
         sys.exit(missing_extra(error))
 

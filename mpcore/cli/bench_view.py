@@ -9,19 +9,20 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from mpcore.bench.experiment import BenchSettings, check_settings, run_bench
+from mpcore.bench.experiment import BenchResult, BenchSettings, check_settings, run_bench
 from mpcore.bench.host import host_table, run_host
-from mpcore.bench.report import bytes_table, notes, time_table, to_csv
+from mpcore.bench.report import bytes_table, notes, records, time_table, to_csv
 from mpcore.bench.shapes import parse
 from mpcore.bench.training import TrainSettings, run_training, train_table
+from mpcore.cli.json_view import to_json
 from mpcore.cli.output import Bars, check_writable, progress_on, show_table
 from mpcore.errors import ArgumentError
 
 _SUFFIXES = (".svg", ".png", ".pdf")
 _NO_EFFECT: dict[str | None, tuple[str, ...]] = {
     None: (),
-    "host": ("shapes", "dtype", "rows", "csv", "plot"),
-    "train": ("shapes", "dtype", "backend", "rows", "csv", "plot"),
+    "host": ("shapes", "dtype", "rows", "csv", "plot", "json"),
+    "train": ("shapes", "dtype", "backend", "rows", "csv", "plot", "json"),
 }
 
 
@@ -39,6 +40,7 @@ class BenchOptions:
     quick: bool
     csv: Path | None
     plot: Path | None
+    as_json: bool = False
 
     def settings(self) -> BenchSettings:
         """Returns what to measure.
@@ -67,7 +69,7 @@ class BenchOptions:
             ArgumentError: One was.
         """
         for name in _NO_EFFECT[mode]:
-            given = getattr(self, name)
+            given = (self.as_json or None) if name == "json" else getattr(self, name)
             if given is not None:
                 raise ArgumentError(
                     f"{name}: expected none with --{mode}, where it has no effect, got {given}."
@@ -103,7 +105,7 @@ def show_bench(options: BenchOptions, console: Console) -> None:
 
     Args:
         options: As typed.
-        console: Where to print.
+        console: Where to print; with `as_json` JSON goes to standard output instead.
 
     Raises:
         ArgumentError: An option is impossible; found out before anything runs.
@@ -118,13 +120,13 @@ def show_bench(options: BenchOptions, console: Console) -> None:
                 f"plot: expected a name ending in {', '.join(_SUFFIXES)}, got {options.plot}."
             )
     check_settings(settings)
-    with progress_on(console) as progress:
+    with progress_on(Console(stderr=True)) as progress:
         result = run_bench(settings, Bars(progress))
-    for listed in settings.lists:
-        show_table(time_table(result, listed), console)
-        show_table(bytes_table(result, listed), console)
-    for note in notes(result):
-        console.print(Text(note, style="dim"))
+    if options.as_json:
+        print(to_json({"machine": result.machine, "rows": records(result)}))
+        console = Console(stderr=True)
+    else:
+        _show_tables(settings, result, console)
     if options.csv is not None:
         options.csv.write_text(to_csv(result), encoding="utf-8")
         _say_written(options.csv, console)
@@ -133,6 +135,14 @@ def show_bench(options: BenchOptions, console: Console) -> None:
 
         save_figure(result, options.plot)
         _say_written(options.plot, console)
+
+
+def _show_tables(settings: BenchSettings, result: BenchResult, console: Console) -> None:
+    for listed in settings.lists:
+        show_table(time_table(result, listed), console)
+        show_table(bytes_table(result, listed), console)
+    for note in notes(result):
+        console.print(Text(note, style="dim"))
 
 
 def show_host(options: BenchOptions, console: Console) -> None:

@@ -14,12 +14,14 @@ from rich.console import Console
 
 import mpcore
 from mpcore.cli.doctor_view import show_diagnosis
+from mpcore.cli.user_code import UserCodeError
 from mpcore.doctor import diagnose
 from mpcore.errors import ArgumentError, MpcoreError
 
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
+
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="16-bit training with FP32 masters and loss scaling.",
 )
@@ -89,10 +91,9 @@ def bench(
         str | None, typer.Option(help="Of the mpcore rows.", show_default="auto")
     ] = None,
     rows: Annotated[str | None, typer.Option(help="Which rows; commas.")] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Small and short: does it run at all?")
-    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Does it run at all?")] = False,
     csv: Annotated[Path | None, typer.Option(help="Write the numbers as CSV.")] = None,
+    as_json: _Json = False,
     plot: Annotated[Path | None, typer.Option(help="Write a plot: .svg, .png or .pdf.")] = None,
     host: Annotated[
         bool, typer.Option("--host", help="Host time per step, kernels left out, instead.")
@@ -116,6 +117,7 @@ def bench(
             quick=quick,
             csv=csv,
             plot=plot,
+            as_json=as_json,
         )
         options.refuse_what_has_no_effect(_mode(host, train))
         show = show_host if host else show_training if train else show_bench
@@ -176,6 +178,7 @@ def compare_command(
     output: Annotated[Path, typer.Option(help="Where to write the report.")] = Path(
         "mpcore-compare.html"
     ),
+    as_json: _Json = False,
 ) -> None:
     """Train your own loop in FP32 and in 16 bits with the same seeds: do they agree?"""
     with _errors_in_one_line():
@@ -189,6 +192,7 @@ def compare_command(
             higher_is_better=higher_is_better,
             margin=margin,
             output=output,
+            as_json=as_json,
         )
         compare_and_show(target, options, Console())
 
@@ -202,18 +206,17 @@ def report(
         "mpcore-report.html"
     ),
     title: Annotated[str, typer.Option(help="Of the report.")] = "What the monitor saw",
+    as_json: _Json = False,
 ) -> None:
     """Turn what a monitor wrote into one HTML file: losses, scales, skips, gradients, layers."""
     with _errors_in_one_line():
         from mpcore.cli.report_view import write_report
 
-        write_report(runs, output, title, Console())
+        write_report(runs, output, title, None if as_json else Console())
 
 
 @app.command()
-def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
-) -> None:
+def doctor(as_json: _Json = False) -> None:
     """Show what this machine can do, which 16-bit format suits it and which backend will run."""
     with _errors_in_one_line():
         diagnosis = diagnose()
@@ -225,9 +228,17 @@ def doctor(
 
 @contextmanager
 def _errors_in_one_line() -> Iterator[None]:
-    """Ends the program with status 2 and the message of a user's error, without a traceback."""
+    """Ends the program with a user's error: status 2, and no traceback but that of their own code.
+
+    An interrupted one ends with status 130, as shells have it.
+    """
     try:
         yield
     except MpcoreError as error:
         typer.echo(f"mpcore: {error}", err=True)
         raise typer.Exit(2) from error
+    except UserCodeError as error:
+        typer.echo(f"{error.lines}\nmpcore: {error}".lstrip(), err=True)
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt as error:
+        raise typer.Exit(130) from error

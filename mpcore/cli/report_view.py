@@ -9,20 +9,21 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from mpcore.cli.json_view import run_facts, to_json
 from mpcore.cli.output import check_writable, show_table
 from mpcore.errors import ArgumentError
 from mpcore.monitoring.run_log import RunLog
 from mpcore.report.run_page import render_runs, summary_table
 
 
-def write_report(runs: Sequence[Path], output: Path, title: str, console: Console) -> None:
+def write_report(runs: Sequence[Path], output: Path, title: str, console: Console | None) -> None:
     """Reads the files of runs, prints what they come to and writes their page.
 
     Args:
         runs: What `mpcore.JsonLines` wrote.
         output: Where to write the page.
         title: Of the page.
-        console: Where to print.
+        console: Where to print; None: as JSON to standard output.
 
     Raises:
         ArgumentError: A file is none of a run, or the page cannot be written.
@@ -34,6 +35,9 @@ def write_report(runs: Sequence[Path], output: Path, title: str, console: Consol
             raise ArgumentError(f"runs: expected records, got none in {path}. Was a step made?")
     logs = [replace(log, name=name) for log, name in zip(logs, names_of(runs), strict=True)]
     output.write_text(render_runs(logs, title), encoding="utf-8")
+    if console is None:
+        print(to_json({"runs": [run_facts(log) for log in logs], "report": str(output)}))
+        return
     show_table(replace(summary_table(logs), title=title), console)
     console.print("Report: ", end="")
     console.print(Text(str(output), "bold"), soft_wrap=True)

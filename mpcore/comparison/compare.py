@@ -32,6 +32,7 @@ def compare(
     every: int = 20,
     activations: bool = True,
     on_run: Listener | None = None,
+    on_seed: Callable[[Comparison], object] | None = None,
 ) -> Comparison:
     """Trains under FP32 and under each policy with the same seeds; as long as that takes.
 
@@ -50,6 +51,8 @@ def compare(
             with `torch.autograd.graph.saved_tensors_hooks`, which `torch.func` refuses to run
             under: pass False for such a loop, and for one with hooks of its own around `backward`.
         on_run: Is told the label and the seed of each run before it begins.
+        on_seed: Is told, after each seed, what all seeds so far have given: what is there is kept
+            if the next one is interrupted.
 
     Returns:
         Metrics, verdicts, curves, times and bytes.
@@ -87,7 +90,7 @@ def compare(
     check_count("every", every)
     if len(chosen) > 1:
         check_scipy()
-    outcomes = []
+    outcomes: list[Outcome] = []
     with _generators_kept():
         for seed in chosen:  # all policies in turn, so that a slow hour slows each of them
             for contender in (BASELINE, *others):
@@ -95,7 +98,10 @@ def compare(
                     on_run(contender.label, seed)
                 run = TrainingRun(contender, seed, every, counts_activations=activations)
                 outcomes.append(_run(train, run))
-    return Comparison(metric, higher_is_better, margin, tuple(outcomes))
+            found = Comparison(metric, higher_is_better, margin, tuple(outcomes))
+            if on_seed is not None:
+                on_seed(found)
+    return found
 
 
 def _run(train: Train, run: TrainingRun) -> Outcome:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -117,7 +117,7 @@ class TrainingRun:
                 "prepare(): expected one call in each run, got a second one. Use what the first "
                 "returned; several models train as param groups of one optimizer."
             )
-        path = "general" if self._contender == BASELINE else "auto"
+        path: Literal["general", "auto"] = "general" if self._contender == BASELINE else "auto"
         wrapped = MixedPrecisionOptimizer(optimizer, self._contender.loss_scale, path=path)
         model = self.policy.apply(model, wrapped, overrides=overrides)
         monitor = _RunMonitor(wrapped, model, every=self._every, sinks=[self._records.append])

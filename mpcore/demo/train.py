@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -146,9 +147,12 @@ def train_gpt(
     """
     started = time.perf_counter()
     loop = _Loop(regime, settings, corpus, seed)
-    for step in range(settings.steps):
-        loop.step(step)
-        on_step(step + 1, loop.train_losses[-1])
+    with warnings.catch_warnings():
+        # what it warns of is what the regime without a loss scale is there to show
+        warnings.filterwarnings("ignore", "float16 gradients flush to 0")
+        for step in range(settings.steps):
+            loop.step(step)
+            on_step(step + 1, loop.train_losses[-1])
     return Run(
         regime=regime,
         seed=seed,

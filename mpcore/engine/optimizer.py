@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -93,9 +93,9 @@ class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, InnerMethods,
         optimizer: torch.optim.Optimizer,
         loss_scale: LossScale = DynamicLossScale(),  # noqa: B008 - a frozen value
         *,
-        backend: str = "auto",
-        path: str = "auto",
-        on_weight_edit: str = "adopt",
+        backend: Literal["auto", "reference", "cpu", "compiled", "triton"] = "auto",
+        path: Literal["auto", "fused", "general"] = "auto",
+        on_weight_edit: Literal["adopt", "always", "raise"] = "adopt",
         ranks: Ranks | None = None,
     ) -> None:
         check_inner(optimizer, MixedPrecisionOptimizer)

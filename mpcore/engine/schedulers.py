@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
 from mpcore.base import outside_graphs
 
 
 class _Scheduler(Protocol):
-    def step(self, *metrics: Any) -> None: ...
+    # a method of any arguments: those of torch's schedulers differ from class to class
+    @property
+    def step(self) -> Callable[..., object]: ...
 
 
 class _Step(Protocol):
