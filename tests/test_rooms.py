@@ -15,7 +15,7 @@ HOUSE = ROOT / "mpcore"
 #: From the ground up. A room imports what lies on lower floors, and what is left of it on its own.
 FLOORS = (
     ("errors", "base"),
-    ("loss_scale", "optim", "updates"),
+    ("loss_scale", "optim", "stores", "updates"),
     ("backends", "ranks"),
     ("masters",),
     ("checkpoint",),
@@ -25,7 +25,7 @@ FLOORS = (
 )
 ROOMS = [room for floor in FLOORS for room in floor]
 #: Rooms of which others see what `__init__.py` names, and nothing else.
-FACED = ("base", "loss_scale", "updates", "backends", "masters", "checkpoint", "engine")
+FACED = ("base", "loss_scale", "stores", "updates", "backends", "masters", "checkpoint", "engine")
 FACED += ("amp", "precision", "ranks")
 #: Modules that only show a name of a room where the documentation has it.
 DOORS = sorted(path.stem for path in HOUSE.glob("*.py") if path.stem not in (*ROOMS, "__init__"))

@@ -25,6 +25,7 @@ class AdagradRule(UpdateRule):
     moment_counts = (1,)
     keeps_steps = True
     has_torch_kernel = True
+    never_negative = frozenset({"sum"})
 
     def moments(self, group: Mapping[str, Any]) -> tuple[str, ...]:
         """The sum of squares."""

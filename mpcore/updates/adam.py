@@ -30,6 +30,7 @@ class AdamRule(UpdateRule):
     moment_counts = (2, 3)
     keeps_steps = True
     has_torch_kernel = True
+    never_negative = frozenset({"exp_avg_sq", "max_exp_avg_sq"})
 
     def why_not(self, group: Mapping[str, Any]) -> str | None:
         """Early releases of torch did not say in a group whether the decay is decoupled."""

@@ -34,6 +34,7 @@ class UpdateRule(ABC):
         moment_counts: How many moments there may be, as options want it.
         keeps_steps: Whether the optimizer's own state has a step count.
         has_torch_kernel: Whether torch has a fused CPU kernel for it.
+        never_negative: Names of moments whose elements are 0 or above: sums of squares.
     """
 
     name: ClassVar[str]
@@ -42,6 +43,7 @@ class UpdateRule(ABC):
     moment_counts: ClassVar[tuple[int, ...]]
     keeps_steps: ClassVar[bool] = False
     has_torch_kernel: ClassVar[bool] = False
+    never_negative: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
     def moments(self, group: Mapping[str, Any]) -> tuple[str, ...]:
