@@ -180,12 +180,13 @@ def float32_state_dict(model: nn.Module, optimizer: MixedPrecisionOptimizer) -> 
         >>> torch.equal(float32_state_dict(model, optimizer)["weight"], weight)
         True
     """
+    optimizer._masters.take_over_edits(optimizer.state, optimizer.param_groups)
     values = {}
     for name, value in model.state_dict(keep_vars=True).items():
         if not isinstance(value, Tensor):
             values[name] = value
             continue
-        held = optimizer.state.get(value, {}).get("master", value).detach()
+        held = optimizer._masters.value_of(value).detach()
         values[name] = held.float() if held.dtype in SIXTEEN_BIT else held
     return values
 

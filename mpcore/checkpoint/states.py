@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from mpcore.base import SIXTEEN_BIT, any_dtensor, map_tensors, sharded_like
+from mpcore.checkpoint.entries import check_complete, check_kinds, check_state, known_names
 from mpcore.checkpoint.section import SECTION
 from mpcore.errors import ArgumentError
-from mpcore.masters import Groups
-from mpcore.updates import UpdateRule, rules_of
+from mpcore.masters import Groups, HeldMasters
+from mpcore.updates import rules_of
 
 State = dict[str, Any]
 # what else is in a param group
@@ -36,7 +37,9 @@ class Saved(NamedTuple):
     param_of: dict[Any, Tensor]
 
 
-def read_states(state_dict: State, inner: torch.optim.Optimizer, *, stepped: bool = False) -> Saved:
+def read_states(
+    state_dict: State, inner: torch.optim.Optimizer, held: HeldMasters, *, stepped: bool = False
+) -> Saved:
     """Returns the states and options of a state_dict, checked; no host sync.
 
     Parameters that have names on both sides are matched by name, whatever their order and groups;
@@ -45,6 +48,7 @@ def read_states(state_dict: State, inner: torch.optim.Optimizer, *, stepped: boo
     Args:
         state_dict: As from `MixedPrecisionOptimizer.state_dict()`.
         inner: The wrapped optimizer. States of one that has an update rule are checked key by key.
+        held: How masters are kept: they may be saved so, or in float32.
         stepped: Whether steps were taken, so that somewhere there have to be moments.
 
     Raises:
@@ -56,23 +60,23 @@ def read_states(state_dict: State, inner: torch.optim.Optimizer, *, stepped: boo
     matches = _matched(groups, saved_groups)
     sources = [(f'state_dict["param_groups"][{n}]', saved_groups[n]) for _, n in matches]
     for (where, saved), group in zip(sources, groups, strict=True):
-        _check_kinds(where, saved, group, inner.defaults)
+        check_kinds(where, saved, group, inner.defaults)
     states: dict[Tensor, State] = {}
     for group, rule, (indices, source) in zip(groups, rules, matches, strict=True):
         for param, index in zip(group["params"], indices, strict=True):
             if index in saved_states:
                 where = f'state_dict["state"][{index}]'
                 saved_group = {**group, **saved_groups[source]}
-                names = None if rule is None else _known_names(rule, saved_group)
-                _check_state(where, saved_states[index], param, names)
-                _check_complete(where, saved_states[index], rule, names)
+                names = None if rule is None else known_names(rule, saved_group, held)
+                check_state(where, saved_states[index], param, names, held)
+                check_complete(where, saved_states[index], rule, names)
                 on_device = bool(group.get("capturable") or group.get("fused"))
                 states[param] = _for(param, saved_states[index], on_device)
     foreign = set(saved_states) - {index for indices, _ in matches for index in indices}
     by_number = all(type(index) is int for indices, _ in matches for index in indices)
     pairs = zip(groups, rules, strict=True)
     moments = {n for group, rule in pairs if rule is not None for n in rule.moments(group)}
-    known = {"master", "step", *moments}
+    known = {*held.names, "step", *moments}
     others = {
         key
         for key in foreign  # torch keeps what belongs to no parameter in the same dictionary
@@ -83,12 +87,12 @@ def read_states(state_dict: State, inner: torch.optim.Optimizer, *, stepped: boo
             'state_dict["state"]: expected states of the parameters of its groups, got '
             f"{foreign - others}."
         )
-    options = _filled(inner, sources, states)
+    options = _filled(inner, sources, states, held)
     home = groups[0]["params"][0].device if groups and groups[0]["params"] else torch.device("cpu")
     kept = {key: _moved(saved_states[key], home, True) for key in others}
     if stepped:
         params = [param for group in groups for param in group["params"]]
-        _check_not_left_out(states, moments, params)
+        _check_not_left_out(states, moments, params, held)
     param_of = {
         index: param
         for group, (indices, _) in zip(groups, matches, strict=True)
@@ -166,7 +170,10 @@ def _matched_by_name(groups: Groups, saved_groups: list[State]) -> list[tuple[li
 
 
 def _filled(
-    inner: torch.optim.Optimizer, sources: list[tuple[str, State]], states: dict[Tensor, State]
+    inner: torch.optim.Optimizer,
+    sources: list[tuple[str, State]],
+    states: dict[Tensor, State],
+    held: HeldMasters,
 ) -> list[State]:
     """Returns the options of each group; they and `states` as this version of torch wants them.
 
@@ -183,7 +190,7 @@ def _filled(
         for (where, saved), group in zip(sources, groups, strict=True)
     ]
     given = [{**own, "params": group["params"]} for own, group in zip(options, groups, strict=True)]
-    plain = {p: {k: v for k, v in s.items() if k != "master"} for p, s in states.items()}
+    plain = {param: held.without_parts(state) for param, state in states.items()}
     state = defaultdict(dict, {param: values for param, values in plain.items() if values})
     stand_in: Any = type(inner).__new__(type(inner))
     stand_in.__dict__.update(inner.__dict__, defaults=dict(inner.defaults))
@@ -215,94 +222,14 @@ def _own_options(where: str, saved: State, group: State) -> State:
     return options
 
 
-def _check_kinds(where: str, saved: State, group: State, defaults: State) -> None:
-    """Raises if an option that is there is of another kind than that of now."""
-    for name in defaults:
-        current = group.get(name)
-        if name in saved and _kind(current) is not None and _kind(saved[name]) != _kind(current):
-            raise ArgumentError(
-                f"{where}[{name!r}]: expected something like {current!r}, got {saved[name]!r}."
-            )
-
-
-def _kind(value: Any) -> Any:
-    """Returns what two values of one option have in common; None for what may be anything."""
-    if isinstance(value, bool):
-        return "bool"
-    if isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1):
-        return "number"
-    if isinstance(value, (list, tuple)):
-        return tuple(_kind(item) for item in value)
-    return None
-
-
-def _known_names(rule: UpdateRule, group: State) -> dict[str, bool]:
-    """Returns what a state may hold under an update rule: name -> whether of the master's shape."""
-    return {**dict.fromkeys(rule.moments(group), True), "step": False, "master": True}
-
-
-def _check_state(where: str, saved: State, param: Tensor, names: dict[str, bool] | None) -> None:
-    """Raises, naming the key, unless a state is one of `param`."""
-    wide = torch.float64 if param.dtype == torch.float64 else torch.float32
-    # one that was never stepped has no master, and the moments that its optimizer made
-    dtypes = {wide} if saved.get("master") is not None else {wide, param.dtype}
-    for key, value in saved.items():
-        if key == "master" and value is not None and param.dtype not in SIXTEEN_BIT:
-            raise ArgumentError(
-                f"{where}[{key!r}]: expected none, since the parameter is {param.dtype}, got one. "
-                "Cast the model to the 16-bit dtype that was saved first."
-            )
-        if key != "master" and names is None:
-            continue  # an optimizer of its own: nobody knows what it keeps
-        if names is not None and key not in names:
-            raise ArgumentError(f"{where}: expected the keys {list(names)}, got {key!r} too.")
-        if key == "step":
-            if _kind(value) != "number":
-                raise ArgumentError(f"{where}[{key!r}]: expected a number, got {value!r}.")
-        elif hasattr(value, "placements") and not hasattr(param, "placements"):
-            raise ArgumentError(
-                f"{where}[{key!r}]: expected a tensor, since the parameter is one, got a DTensor. "
-                "torch.distributed.checkpoint loads what was saved sharded into any layout."
-            )
-        elif _mesh_of(value) not in (None, _mesh_of(param)):
-            raise ArgumentError(
-                f"{where}[{key!r}]: expected a DTensor over the mesh of the parameter, got another "
-                "mesh. torch.distributed.checkpoint loads what was saved into any layout."
-            )
-        elif (value is not None or key == "master") and (
-            not isinstance(value, Tensor) or value.dtype not in dtypes or value.shape != param.shape
-        ):
-            got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
-            raise ArgumentError(
-                f"{where}[{key!r}]: expected a {wide} tensor of shape {list(param.shape)}, got "
-                f"{got}."
-            )
-
-
-def _mesh_of(value: Any) -> Any:
-    return getattr(value, "device_mesh", None)
-
-
-def _check_complete(
-    where: str, saved: State, rule: UpdateRule | None, names: dict[str, bool] | None
-) -> None:
-    """Raises if one of the values that were made together is missing."""
-    if rule is None or names is None:
-        return
-    wanted = [name for name, is_moment in names.items() if is_moment and name != "master"]
-    wanted += ["step"] if rule.keeps_steps else []
-    missing = [name for name in wanted if saved.get(name) is None]
-    if missing and len(missing) < len(wanted):
-        raise ArgumentError(f"{where}: expected the keys {wanted}, got none for {missing}.")
-
-
 def _check_not_left_out(
-    states: dict[Tensor, State], moments: set[str], params: Sequence[Tensor]
+    states: dict[Tensor, State], moments: set[str], params: Sequence[Tensor], held: HeldMasters
 ) -> None:
     """Raises if no parameter has masters or moments that there must be after a step."""
     found = {name for state in states.values() for name, v in state.items() if v is not None}
     stepped = list(states) or params
-    wanted = {"master"} if any(param.dtype in SIXTEEN_BIT for param in stepped) else set()
+    any_half = any(param.dtype in SIXTEEN_BIT for param in stepped)
+    wanted = {"master"} if any_half and found.isdisjoint(held.names) else set()
     if not moments & found:
         wanted |= moments
     missing = sorted(wanted - found)

@@ -113,7 +113,7 @@ class Exposure:
             master = self._masters.of(param)
             fits = (
                 grad.dtype == master.dtype
-                and grad.stride() == master.stride()
+                and grad.stride() == self._masters.layout_of(param).stride()
                 and master.grad is grad
             )
             if grad is known and now == writes and fits:
@@ -128,7 +128,8 @@ class Exposure:
         """Makes a tensor that somebody put into `p.grad` one that can be stepped with."""
         there = grad
         grad = own_memory(param, grad.detach() if grad.requires_grad else grad)
-        grad = laid_out_like(master, grad if grad.dtype == master.dtype else grad.to(master.dtype))
+        grad = grad if grad.dtype == master.dtype else grad.to(master.dtype)
+        grad = laid_out_like(self._masters.layout_of(param), grad)
         if HAS_GRAD_DTYPE or grad.dtype == param.dtype:
             param.grad = grad
         else:

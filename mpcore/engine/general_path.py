@@ -8,7 +8,7 @@ one host sync.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -81,19 +81,22 @@ class GeneralPath:
             found_inf: 0-d, non-zero: skip.
             numbers: Of the groups; None: all. The others are neither stepped nor rounded.
         """
-        if takes_found_inf(self.inner, map(self.masters.of, params)):
-            self._step_on_device(found_inf, numbers)
-        elif bool(found_inf):
+        on_device = takes_found_inf(self.inner, map(self.masters.of, params))
+        if not on_device and bool(found_inf):
             return
-        else:
-            self._step_inner(numbers=numbers)
-        self.write_weights(found_inf, self._saturated, numbers)
+        with self.masters.decoded(self._with_master(numbers)):
+            if on_device:
+                self._step_on_device(found_inf, numbers)
+            else:
+                self._step_inner(numbers=numbers)
+            self.write_weights(found_inf, self._saturated, numbers)
         self.link_state(numbers)
 
     def step_without_gradients(self, numbers: Groupings = None) -> None:
         """Lets the inner optimizer do what it does without gradients: usually nothing."""
-        self._step_inner(numbers=numbers)
-        self._take_results()
+        with self.masters.decoded():
+            self._step_inner(numbers=numbers)
+            self._take_results()
         self._writes.end()
 
     def call_inner(self, adopt: Callable[[], None], method: Callable[[], Any]) -> Any:
@@ -112,13 +115,14 @@ class GeneralPath:
 
     def call_over_masters(self, method: Callable[[], Any]) -> Any:
         """Calls a method of the inner optimizer over masters, and rounds them into weights."""
-        self.stepping = True
-        try:
-            with self.masters.in_groups():
-                result = method()
-        finally:
-            self.stepping = False
-        self._take_results()
+        with self.masters.decoded():
+            self.stepping = True
+            try:
+                with self.masters.in_groups():
+                    result = method()
+            finally:
+                self.stepping = False
+            self._take_results()
         return result
 
     def _take_results(self) -> None:
@@ -131,14 +135,15 @@ class GeneralPath:
         """Steps over all-zero gradients so that the inner state exists, and changes no weight."""
         gradients.apply()
         targets = [self.masters.of(param) for param in gradients.params]
-        before = [target.detach().clone() for target in targets]
-        try:
-            self._step_inner()
-        finally:
-            with torch.no_grad():
-                for target, value in zip(targets, before, strict=True):
-                    target.copy_(value)
-            gradients.release()
+        with self.masters.decoded():
+            before = [target.detach().clone() for target in targets]
+            try:
+                self._step_inner()
+            finally:
+                with torch.no_grad():
+                    for target, value in zip(targets, before, strict=True):
+                        target.copy_(value)
+                gradients.release()
         self.link_state()
         self._writes.end()
 
@@ -188,10 +193,11 @@ class GeneralPath:
             return last[0]
 
         try:
-            result = self._step_inner(evaluate)
-            if not evaluated:
-                raise called
-            self.write_weights(last[1].found_inf(), self._saturated)
+            with self.masters.decoded():
+                result = self._step_inner(evaluate)
+                if not evaluated:
+                    raise called
+                self.write_weights(last[1].found_inf(), self._saturated)
         except _Overflow:
             before.restore()
             result = last[0]
@@ -259,26 +265,14 @@ class GeneralPath:
             saturated: 0-d int64, counts weights clamped to the finite maximum.
             numbers: Of groups; None: every master.
         """
-        pairs: Iterable[tuple[Tensor, Tensor]] = self.masters.items()
-        if numbers is not None:
-            every = ((param, self.masters.of(param)) for param in self._params(numbers))
-            pairs = [(param, master) for param, master in every if master is not param]
-        by_device: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
-        for param, master in pairs:
-            by_device.setdefault(param.device, []).append((master, param))
-        for device, here in by_device.items():
-            count = torch.zeros_like(saturated, device=device)
-            self._backend.cast_into(
-                [master for master, _ in here],
-                [param for _, param in here],
-                found_inf.to(device, non_blocking=True),
-                count,
-            )
-            saturated.add_(count.to(saturated.device, non_blocking=True))
+        some = self._with_master(numbers)
+        self.masters.write_weights(self._backend, found_inf, saturated, some)
+
+    def _with_master(self, numbers: Groupings) -> list[Tensor] | None:
+        """Returns the parameters of some groups that have a master; None: of all."""
         if numbers is None:
-            self.masters.note_weights()
-        else:
-            self.masters.note(param for param, _ in pairs)
+            return None
+        return [p for p in self._params(numbers) if self.masters.of(p) is not p]
 
     def _step_on_device(self, found_inf: Tensor, numbers: Groupings) -> None:
         # torch's fused kernels skip on exactly 1.0; the attributes are its GradScaler's protocol

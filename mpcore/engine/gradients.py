@@ -112,7 +112,8 @@ class StepGradients:
             flags = torch.zeros_like(bucket.own_flags())
             first, rest = flags.tensor_split([len(bucket.with_master)])
             if not self.applied:
-                buffers = [torch.empty_like(self._masters.of(p)) for p in bucket.with_master]
+                like = map(self._masters.layout_of, bucket.with_master)
+                buffers = [torch.empty_like(one, dtype=torch.float32) for one in like]
                 halves = grads_of(bucket.with_master)
                 grads = [laid_out_like(b, g) for b, g in zip(buffers, halves, strict=True)]
                 for param, grad in zip(bucket.without, grads_of(bucket.without), strict=True):
@@ -248,7 +249,8 @@ class StepGradients:
         grads = self._stored(params)
         if self.applied or (grads.are_contiguous and all(map(Tensor.is_contiguous, params))):
             return grads
-        return [laid_out_like(self._masters.of(p), g) for p, g in zip(params, grads, strict=True)]
+        like = map(self._masters.layout_of, params)
+        return [laid_out_like(one, grad) for one, grad in zip(like, grads, strict=True)]
 
     def flags(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields (parameter, 0-d int32 flag) for every gradient, in the order of `params`."""

@@ -6,10 +6,8 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from mpcore.base import outside_graphs, outside_graphs_step
-from mpcore.checkpoint import read_section, read_states, read_sums, section_in
 from mpcore.engine.backward_passes import BackwardPasses
 from mpcore.engine.external import External
 from mpcore.engine.gradients import StepGradients
@@ -17,7 +15,7 @@ from mpcore.engine.idle_watch import IdleWatch
 from mpcore.engine.inner_methods import InnerMethods
 from mpcore.engine.paths import GroupPath, Paths, check_path
 from mpcore.engine.readings import Readings
-from mpcore.engine.saving import add_section, take_over_edits
+from mpcore.engine.saving import Saving, add_section, take_over_edits
 from mpcore.engine.stage import Stage
 from mpcore.engine.step_ranks import StepRanks
 from mpcore.engine.step_result import StepResult
@@ -31,17 +29,19 @@ from mpcore.loss_scale import (
     LossScaleTensors,
     check_loss_scale,
     initial_state,
-    resumed_state,
 )
-from mpcore.masters import WeightEdits, Writes, check_inner, check_rule, check_shared
+from mpcore.masters import WeightEdits, Writes, check_inner
 from mpcore.ranks import Ranks, check_ranks
 
 
-class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, InnerMethods, OptimizerWrapper):
+class MixedPrecisionOptimizer(
+    BackwardPasses, Unscaling, Readings, InnerMethods, Saving, OptimizerWrapper
+):
     """Wraps an optimizer: FP32 masters for 16-bit parameters, loss scaling, skipped overflows.
 
     It is a `torch.optim.Optimizer` and shares `param_groups` with the one it wraps, so LR
-    schedulers on either drive it. `state[p]["master"]` is the float32 master of a 16-bit `p`.
+    schedulers on either drive it. `state[p]["master"]` is the float32 master of a 16-bit `p`,
+    `float32_state(p)` a copy of master and moments however they lie in memory.
 
     Args:
         optimizer: Any `torch.optim.Optimizer` but SparseAdam; best made from
@@ -57,6 +57,9 @@ class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, InnerMethods,
             writes through `.data` and NumPy. "raise": a StageError; a comparison then syncs.
         ranks: `mpcore.Ranks(...)`: the ranks that skip, clip and move the loss scale as one. None:
             those of the meshes of DTensors; without any, this process decides alone.
+        masters: How masters lie in memory. "float32": as tensors. "split": the weight is the upper
+            half of its master, an int16 `state[p]["remainder"]` the lower one, 2 bytes a parameter
+            less; the same bits but for float16 below 2^-16. See docs/memory.md.
 
     Raises:
         ArgumentTypeError: `optimizer` or `loss_scale` is something else.
@@ -97,13 +100,13 @@ class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, InnerMethods,
         path: Literal["auto", "fused", "general"] = "auto",
         on_weight_edit: Literal["adopt", "always", "raise"] = "adopt",
         ranks: Ranks | None = None,
+        masters: Literal["float32", "split"] = "float32",
     ) -> None:
         check_inner(optimizer, MixedPrecisionOptimizer)
         check_loss_scale(loss_scale)
         check_path(path)
-        self.on_weight_edit = check_rule(on_weight_edit)
         self.ranks = check_ranks(ranks)
-        super().__init__(optimizer, backend)
+        super().__init__(optimizer, backend, masters, on_weight_edit)
         self.loss_scaling = loss_scale
         self._path = path
         home = next((param.device for param in self._params()), torch.device("cpu"))
@@ -122,7 +125,11 @@ class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, InnerMethods,
         self._climb = None
         self._idle = IdleWatch()
         self._edits = WeightEdits(
-            self.on_weight_edit, self._masters, self._module, self.param_groups
+            self.on_weight_edit,
+            self._masters,
+            self._module,
+            self.param_groups,
+            self._saturated,
         )
         self._paths = Paths(
             asked=self._path,
@@ -278,50 +285,6 @@ class MixedPrecisionOptimizer(BackwardPasses, Unscaling, Readings, InnerMethods,
         finally:
             super().zero_grad(set_to_none)
             self._stage.note_cleared(set_to_none)
-
-    @outside_graphs
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned, in its dtypes; syncs only if masters are shared.
-
-        The settings of the loss scale stay those of this object: a saved scale outside its bounds
-        is moved into them, and a scale that never moves stays. Load the model's weights as
-        well: masters come from here, weights from the model.
-
-        Args:
-            state_dict: Left as it is.
-
-        Raises:
-            ArgumentError: It does not fit, or another optimizer that shares a parameter has loaded
-                another master of it; nothing has changed then.
-        """
-        state_dict = dict(state_dict)
-        for before in self._optimizer_load_state_dict_pre_hooks.values():
-            changed = before(self, state_dict)
-            state_dict = state_dict if changed is None else changed
-        saved = read_section(state_dict, self._losses)
-        stepped = saved.loss_scale.steps > saved.loss_scale.skipped_steps
-        options, states, param_of = read_states(state_dict, self.inner, stepped=stepped)
-        sums = section_in(state_dict).get("accumulated")
-        accumulated = read_sums(sums, param_of, self._losses.each, self._scale.scale.device)
-        saved_states = [(p, state) for p, state in states.items() if isinstance(p, Tensor)]
-        masters = {param: state["master"] for param, state in saved_states if "master" in state}
-        check_shared(self._masters, masters, self.param_groups, loaded=True)
-        self._writes.begin()
-        for group, saved_options in zip(self.param_groups, options, strict=True):
-            group.update(saved_options)
-        self._masters.replace_state(states)
-        self._edits.forget()
-        resumed = resumed_state(self.loss_scaling, saved.loss_scale)
-        self._scale.assign_(resumed)
-        self._saturated.fill_(saved.saturated)
-        self._climb = None
-        self._stage.start_anew(resumed.overflows_at_min)
-        self._stage.resume(accumulated)
-        self._losses.resume(saved.losses, saved.totals)
-        self._began = True
-        self._writes.end()
-        for after in self._optimizer_load_state_dict_post_hooks.values():
-            after(self)
 
     def __getstate__(self) -> dict[str, Any]:
         self._check_between_steps("copying it")

@@ -47,13 +47,20 @@ class GroupPath(NamedTuple):
         return f"{self.path}: {self.reason}"
 
 
-def choose_paths(asked: str, inner: torch.optim.Optimizer, backend: str) -> tuple[GroupPath, ...]:
+#: How masters may be kept where an update is fused.
+FUSED_STORES = ("float32",)
+
+
+def choose_paths(
+    asked: str, inner: torch.optim.Optimizer, backend: str, store: str
+) -> tuple[GroupPath, ...]:
     """Returns the path of each param group, which does not depend on the others; no host sync.
 
     Args:
         asked: "auto", "fused" or "general".
         inner: The wrapped optimizer.
         backend: Its name. The reference backend is an oracle and fuses only when asked to.
+        store: How masters are kept.
 
     Raises:
         ArgumentError: "fused" was asked for and cannot be taken.
@@ -64,7 +71,7 @@ def choose_paths(asked: str, inner: torch.optim.Optimizer, backend: str) -> tupl
     if asked == "auto" and backend == "reference":
         reason = 'the reference backend fuses only if path is "fused"'
         return tuple(GroupPath("general", reason) for _ in groups)
-    reasons = _reasons(inner, backend)
+    reasons = _reasons(inner, backend, store)
     stopped = next((i for i, reason in enumerate(reasons) if reason is not None), None)
     if asked == "fused" and stopped is not None:
         raise ArgumentError(
@@ -96,12 +103,13 @@ def _signature(inner: torch.optim.Optimizer, version: int) -> list[Any]:
     return found
 
 
-def _reasons(inner: torch.optim.Optimizer, backend: str) -> list[str | None]:
+def _reasons(inner: torch.optim.Optimizer, backend: str, store: str) -> list[str | None]:
     """Returns per group why its step cannot be fused, or None."""
     found: list[str | None] = []
+    unknown = None if store in FUSED_STORES else f"no fused update for masters={store!r}"
     for part in parts_of(inner):
         rule = rule_of(part)
-        hooked = _why_step_must_run(inner) or _why_step_must_run(part)
+        hooked = unknown or _why_step_must_run(inner) or _why_step_must_run(part)
         for group in part.param_groups:
             if rule is None:
                 found.append(f"no fused update for {type(part).__name__}")
@@ -199,7 +207,9 @@ class Paths:
         """Returns the path of each param group, as options and hooks are now."""
         signature = _signature(self._inner, self._masters.version)
         if signature != self._signature:
-            self._chosen = choose_paths(self._asked, self._inner, self._backend)
+            self._chosen = choose_paths(
+                self._asked, self._inner, self._backend, self._masters.held.store
+            )
             self._signature, self._last = signature, None
             for path in self._fused.values():
                 groups = path.inner.param_groups

@@ -131,7 +131,7 @@ class StepRanks:
             params = self._params()
             self._masters.create_for(param for param in params if param.requires_grad)
             name = partial(name_of, groups=self._groups)
-            agreement.begin(params, name, self._masters.of)
+            agreement.begin(params, name, self._masters.value_of)
         return agreement
 
     def _params(self) -> list[Tensor]:

@@ -59,7 +59,9 @@ def _copy(
     here = coefficient.to(bucket.device, non_blocking=True)
     # which a backend fills, and the look has filled already
     flags = torch.zeros(len(targets), dtype=torch.int32, device=bucket.device)
-    copies = list(map(torch.empty_like, targets))
+    like = map(masters.layout_of, halves)
+    copies = [torch.empty_like(one, dtype=torch.float32) for one in like]
+    copies += map(torch.empty_like, others)
     pairs = [(param, param.grad) for param in (*halves, *others)]
     grads = [laid_out_like(c, g) for c, (_, g) in zip(copies, pairs, strict=True) if g is not None]
     first, rest = flags.tensor_split([len(halves)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -130,7 +131,7 @@ def _held(batch: Batch) -> Batch:
                     f"{other.stride()}. Place masters and moments as their parameter is: "
                     "value.redistribute(placements=param.placements)."
                 )
-    return Batch(masters, weights, moments, batch.steps, batch.groups)
+    return replace(batch, masters=masters, weights=weights, moments=moments)
 
 
 def _laid_out_like(held: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:

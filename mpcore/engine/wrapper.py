@@ -17,7 +17,10 @@ from mpcore.masters import (
     Masters,
     check_group,
     check_original,
+    check_rule,
     check_shared,
+    check_store,
+    hold_masters,
     name_of,
     overwrite,
     stale_weights,
@@ -34,6 +37,8 @@ class OptimizerWrapper(torch.optim.Optimizer):
     Args:
         optimizer: The wrapped optimizer, checked.
         backend: The name that was asked for.
+        masters: How masters are kept.
+        on_weight_edit: What a step does about weights that others wrote to.
     """
 
     #: What copies and pickles carry; a subclass adds to it, the rest follows from it.
@@ -44,15 +49,24 @@ class OptimizerWrapper(torch.optim.Optimizer):
 
     _check_between_steps: Callable[[str], None]
 
-    def __init__(self, optimizer: torch.optim.Optimizer, backend: str) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, backend: str, masters: str, on_weight_edit: str
+    ) -> None:
         # torch's constructor copies the groups it is given; the shared ones replace them
         super().__init__([{"params": []}], {})
         self.inner = optimizer
         self.param_groups = optimizer.param_groups
         self.defaults = optimizer.defaults
         self._device_of = {param: param.device for param in self._params()}
-        self._masters = Masters(optimizer, self.state)
         self._choose_backend(backend)
+        self.on_weight_edit = check_rule(on_weight_edit)
+        check_store(masters, self.backend, on_weight_edit, self._params())
+        self._masters = Masters(optimizer, self.state, hold_masters(masters))
+
+    @property
+    def masters(self) -> str:
+        """How masters lie in memory: "float32" or "split"."""
+        return self._masters.held.store
 
     def _mark_groups(self) -> None:
         for group in self.param_groups:
@@ -142,7 +156,8 @@ class OptimizerWrapper(torch.optim.Optimizer):
 
         `step` does it by itself for weights that somebody wrote to; this is for what it does not
         see (`.data`, NumPy) or does not take (a state that was loaded without its weights, numbers
-        that are not finite).
+        that are not finite). With `masters="split"` weights are a part of the masters: `exact`
+        drops the rest, less than a last place.
 
         Args:
             weights: A state dict of higher precision to take instead, by parameter name; what it

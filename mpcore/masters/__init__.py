@@ -5,8 +5,10 @@ Start with `masters.py`. Its face is what is imported here.
 
 from __future__ import annotations
 
+from mpcore.masters.held_masters import MASTER_KEYS, HeldMasters
 from mpcore.masters.inner_guards import CheckpointGuard, DirectStepGuard
-from mpcore.masters.masters import Groups, Masters, upcast
+from mpcore.masters.masters import Groups, Masters
+from mpcore.masters.packed_masters import check_store, hold_masters
 from mpcore.masters.parameters import (
     check_can_be_stepped,
     check_group,
@@ -19,15 +21,18 @@ from mpcore.masters.parameters import (
 from mpcore.masters.snapshot import Snapshot
 from mpcore.masters.step_plan import StepPlan, make_plan
 from mpcore.masters.sums import Accumulated, MicroBatch, Overflow
+from mpcore.masters.upcast import upcast
 from mpcore.masters.weight_edits import WeightEdits, check_rule
 from mpcore.masters.weights import overwrite, stale_weights, take_weights
 from mpcore.masters.writes import Writes
 
 __all__ = [
+    "MASTER_KEYS",
     "Accumulated",
     "CheckpointGuard",
     "DirectStepGuard",
     "Groups",
+    "HeldMasters",
     "Masters",
     "MicroBatch",
     "Overflow",
@@ -41,6 +46,8 @@ __all__ = [
     "check_original",
     "check_rule",
     "check_shared",
+    "check_store",
+    "hold_masters",
     "make_plan",
     "name_of",
     "names_of",

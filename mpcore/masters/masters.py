@@ -6,80 +6,48 @@ A 16-bit weight loses an update smaller than half its last place; a float32 mast
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mpcore.base import SIXTEEN_BIT, any_dtensor, map_tensors, writes_to
-from mpcore.masters.fitted import FittedMasters
+from mpcore.backends import Backend
+from mpcore.base import SIXTEEN_BIT, writes_to
+from mpcore.masters.held_masters import HeldMasters
 from mpcore.masters.inner_guards import check_shared_groups
+from mpcore.masters.kept_masters import KeptMasters
 from mpcore.masters.shared import NEVER, SUSPECT, Sharing
 from mpcore.masters.shown_state import ShownState
 from mpcore.masters.swapped_groups import swapped
+from mpcore.masters.upcast import upcast
 
 Groups = list[dict[str, Any]]
 
 
-def upcast(value: Any) -> Any:
-    """Returns optimizer state with every 16-bit tensor in it as float32; the rest as it is."""
-    return map_tensors(value, lambda t: t.float() if t.dtype in SIXTEEN_BIT else t)
-
-
-class Masters:
+class Masters(KeptMasters):
     """The FP32 masters of 16-bit parameters, and the optimizer state that goes with them.
 
     The inner optimizer keeps its own state under the master, a key of the model's parameter in
-    `outer_state` shows the same tensors plus `"master"`.
+    `outer_state` shows the same tensors plus the master, as it lies in memory.
 
     Args:
         inner: The wrapped optimizer.
         outer_state: The wrapper's `state`, keyed by the model's parameters.
+        held: How they lie in memory.
     """
 
-    def __init__(self, inner: torch.optim.Optimizer, outer_state: dict[Tensor, Any]) -> None:
+    def __init__(
+        self, inner: torch.optim.Optimizer, outer_state: dict[Tensor, Any], held: HeldMasters
+    ) -> None:
+        super().__init__(held)
         self._inner = inner
         self._shared_groups = inner.param_groups
         self._inner_state = inner.state
         self._outer_state = outer_state
-        self._master_of: dict[Tensor, Tensor] = {}
-        #: by id of the key, which keeps it valid: its place in the order of creation
-        self._place: dict[int, int] = {}
-        #: in that order, the writes that a weight had when its master fitted; NEVER, SUSPECT
-        self._seen: list[int] = []
         self._shown = ShownState()
-        self.sharing = Sharing()
-        #: counts what replaces tensors: plans made of older ones are stale
-        self.version = 0
-        self._fitted = FittedMasters()
-        self._sharded = (-1, False)  # what `any_sharded` was at a version
         self.link_state(param for group in inner.param_groups for param in group["params"])
-
-    def of(self, param: Tensor) -> Tensor:
-        """Returns the master of `param`, or `param` itself if it has none."""
-        return self._master_of.get(param, param)
-
-    def __len__(self) -> int:
-        return len(self._master_of)
-
-    @property
-    def any_sharded(self) -> bool:
-        """Whether a weight is a DTensor: writes to what this rank holds of it nobody counts."""
-        version, sharded = self._sharded
-        if version != self.version:
-            sharded = any_dtensor(self._master_of)
-            self._sharded = self.version, sharded
-        return sharded
-
-    def place_of(self, param: Tensor) -> int:
-        """Returns which one in the order of creation the master of `param` is."""
-        return self._place[id(param)]
-
-    def items(self) -> Iterable[tuple[Tensor, Tensor]]:
-        """Returns (parameter, master) pairs in order of creation."""
-        return self._master_of.items()
 
     def create(self, param: Tensor, value: Tensor | None = None) -> None:
         """Makes `param`'s master; no host sync. Does nothing if it has one.
@@ -92,21 +60,23 @@ class Masters:
         if param in self._master_of:
             return
         shared = self.sharing.others(param)
-        moved = self._moved_here(param)
-        if shared is not None:
-            master = shared  # which may be older than what was written through `.data`
-        elif value is None and moved is not None:
-            master = moved
+        state = self._inner.state.get(param)
+        moved = self.held.parts(state) if isinstance(state, dict) else {}
+        if shared is not None:  # which may be older than what was written through `.data`
+            master = self.held.share(param, self.sharing.held_by_others(param, self.held.store))
         else:
-            master = param.detach().float() if value is None else value.detach()
+            master = self.held.begin(param, moved if value is None else {}, value)
+        is_new = shared is None and not any(master is part for part in moved.values())
         self._master_of[param] = master
         self._place[id(param)] = len(self._place)
-        self._seen += [SUSPECT] if master is shared or master is moved else writes_to([param])
-        self.sharing.hold(param, master)
+        self._seen += writes_to([param]) if is_new else [SUSPECT]
+        self._hold(param, master)
         self.version += 1
         if param in self._inner.state:
-            self._inner.state[master] = upcast(self._inner.state.pop(param))
-        self._outer_state[param] = {"master": master, **self._inner.state.get(master, {})}
+            state = self._inner.state.pop(param)
+            self._inner.state[master] = upcast(self.held.without_parts(state))
+        shown = self.held.shown(param, master)
+        self._outer_state[param] = {**shown, **self._inner.state.get(master, {})}
         self._shown.note_one()
 
     def create_for(self, params: Iterable[Tensor]) -> None:
@@ -134,7 +104,7 @@ class Masters:
         for param in params:
             master = self._master_of.get(param)
             if master is not None:
-                shown = {"master": master, **inner_state.get(master, {})}
+                shown = {**self.held.shown(param, master), **inner_state.get(master, {})}
                 self._outer_state.setdefault(param, {}).clear()
                 self._outer_state[param].update(shown)
             elif param in inner_state:
@@ -171,12 +141,15 @@ class Masters:
         self._outer_state = shown
         if self._inner.state is not self._inner_state:
             self._take_inner_state()
+        if self.sharing.links and not self._shown.is_changed(shown):
+            self.link_state(list(self.sharing.links))  # another optimizer may have packed them
 
     def take_over_values(self) -> None:
         """Takes over values that somebody put into the wrapper's state, or took out; no sync."""
         shown = self._outer_state
         if self._shown.is_changed(shown):
-            self._shown.take_over(shown, self._inner.state, self._master_of)
+            self.held.check_shown(shown, self._master_of.items())
+            self._shown.take_over(shown, self._inner.state, self._master_of, self.held.take)
             self._let_go(shown)
             self._keep_shared()
             self.version += 1
@@ -187,22 +160,10 @@ class Masters:
         state = self._inner_state = self._inner.state
         for param, master in self._master_of.items():
             if param in state:
-                entry = upcast(state.pop(param))
-                state[master] = {key: value for key, value in entry.items() if key != "master"}
+                state[master] = upcast(self.held.without_parts(state.pop(param)))
         self._outer_state.clear()
         self.version += 1
         self.link_state([*self._master_of, *(p for g in self._groups for p in g["params"])])
-
-    def _moved_here(self, param: Tensor) -> Tensor | None:
-        """Takes out the master in a state that was moved to a parameter, if it fits that one."""
-        state = self._inner.state.get(param)
-        if not isinstance(state, dict) or "master" not in state:
-            return None
-        rest = {key: value for key, value in state.items() if key != "master"}
-        self._inner.state[param] = rest
-        master: Any = state["master"]
-        fits = isinstance(master, Tensor) and master.dtype == torch.float32
-        return master if fits and master.shape == param.shape else None
 
     def _let_go(self, shown: dict[Tensor, Any]) -> None:
         """Drops masters of parameters that are in no group and no state any more."""
@@ -213,6 +174,7 @@ class Masters:
         seen = dict(zip(self._master_of, self._seen, strict=True))
         for param in gone:
             del self._master_of[param]
+            self.held.forget(param)
             self.sharing.links.pop(param, None)
         self._seen = [seen[param] for param in self._master_of]
         self._place = {id(param): place for place, param in enumerate(self._master_of)}
@@ -224,12 +186,13 @@ class Masters:
             new, shared = self._master_of.get(param), link.master
             if new is None or shared is None or new is shared:
                 continue
-            shared.copy_(new)
+            self.held.share(param, link.held)
+            self.held.overwrite(param, shared, {"master": new})
             if new in self._inner.state:
                 self._inner.state[shared] = self._inner.state.pop(new)
             self._master_of[param] = shared
         for param, master in self._master_of.items():
-            self.sharing.hold(param, master)
+            self._hold(param, master)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "sharing"}
@@ -245,7 +208,7 @@ class Masters:
         for param, master in self._master_of.items():
             held = self.sharing.others(param)
             if held is None or held is master:
-                self.sharing.hold(param, master)
+                self._hold(param, master)
 
     @torch.no_grad()
     def replace_state(self, states: dict[Tensor, dict[str, Any]]) -> None:
@@ -258,6 +221,7 @@ class Masters:
         self.version += 1
         self._master_of.clear()
         self._place.clear()
+        self.held.clear()
         self._fitted.forget()
         self._inner.state.clear()
         self._outer_state.clear()
@@ -265,13 +229,11 @@ class Masters:
             if not isinstance(param, Tensor):
                 self._inner.state[param] = state
                 continue
-            rest = {key: value for key, value in state.items() if key != "master"}
-            if "master" in state:
-                shared = self.sharing.others(param)
-                master = state["master"] if shared is None else shared.copy_(state["master"])
-                self._master_of[param] = master
+            rest, parts = self.held.without_parts(state), self.held.parts(state)
+            if parts:
+                self._master_of[param] = self._resumed(param, parts)
                 self._place[id(param)] = len(self._place)
-                self.sharing.hold(param, master)
+                self._hold(param, self._master_of[param])
                 self.sharing.note_loaded(param)
             if rest:
                 self._inner.state[self.of(param)] = rest
@@ -279,54 +241,88 @@ class Masters:
         self._seen = [NEVER] * len(self._place)
         self.link_state(key for key in states if isinstance(key, Tensor))
 
-    def note_weights(self) -> None:
-        """Notes that all weights are their rounded masters now; no host sync."""
-        self._seen = writes_to(self._master_of)
-        if self.sharing.links:
-            self.sharing.note()
-        if self.any_sharded:
-            self._fitted.note(self._master_of.items())
+    def shared_in(self, states: dict[Tensor, dict[str, Any]]) -> dict[Tensor, Tensor]:
+        """Returns the values of saved masters of parameters whose masters others hold as well.
 
-    def edited(self) -> list[Tensor]:
-        """Returns sharded parameters whose masters somebody wrote to, or replaced; no host sync."""
-        return self._fitted.edited(self._master_of.items()) if self.any_sharded else []
-
-    def written(self) -> list[Tensor]:
-        """Returns the weights that somebody wrote to since their masters fitted; no host sync.
-
-        What bumps no version counter (`.data`, NumPy) is not seen.
+        Raises:
+            ArgumentError: Another optimizer keeps one otherwise.
         """
-        writes = writes_to(self._master_of)
-        if writes == self._seen and not self.sharing.links:
-            return []
-        counted = zip(self._master_of, writes, self._seen, strict=True)
-        moved = [(param, then) for param, now, then in counted if now != then]
-        if not self.sharing.links:
-            return [param for param, _ in moved]
-        mine = [p for p, then in moved if then in (NEVER, SUSPECT) or not self.sharing.is_fit(p)]
-        return list(dict.fromkeys([*mine, *self.sharing.suspects(NEVER, SUSPECT)]))
+        saved = {p: self.held.parts(s) for p, s in states.items() if isinstance(p, Tensor)}
+        shared = [p for p, s in saved.items() if s and self.sharing.others(p) is not None]
+        for param in shared:
+            self.sharing.held_by_others(param, self.held.store)
+        return {param: self.held.value_in(param, saved[param]) for param in shared}
 
-    def never_fitted(self) -> list[Tensor]:
-        """Returns the weights of which nobody knows whether they go with their masters."""
-        if NEVER not in self._seen:
-            return self.sharing.suspects(NEVER)
-        mine = [p for p, then in zip(self._master_of, self._seen, strict=True) if then == NEVER]
-        return list(dict.fromkeys([*mine, *self.sharing.suspects(NEVER)]))
+    def is_packed(self, param: Tensor) -> bool:
+        """Whether `param` has a master that does not lie in memory as float32."""
+        return param in self._master_of and not self.held.is_whole(param)
 
-    def note(self, params: Iterable[Tensor]) -> None:
-        """Notes that these weights are their rounded masters now; no host sync."""
-        params = list(params)
-        for param, writes in zip(params, writes_to(params), strict=True):
-            self._seen[self._place[id(param)]] = writes
-        self.sharing.note(params)
-        if self.any_sharded:
-            self._fitted.note((param, self.of(param)) for param in params)
+    def float32_state(self, param: Tensor) -> dict[str, Any]:
+        """Returns the state of `param` in float32, "master" first if there is one; no copies."""
+        master = self._master_of.get(param)
+        if master is None:
+            return dict(self._outer_state.get(param, {}))
+        value = self.held.value_of(param, master)
+        return {"master": value, **self._inner.state.get(master, {})}
 
-    def suspect(self, params: Iterable[Tensor]) -> None:
-        """Notes that these weights are not their rounded masters: they are `written`."""
-        for param in params:
-            self._seen[self._place[id(param)]] = SUSPECT
-            self.sharing.doubt(param)
+    def _resumed(self, param: Tensor, parts: dict[str, Tensor]) -> Tensor:
+        """Returns a master that was loaded, which one that others hold becomes."""
+        if self.sharing.others(param) is None:
+            return self.held.resume(param, parts)
+        shared = self.held.share(param, self.sharing.held_by_others(param, self.held.store))
+        self.held.overwrite(param, shared, parts)
+        return shared
+
+    def pack(self, saturated: Tensor) -> None:
+        """Encodes masters that came in float32, and weights with them; no host sync."""
+        if self.held.pack(self._master_of.items(), saturated):
+            self.note_weights()
+            self.note_packed(self._master_of)
+
+    def note_packed(self, params: Iterable[Tensor]) -> None:
+        """Notes that these masters lie in other tensors now, unless they are whole still."""
+        packed = [param for param in params if not self.held.is_whole(param)]
+        if packed:
+            self.version += 1
+            self.link_state(packed)
+
+    @contextmanager
+    def decoded(self, params: Iterable[Tensor] | None = None) -> Iterator[None]:
+        """Has the values of masters in memory: 4 bytes a parameter more where they are packed.
+
+        `write_weights` keeps what is made of them.
+
+        Args:
+            params: Whose masters; all by default.
+        """
+        pairs = self.items() if params is None else [(p, self._master_of[p]) for p in params]
+        self.held.decode(pairs)
+        try:
+            yield
+        finally:
+            self.held.release(self.items() if params is None else pairs)
+
+    def write_weights(
+        self,
+        backend: Backend,
+        found_inf: Tensor,
+        saturated: Tensor,
+        params: Sequence[Tensor] | None = None,
+    ) -> None:
+        """Rounds every master into its weight unless `found_inf` is set; no host sync.
+
+        Args:
+            backend: Rounds.
+            found_inf: 0-d, non-zero: do not.
+            saturated: 0-d int64, counts weights clamped to the finite maximum.
+            params: Whose masters; all by default.
+        """
+        pairs = self.items() if params is None else [(p, self._master_of[p]) for p in params]
+        self.held.write(pairs, backend, found_inf, saturated)
+        if params is None:
+            self.note_weights()
+        else:
+            self.note(params)
 
     def in_groups(self, numbers: Collection[int] | None = None) -> AbstractContextManager[None]:
         """Puts masters into the inner optimizer's groups, or those of `numbers`; empties others."""

@@ -163,7 +163,7 @@ def check_shared(
         groups: For names.
         loaded: Whether masters may be replaced that the other optimizer has not loaded.
     """
-    differ = conflicting(masters.sharing, values, loaded=loaded)
+    differ = conflicting(masters.sharing, values, masters.value_of_others, loaded=loaded)
     if differ:
         raise ArgumentError(
             f"{name_of(differ[0], groups)}: expected the master that another optimizer of this "

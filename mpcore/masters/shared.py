@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mpcore.base import held_here, writes_to
+from mpcore.errors import ArgumentError
 
 #: The attribute of a parameter.
 LINK = "_mpcore_master"
@@ -31,7 +32,9 @@ class MasterLink:
     """What a parameter knows of its master.
 
     Args:
-        master: The float32 tensor.
+        master: The float32 tensor by which optimizers know it.
+        held: What those hold that have it: see `HeldMasters.shared`.
+        store: How it lies in memory.
 
     Attributes:
         holders: The optimizers that hold it.
@@ -40,16 +43,23 @@ class MasterLink:
             if several hold that; NEVER, SUSPECT.
     """
 
-    def __init__(self, master: Tensor) -> None:
+    def __init__(self, master: Tensor, held: Any, store: str) -> None:
         self.holders: weakref.WeakSet[Sharing] = weakref.WeakSet()
         self.loaded: weakref.WeakSet[Sharing] = weakref.WeakSet()
         self.fits_since = SUSPECT
+        self.store = store
         self._master = weakref.ref(master)
+        self._held = weakref.ref(held)
 
     @property
     def master(self) -> Tensor | None:
         """The master, None if no optimizer holds it any more."""
         return self._master() if self.holders else None
+
+    @property
+    def held(self) -> Any:
+        """What its holders hold; None as `master` is."""
+        return self._held() if self.holders else None
 
     def __reduce__(self) -> Any:
         return OrderedDict, ()
@@ -65,12 +75,12 @@ class Sharing:
     def __init__(self) -> None:
         self.links: dict[Tensor, MasterLink] = {}
 
-    def hold(self, param: Tensor, master: Tensor) -> None:
-        """Notes that this optimizer holds the master of a parameter."""
+    def hold(self, param: Tensor, master: Tensor, held: Any, store: str) -> None:
+        """Notes that this optimizer holds the master of a parameter: see `MasterLink`."""
         link = _link_of(param)
         if link is None or link.master is not master:
             self.links.pop(param, None)
-            link = MasterLink(master)
+            link = MasterLink(master, held, store)
             setattr(param, LINK, link)
         link.holders.add(self)
         if len(link.holders) > 1:
@@ -85,6 +95,22 @@ class Sharing:
             return None
         fits = master.shape == param.shape and master.device == param.device
         return master if fits else None
+
+    def held_by_others(self, param: Tensor, store: str) -> Any:
+        """Returns what another optimizer holds of the master that `others` returns.
+
+        Raises:
+            ArgumentError: It keeps masters otherwise.
+        """
+        link = _link_of(param)
+        if link is None or link.store != store:
+            kept = None if link is None else link.store
+            raise ArgumentError(
+                f"masters: expected {kept!r} for a parameter of shape {list(param.shape)} whose "
+                f"master another optimizer keeps so, got {store!r}. A shared parameter has one "
+                "master: give both optimizers the same masters=."
+            )
+        return link.held
 
     def note(self, params: Iterable[Tensor] | None = None) -> None:
         """Notes that these parameters (all by default) are their rounded masters now."""
@@ -117,22 +143,32 @@ class Sharing:
                 link.loaded.clear()  # all have the same: the next one may load another
 
 
-def conflicting(sharing: Sharing, values: Mapping[Tensor, Tensor], *, loaded: bool) -> list[Tensor]:
+def conflicting(
+    sharing: Sharing,
+    values: Mapping[Tensor, Tensor],
+    value_of: Callable[[Tensor], Tensor],
+    *,
+    loaded: bool,
+) -> list[Tensor]:
     """Returns the parameters whose new master is not the one that another optimizer holds.
 
     Syncs with the host for parameters that others hold.
 
     Args:
         sharing: Of the optimizer that is given new masters.
-        values: These, by parameter.
+        values: These, by parameter; those that nobody else holds do not matter.
+        value_of: Returns the one that another optimizer holds.
         loaded: Whether masters that the other one has not loaded may be replaced.
     """
     found = []
     for param, value in values.items():
-        held, link = sharing.others(param), _link_of(param)
-        if held is None or link is None or (loaded and not set(link.loaded) - {sharing}):
+        link = _link_of(param)
+        if sharing.others(param) is None or link is None:
             continue
-        here, given = held_here(held), held_here(value).to(held.device)
+        if loaded and not set(link.loaded) - {sharing}:
+            continue
+        here = held_here(value_of(param))
+        given = held_here(value).to(here.device)
         if not torch.equal(here.view(torch.int32), given.view(torch.int32)):
             found.append(param)
     return found

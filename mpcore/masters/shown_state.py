@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -52,6 +52,7 @@ class ShownState:
         shown: dict[Tensor, State],
         inner_state: dict[Tensor, State],
         master_of: dict[Tensor, Tensor],
+        take: Callable[[Tensor, Tensor, State], Tensor],
     ) -> None:
         """Changes the wrapped optimizer's state, and masters, as what is shown was changed.
 
@@ -61,6 +62,7 @@ class ShownState:
             shown: By parameter; that of one with a master holds the master too.
             inner_state: By master, or by parameter if it has none.
             master_of: By parameter.
+            take: Takes a master out of what is shown of a parameter; returns its new key.
         """
         before: dict[Any, Any] = dict(self._entries)
         for param in {**before, **shown}:
@@ -77,7 +79,7 @@ class ShownState:
             for key in was.keys() - own.keys():
                 state.pop(key, None)
             state.update({k: v for k, v in own.items() if k not in was or was[k] is not v})
-            new = state.pop("master", master)
+            new = take(param, master, state)
             if new is not master:
                 new.grad = master.grad  # in the middle of a step it is there already
             master_of[param] = new

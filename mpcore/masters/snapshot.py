@@ -16,7 +16,8 @@ class Snapshot:
     def __init__(self, inner: torch.optim.Optimizer, masters: Masters) -> None:
         self._inner = inner
         params = [p for group in inner.param_groups for p in group["params"]]
-        tensors = [*params, *(master for _, master in masters.items())]
+        beside = [masters.held.lies_in(param, master) for param, master in masters.items()]
+        tensors = [*params, *beside]
         self._values = [(tensor, tensor.detach().clone()) for tensor in tensors]
         self._state = {key: copy.deepcopy(value) for key, value in inner.state.items()}
         self._options = [

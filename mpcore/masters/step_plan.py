@@ -16,6 +16,9 @@ from mpcore.masters.held_state import HeldState
 from mpcore.masters.masters import Groups, Masters
 from mpcore.updates import Batch, Hyper, UpdateRule, shared_base
 
+#: What the tensors of a batch have in common: names of moments, 16-bit dtype, store of masters.
+_Key = tuple[tuple[str, ...], torch.dtype | None, str]
+
 
 @dataclass
 class DevicePlan:
@@ -126,27 +129,28 @@ def make_plan(
     """
     group_of = {param: i for i, group in enumerate(groups) for param in group["params"]}
     names_of = [rule.moments(group) for group in groups]
-    sorted_params = _sorted(params, lambda param: names_of[group_of[param]])
+    sorted_params = _sorted(params, lambda param: names_of[group_of[param]], masters)
     devices = []
     everything = HeldState(inner_state)
     for device, by_key in sorted_params.items():
         batches = []
-        for (names, half), members in by_key.items():
+        for (names, half, store), members in by_key.items():
             held = [masters.of(param) for param in members]
-            if half is not None:
-                _lay_out_like(members, held)
+            lying = held if half is None else _laid_out(masters, members)
             first = [rule.first_moments(groups[group_of[param]]) for param in members]
+            like = map(masters.layout_of, members)
             states = [
-                _complete(inner_state, master, dict(zip(names, values, strict=True)), rule)
-                for master, values in zip(held, first, strict=True)
+                _complete(inner_state, (master, one), dict(zip(names, values, strict=True)), rule)
+                for master, one, values in zip(held, like, first, strict=True)
             ]
             counts = rule.counts_steps(names)
             if counts:
                 _gather_steps(states)
-            everything.add(held, states, names)
+            everything.add(lying, states, names)
             batches.append(
                 Batch(
-                    masters=held,
+                    masters=lying,
+                    store=store,
                     weights=None if half is None else members,
                     moments=[[state[name] for state in states] for name in names],
                     steps=[state["step"] for state in states] if counts else None,
@@ -167,32 +171,35 @@ def make_plan(
 
 
 def _sorted(
-    params: Sequence[Tensor], names: Callable[[Tensor], tuple[str, ...]]
-) -> dict[torch.device, dict[tuple[tuple[str, ...], torch.dtype | None], list[Tensor]]]:
-    """Returns parameters by device, then by the names of their moments and their 16-bit dtype."""
+    params: Sequence[Tensor], names: Callable[[Tensor], tuple[str, ...]], masters: Masters
+) -> dict[torch.device, dict[_Key, list[Tensor]]]:
+    """Returns parameters by device, then by what a batch has one of."""
     by_device: dict[torch.device, Any] = {}
     for param in params:
         half = param.dtype if param.dtype in SIXTEEN_BIT else None
+        store = "float32" if half is None else masters.held.store_of(param)
         by_key = by_device.setdefault(param.device, {})
-        by_key.setdefault((names(param), half), []).append(param)
+        by_key.setdefault((names(param), half, store), []).append(param)
     return by_device
 
 
-def _lay_out_like(weights: Sequence[Tensor], masters: Sequence[Tensor]) -> None:
-    """Gives masters the strides of their weights, which may have changed: kernels count on it.
+def _laid_out(masters: Masters, params: Sequence[Tensor]) -> list[Tensor]:
+    """Returns what masters lie in, with the strides of their weights: kernels count on it.
 
-    A state that was loaded has those of where it was saved, and `model.to(memory_format=...)`
-    leaves masters behind.
+    These may have changed: a state that was loaded has those of where it was saved, and
+    `model.to(memory_format=...)` leaves masters behind.
     """
-    for weight, master in zip(weights, masters, strict=True):
-        here, held = held_here(weight.detach()), held_here(master)
+    lying = [masters.held.lies_in(param, masters.of(param)) for param in params]
+    for weight, tensor in zip(params, lying, strict=True):
+        here, held = held_here(weight.detach()), held_here(tensor)
         if held.stride() != here.stride():
             held.data = torch.empty_like(here, dtype=held.dtype).copy_(held)
+    return lying
 
 
 def _complete(
     inner_state: dict[Tensor, dict[str, Any]],
-    master: Tensor,
+    of: tuple[Tensor, Tensor],
     first: dict[str, float],
     rule: UpdateRule,
 ) -> dict[str, Any]:
@@ -200,17 +207,17 @@ def _complete(
 
     Args:
         inner_state: The wrapped optimizer's state, by master.
-        master: One.
+        of: A master, and a tensor that has its shape and strides.
         first: The names of its moments, and what they start from.
         rule: What computes the update.
     """
-    names = tuple(first)
+    names, (master, like) = tuple(first), of
     state = inner_state[master] if names or rule.counts_steps(names) else {}
     had_moments = bool(names) and state.get(names[0]) is not None
     for name, value in first.items():
         moment = state.get(name)
         if moment is None:
-            state[name] = torch.full_like(master, value)
+            state[name] = torch.full_like(like, value, dtype=torch.float32)
         elif moment.shape != master.shape:
             raise ArgumentError(
                 f"state[{name!r}]: expected {list(master.shape)} like the parameter, got "
@@ -218,10 +225,10 @@ def _complete(
                 "the parameter from optimizer.state to begin anew."
             )
         else:
-            state[name] = moment = sharded_like(master, moment)
-            laid_out = held_here(moment).stride() == held_here(master).stride()
+            state[name] = moment = sharded_like(like, moment)
+            laid_out = held_here(moment).stride() == held_here(like).stride()
             if moment.dtype != torch.float32 or not laid_out:
-                state[name] = torch.empty_like(master).copy_(moment)
+                state[name] = torch.empty_like(like, dtype=torch.float32).copy_(moment)
     if rule.counts_steps(names):
         step = state.get("step")
         # torch.optim.SGD counts nothing: a velocity that exists has had its first step

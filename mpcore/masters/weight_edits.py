@@ -34,7 +34,7 @@ from mpcore.base import (
 from mpcore.errors import ArgumentError, StageError
 from mpcore.masters.masters import Groups, Masters
 from mpcore.masters.parameters import name_of
-from mpcore.masters.weights import stale_weights
+from mpcore.masters.weights import adopt_whole, round_ties, stale_weights
 from mpcore.ranks import several_ranks
 
 RULES = ("adopt", "always", "raise")
@@ -111,15 +111,13 @@ class WeightEdits:
         masters: Where the masters are.
         backend: Compares and adopts.
         groups: The optimizer's param groups, for names.
+        saturated: 0-d int64, counts weights clamped to the finite maximum.
     """
 
     def __init__(
-        self,
-        rule: str,
-        masters: Masters,
-        backend: Backend,
-        groups: Groups,
+        self, rule: str, masters: Masters, backend: Backend, groups: Groups, saturated: Tensor
     ) -> None:
+        self._saturated = saturated
         self._rule = rule
         self._masters = masters
         self._backend = backend
@@ -127,12 +125,14 @@ class WeightEdits:
         self._counts: dict[torch.device, _Counts] = {}  # of passes over all masters, or some
         self._of_updates: list[_Counts] = []
         self._warned: set[Tensor] = set()
+        self._just_loaded: list[Tensor] = []  # maybe by a run that rounds ties otherwise
 
     def forget(self) -> None:
         """Forgets what was counted: the masters were replaced."""
         self._counts.clear()
         self._of_updates.clear()
         self._warned.clear()
+        self._just_loaded.clear()
 
     def check(self, caller: str) -> None:
         """Raises if masters came without their weights; syncs after a load, and never else.
@@ -150,6 +150,7 @@ class WeightEdits:
         if asked:
             self._check_fit(asked, caller, "sync_masters_from_model() to go on from the weights")
             masters.note(asked)
+            self._just_loaded += asked
 
     def _check_fit(self, params: Sequence[Tensor], caller: str, remedy: str) -> None:
         stale = stale_weights(self._masters, params)
@@ -164,6 +165,9 @@ class WeightEdits:
     def adopt(self, *, began: bool, later: Sequence[Tensor] = ()) -> None:
         """Makes weights that somebody changed the masters; no host sync, but see `check`.
 
+        Packed masters need no adopting: their weights are a part of them. Those that are whole,
+        since they came in float32, are packed then.
+
         Args:
             began: Whether a step was taken. Before, ranks have to start from the same masters.
             later: Parameters that `begin_update` is going to be asked about, if it looks at any.
@@ -172,8 +176,17 @@ class WeightEdits:
             StageError: A changed element is not finite, now (CPU) or in an earlier step (CUDA); its
                 master has stayed. Or before the first step, with several ranks, one was changed.
         """
+        self._adopt(began=began, later=later)
+        self._masters.pack(self._saturated)
+
+    def _adopt(self, *, began: bool, later: Sequence[Tensor]) -> None:
         self.hear()
         masters = self._masters
+        if self._just_loaded and self._looks_at_all:
+            for param in self._just_loaded:
+                round_ties(param, masters.of(param))
+            masters.note(self._just_loaded)
+        self._just_loaded.clear()
         if self._rule == "adopt":
             self._round(masters.edited())
         # of a DTensor each rank adopts what it holds, and all of it
@@ -199,6 +212,8 @@ class WeightEdits:
         It does if one is a DTensor: what others write to the tensor that it holds, as
         `torch.distributed.checkpoint` does when it loads, nobody counts.
         """
+        if self._masters.held.store != "float32":
+            return False
         return self._rule == "always" or (self._rule == "adopt" and self._masters.any_sharded)
 
     def _round(self, params: Sequence[Tensor]) -> None:
@@ -212,10 +227,19 @@ class WeightEdits:
 
     def _to_look_at(self, later: Sequence[Tensor]) -> list[Tensor]:
         """Returns the parameters whose weights are compared with their masters before the step."""
+        if self._masters.held.store != "float32":
+            return self._whole_to_look_at()
         if not self._looks_at_all:
             return self._masters.written()
         in_update = set(map(id, later))
         return [param for param, _ in self._masters.items() if id(param) not in in_update]
+
+    def _whole_to_look_at(self) -> list[Tensor]:
+        """Returns the parameters whose masters are going to be packed and may have to adopt."""
+        masters = self._masters
+        if self._rule == "always" or masters.any_sharded:
+            return [param for param, _ in masters.items() if masters.held.is_whole(param)]
+        return masters.written()
 
     def begin_update(self, batches: Sequence[Sequence[Tensor]]) -> Tensor | None:
         """Returns where an update counts what it adopts; None if it looks at no weight.
@@ -246,7 +270,11 @@ class WeightEdits:
         found = counts.found if whole else torch.zeros_like(counts.found[: len(places)])
         here = [held_here(param.detach()) for param in params]
         held = [held_here(masters.of(param)) for param in params]
-        self._passes_on(device, here, held).adopt_(here, held, found)
+        if masters.held.store == "float32":
+            self._passes_on(device, here, held).adopt_(here, held, found)
+        else:
+            for param, row in zip(params, found.unbind(), strict=True):
+                adopt_whole(param, masters.of(param), row)
         if not whole:
             for place, row in zip(places, found.unbind(), strict=True):
                 counts.found[place].add_(row)

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mpcore.masters import MASTER_KEYS
+
 
 class _Optimizer(Protocol):
     @property
@@ -28,7 +30,7 @@ class Resident:
         parameters: Number of parameters.
         weights: Bytes of what the model computes with.
         gradients: Of their gradients.
-        masters: Of FP32 copies of 16-bit weights.
+        masters: Of what is kept of masters beside 16-bit weights: FP32 copies, or remainders.
         moments: Of full-size optimizer state.
         sums: Of what `accumulate` or several losses have added up for the step.
 
@@ -100,7 +102,7 @@ def resident_bytes(optimizer: _Optimizer) -> Resident:
         held = [
             (state[name], at) for at, state in zip(shapes, states, strict=True) if name in state
         ]
-        if name == "master":
+        if name in MASTER_KEYS:
             masters += [value for value, _ in held]
         else:
             moments += [v for v, at in held if isinstance(v, Tensor) and _shape(v) == at]

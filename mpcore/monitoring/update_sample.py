@@ -54,5 +54,8 @@ class UpdateSample:
 
 
 def _held(params: Sequence[Tensor], masters: Masters) -> list[Tensor]:
-    """Returns the masters of parameters, as far as this rank holds them."""
-    return list(map(held_here, map(masters.of, params)))
+    """Returns the masters of parameters, as far as this rank holds them.
+
+    Those that lie packed in memory are decoded for the time of a reading.
+    """
+    return [held_here(masters.value_of(param).detach()) for param in params]

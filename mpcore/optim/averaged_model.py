@@ -23,6 +23,8 @@ class _Optimizer(Protocol):
     @property
     def param_groups(self) -> list[dict[str, Any]]: ...
 
+    def float32_state(self, param: Tensor) -> dict[str, Any]: ...
+
 
 class AveragedModel(nn.Module):
     """Averages masters in float32, and runs as the model does with the average, rounded.
@@ -158,6 +160,9 @@ class AveragedModel(nn.Module):
                 if entry is not None and "master" in entry:
                     master: Tensor = entry["master"]
                     return master
+                if entry is not None and "remainder" in entry:
+                    decoded: Tensor = optimizer.float32_state(param)["master"]
+                    return decoded
             return _widened(param)
 
         return _Values(map(master_of, model.parameters()), map(_widened, model.buffers()))

@@ -3,7 +3,7 @@
 from mutant import engine_mutants
 
 _CALLBACK = "engine.queue_callback(lambda: engine.queue_callback(last))"
-_FITS = "and grad.stride() == master.stride()"
+_FITS = "and grad.stride() == self._masters.layout_of(param).stride()"
 
 EXPOSURE = [
     *engine_mutants(

@@ -9,7 +9,7 @@ INTERRUPTIONS = [
         ("the first write is not noted", "        self.begun = True", "        self.begun = False"),
     ),
     *engine_mutants(
-        "engine/optimizer.py",
+        "engine/saving.py",
         ("test_interruptions_of_others.py",),
         ("half a load goes on", "        self._writes.begin()\n", ""),
     ),

@@ -2,7 +2,7 @@
 
 from mutant import engine_mutants
 
-_LOADED = "(loaded and not set(link.loaded) - {sharing})"
+_LOADED = "if loaded and not set(link.loaded) - {sharing}:"
 _LATE_STEP = """collected = self._stage.collect("step()", External.of(self))
         self._edits.adopt(began=self._began, later=self._paths.in_update(collected))"""
 _CLOSURE = """self._edits.check("step(closure)")
@@ -166,10 +166,10 @@ SHARED = [
         ("a load is never complete", "link.loaded.clear()  # all have", "pass  # all have"),
         (
             "the first state of two is refused",
-            "(loaded and not set(link.loaded) - {sharing}):",
-            "False:",
+            "if loaded and not set(link.loaded) - {sharing}:",
+            "if False:",
         ),
-        ("the second state of two replaces the first", _LOADED, "loaded"),
+        ("the second state of two replaces the first", _LOADED, "if loaded:"),
         ("a pickle needs mpcore", "return OrderedDict, ()", "return MasterLink, (torch.zeros(0),)"),
         ("a load is not told to the other one", "link.fits_since = NEVER", "pass"),
     ),
@@ -178,7 +178,7 @@ SHARED = [
         ("test_shared_masters.py",),
         (
             "a master that others hold counts as fitting",
-            "[SUSPECT] if master is shared or master is moved else writes_to([param])",
+            "writes_to([param]) if is_new else [SUSPECT]",
             "writes_to([param])",
         ),
         (
@@ -186,13 +186,21 @@ SHARED = [
             "            self._master_of[param] = shared",
             "            pass",
         ),
-        ("its new value stays here", "            shared.copy_(new)", "            pass"),
+        (
+            "its new value stays here",
+            '            self.held.overwrite(param, shared, {"master": new})',
+            "            pass",
+        ),
         ("a load is the load of one", "self.sharing.note_loaded(param)", "pass"),
         (
             "a load gives each its own master",
-            'state["master"] if shared is None else',
-            'state["master"] if True else',
+            "if self.sharing.others(param) is None:",
+            "if True:",
         ),
+    ),
+    *engine_mutants(
+        "masters/kept_masters.py",
+        ("test_shared_masters.py",),
         (
             "steps of the other one are compared",
             "if self.sharing.links:\n            self.sharing.note()",
@@ -200,8 +208,8 @@ SHARED = [
         ),
         (
             "masters from elsewhere fit for the other one",
-            "return self.sharing.suspects(NEVER)\n",
-            "return []\n",
+            "found = self.sharing.suspects(NEVER)\n",
+            "found = []\n",
         ),
         ("a doubt is told to nobody", "            self.sharing.doubt(param)", "            pass"),
     ),
@@ -210,16 +218,15 @@ REPLACED = [
     *engine_mutants(
         "masters/masters.py",
         ("test_replaced_parameters.py",),
-        ("a moved master stays a moment", "self._inner.state[param] = rest", "pass"),
         (
-            "a master of another shape is moved",
-            "if fits and master.shape == param.shape",
-            "if fits",
+            "a moved master stays a moment",
+            "upcast(self.held.without_parts(state))\n        shown",
+            "upcast(state)\n        shown",
         ),
         (
             "a moved master is left behind",
-            "elif value is None and moved is not None:",
-            "elif value is not None and moved is not None:",
+            "moved if value is None else {}",
+            "{} if value is None else moved",
         ),
         ("masters are never let go", "        if not gone:\n", "        if gone or not gone:\n"),
         (

@@ -36,6 +36,7 @@ from elementwise import ELEMENTWISE
 from engine_gradients import GRADIENTS
 from engine_ranks import RANKS
 from engine_state import STATE
+from engine_stores import STORES
 from engine_weights import WEIGHTS
 from fused_updates import UPDATES
 from launches import LAUNCHES, MACHINE_CODE
@@ -43,7 +44,7 @@ from mixed_paths import MIXED
 from reductions import REDUCTIONS
 
 OF_KERNELS = [*ELEMENTWISE, *REDUCTIONS, *ADOPT, *LAUNCHES, *UPDATES, *MACHINE_CODE]
-OF_THE_ENGINE = [*GRADIENTS, *WEIGHTS, *STATE, *MIXED, *RANKS, *CASTING]
+OF_THE_ENGINE = [*GRADIENTS, *WEIGHTS, *STATE, *STORES, *MIXED, *RANKS, *CASTING]
 MUTANTS = [*OF_KERNELS, *OF_THE_ENGINE]
 ROOT = Path(__file__).resolve().parents[2]
 PROCESSES = 2

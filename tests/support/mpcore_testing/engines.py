@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import mpcore
 import pytest
@@ -49,6 +49,7 @@ class Engine:
         inner: torch.optim.Optimizer,
         loss_scale: Any = mpcore.DynamicLossScale(),  # noqa: B008 - a frozen value
         on_weight_edit: str = "adopt",
+        masters: Literal["float32", "split"] = "float32",
     ) -> mpcore.MixedPrecisionOptimizer:
         """Returns `inner`, wrapped; both are asked for by name, so neither can be another."""
         return mpcore.MixedPrecisionOptimizer(
@@ -57,6 +58,7 @@ class Engine:
             backend=self.backend,
             path=self.path,
             on_weight_edit=on_weight_edit,
+            masters=masters,
         )
 
     @property
@@ -95,6 +97,8 @@ ENGINES = [
     Engine("compiled", "fused"),
 ]
 FUSED = [engine for engine in ENGINES if engine.fused]
+#: torch's fused kernels know float32 masters alone.
+PACKING = [engine for engine in ENGINES if engine.backend != "cpu" and not engine.fused]
 
 
 def can_fuse(build: Callable[[Any], torch.optim.Optimizer]) -> bool:

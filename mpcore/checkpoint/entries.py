@@ -1,0 +1,140 @@
+"""Checks of one entry of a state_dict: the state of a parameter, the options of its group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpcore.base import SIXTEEN_BIT
+from mpcore.errors import ArgumentError
+from mpcore.masters import MASTER_KEYS, HeldMasters
+from mpcore.updates import UpdateRule
+
+State = dict[str, Any]
+
+
+def check_kinds(where: str, saved: State, group: State, defaults: State) -> None:
+    """Raises if an option that is there is of another kind than that of now."""
+    for name in defaults:
+        current = group.get(name)
+        if name in saved and kind(current) is not None and kind(saved[name]) != kind(current):
+            raise ArgumentError(
+                f"{where}[{name!r}]: expected something like {current!r}, got {saved[name]!r}."
+            )
+
+
+def kind(value: Any) -> Any:
+    """Returns what two values of one option have in common; None for what may be anything."""
+    if isinstance(value, bool):
+        return "bool"
+    if isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1):
+        return "number"
+    if isinstance(value, (list, tuple)):
+        return tuple(kind(item) for item in value)
+    return None
+
+
+def known_names(rule: UpdateRule, group: State, held: HeldMasters) -> dict[str, bool]:
+    """Returns what a state may hold under an update rule: name -> whether it is a moment."""
+    others = dict.fromkeys(("step", *held.names), False)
+    return {**dict.fromkeys(rule.moments(group), True), **others}
+
+
+def check_state(
+    where: str, saved: State, param: Tensor, names: dict[str, bool] | None, held: HeldMasters
+) -> None:
+    """Raises, naming the key, unless a state is one of `param`.
+
+    Args:
+        where: Which one it is.
+        saved: The state.
+        param: Whose it shall be.
+        names: From `known_names`; None: of an optimizer of its own, nobody knows what it keeps.
+        held: How masters are kept.
+    """
+    _check_parts(where, saved, param, held)
+    wide = torch.float64 if param.dtype == torch.float64 else torch.float32
+    # one that was never stepped has no master, and the moments that its optimizer made
+    dtypes = {wide} if held.parts(saved) else {wide, param.dtype}
+    for key, value in saved.items():
+        is_part = key in held.names
+        if not is_part and names is None:
+            continue
+        if names is not None and key not in names:
+            raise ArgumentError(f"{where}: expected the keys {list(names)}, got {key!r} too.")
+        if key == "step":
+            if kind(value) != "number":
+                raise ArgumentError(f"{where}[{key!r}]: expected a number, got {value!r}.")
+        elif hasattr(value, "placements") and not hasattr(param, "placements"):
+            raise ArgumentError(
+                f"{where}[{key!r}]: expected a tensor, since the parameter is one, got a DTensor. "
+                "torch.distributed.checkpoint loads what was saved sharded into any layout."
+            )
+        elif _mesh_of(value) not in (None, _mesh_of(param)):
+            raise ArgumentError(
+                f"{where}[{key!r}]: expected a DTensor over the mesh of the parameter, got another "
+                "mesh. torch.distributed.checkpoint loads what was saved into any layout."
+            )
+        elif is_part and held.dtype_of(key) != torch.float32 and _moves(value, param):
+            raise ArgumentError(
+                f"{where}[{key!r}]: expected the placements of the parameter, got others, and no "
+                f"process group sends {value.dtype}. Save without compact=True, or load through "
+                "torch.distributed.checkpoint."
+            )
+        elif is_part:
+            _check_tensor(f"{where}[{key!r}]", value, param, {held.dtype_of(key)})
+        elif value is not None:
+            _check_tensor(f"{where}[{key!r}]", value, param, dtypes)
+
+
+def _check_parts(where: str, saved: State, param: Tensor, held: HeldMasters) -> None:
+    """Raises unless what a state holds of a master is what `held` can take."""
+    given = [key for key in MASTER_KEYS if key in saved]
+    foreign = [key for key in given if key not in held.names]
+    if foreign:
+        raise ArgumentError(
+            f'{where}: expected a float32 "master", got {foreign[0]!r} of a state_dict(compact='
+            f"True), which an optimizer with masters={held.store!r} cannot read. Load it, and the "
+            "weights, into one with the masters= it was saved from; its state_dict() fits all."
+        )
+    if len(given) > 1:
+        raise ArgumentError(f"{where}: expected one of {given}, got all of them.")
+    if given and param.dtype not in SIXTEEN_BIT and saved[given[0]] is not None:
+        raise ArgumentError(
+            f"{where}[{given[0]!r}]: expected none, since the parameter is {param.dtype}, got one. "
+            "Cast the model to the 16-bit dtype that was saved first."
+        )
+
+
+def _check_tensor(where: str, value: Any, param: Tensor, dtypes: set[torch.dtype]) -> None:
+    if isinstance(value, Tensor) and value.dtype in dtypes and value.shape == param.shape:
+        return
+    got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    wanted = next(iter(dtypes - {param.dtype}), param.dtype)
+    raise ArgumentError(
+        f"{where}: expected a {wanted} tensor of shape {list(param.shape)}, got {got}."
+    )
+
+
+def _moves(value: Any, param: Any) -> bool:
+    """Whether a DTensor has to be redistributed."""
+    return getattr(value, "placements", None) not in (None, getattr(param, "placements", None))
+
+
+def _mesh_of(value: Any) -> Any:
+    return getattr(value, "device_mesh", None)
+
+
+def check_complete(
+    where: str, saved: State, rule: UpdateRule | None, names: dict[str, bool] | None
+) -> None:
+    """Raises if one of the values that were made together is missing."""
+    if rule is None or names is None:
+        return
+    wanted = [name for name, is_moment in names.items() if is_moment]
+    wanted += ["step"] if rule.keeps_steps else []
+    missing = [name for name in wanted if saved.get(name) is None]
+    if missing and len(missing) < len(wanted):
+        raise ArgumentError(f"{where}: expected the keys {wanted}, got none for {missing}.")
