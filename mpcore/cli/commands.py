@@ -207,12 +207,15 @@ def report(
     ),
     title: Annotated[str, typer.Option(help="Of the report.")] = "What the monitor saw",
     as_json: _Json = False,
+    join: Annotated[
+        bool, typer.Option("--join", help="The files are parts of one run, in order.")
+    ] = False,
 ) -> None:
     """Turn what a monitor wrote into one HTML file: losses, scales, skips, gradients, layers."""
     with _errors_in_one_line():
         from mpcore.cli.report_view import write_report
 
-        write_report(runs, output, title, None if as_json else Console())
+        write_report(runs, output, title, None if as_json else Console(), join=join)
 
 
 @app.command()

@@ -16,7 +16,9 @@ from mpcore.monitoring.run_log import RunLog
 from mpcore.report.run_page import render_runs, summary_table
 
 
-def write_report(runs: Sequence[Path], output: Path, title: str, console: Console | None) -> None:
+def write_report(
+    runs: Sequence[Path], output: Path, title: str, console: Console | None, *, join: bool = False
+) -> None:
     """Reads the files of runs, prints what they come to and writes their page.
 
     Args:
@@ -24,21 +26,26 @@ def write_report(runs: Sequence[Path], output: Path, title: str, console: Consol
         output: Where to write the page.
         title: Of the page.
         console: Where to print; None: as JSON to standard output.
+        join: Whether the files are parts of one run, in order.
 
     Raises:
         ArgumentError: A file is none of a run, or the page cannot be written.
     """
     check_writable(output, "mpcore-report.html")
-    logs = [RunLog.read(path) for path in runs]
-    for path, log in zip(runs, logs, strict=True):
+    first = runs[:1] if join else runs
+    logs = [RunLog.read(*runs)] if join else [RunLog.read(path) for path in runs]
+    for path, log in zip(first, logs, strict=True):
         if not (log.courses or log.readings or log.overflows):
             raise ArgumentError(f"runs: expected records, got none in {path}. Was a step made?")
-    logs = [replace(log, name=name) for log, name in zip(logs, names_of(runs), strict=True)]
+    logs = [replace(log, name=name) for log, name in zip(logs, names_of(first), strict=True)]
     output.write_text(render_runs(logs, title), encoding="utf-8")
     if console is None:
         print(to_json({"runs": [run_facts(log) for log in logs], "report": str(output)}))
         return
     show_table(replace(summary_table(logs), title=title), console)
+    for log in logs:
+        if log.told():
+            console.print(Text(f"{log.name}: {log.told()}"), soft_wrap=True)
     console.print("Report: ", end="")
     console.print(Text(str(output), "bold"), soft_wrap=True)
 

@@ -70,7 +70,7 @@ class Saving:
 
     @outside_graphs
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned, in its dtypes; syncs only if masters are shared.
+        """Restores what `state_dict` returned, in its dtypes; syncs for shared masters or monitors.
 
         The settings of the loss scale stay those of this object: a saved scale outside its bounds
         is moved into them, and a scale that never moves stays. Load the model's weights as
@@ -109,6 +109,8 @@ class Saving:
         self._losses.resume(saved.losses, saved.totals)
         self._began = True
         self._writes.end()
+        if self._stage.watcher is not None:
+            self._stage.watcher.note_loaded()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 

@@ -28,3 +28,6 @@ class Watcher(Protocol):
 
     def forget(self, *, last_step: bool) -> None:
         """Hears that passes were thrown away, and whether the last step is none any more."""
+
+    def note_loaded(self) -> None:
+        """Hears that the optimizer's state is another one from now on, that of a checkpoint."""

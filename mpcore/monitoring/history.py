@@ -25,7 +25,8 @@ class Course:
         skipped: Whether it was.
         grad_norm: 2-norm of the unscaled gradients, before clipping.
         loss: Before scaling, the sum of those of its backward passes; None where nobody knows.
-        seconds: On the host, since the end of the step before; None for the first of all.
+        seconds: On the host, since the end of the step before; None for the first of a monitor and
+            the first after a checkpoint was loaded.
         largest_loss: The largest of these; None likewise.
 
     Example:
@@ -94,6 +95,13 @@ class History:
         self._seconds.append(None if self._ended is None else now - self._ended)
         self._ended = now
         self.steps += 1
+
+    def restart(self, steps: int) -> None:
+        """Forgets all steps; the next one has this number."""
+        self._rows.clear()
+        self._passes.clear()
+        self._seconds.clear()
+        self._ended, self.steps = None, steps
 
     def holds(self, step: int) -> bool:
         """Returns whether a step, counted from 0, is still kept."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -22,18 +21,17 @@ from mpcore.monitoring.model_state import BufferWatch, large_weights, not_finite
 from mpcore.monitoring.names import Names
 from mpcore.monitoring.pass_counts import PassCounts
 from mpcore.monitoring.pass_losses import PassLosses
-from mpcore.monitoring.pending import LIMIT, Pending, Step
+from mpcore.monitoring.pending import LIMIT, Pending, Step, counters_of
 from mpcore.monitoring.reading import Reading, summed_up
 from mpcore.monitoring.records import Record
 from mpcore.monitoring.report import OverflowReport, own_rank
 from mpcore.monitoring.standing_averages import StandingAverages
 from mpcore.monitoring.update_sample import UpdateSample
 from mpcore.monitoring.used_share import used_share
+from mpcore.monitoring.verdict_log import VerdictLog
 from mpcore.monitoring.verdicts import verdict_on
 
 _LONGEST = 2**14  # steps that a course holds, however rare readings are
-
-_LOG = logging.getLogger("mpcore.monitor")
 
 
 class Monitor:
@@ -46,6 +44,8 @@ class Monitor:
     next reading, `report()` or `close()` at the latest; on others in readings and `report()` alone.
     A late report says how all was after its own step, but for weights and buffers: those are looked
     at when it is made. A host that is 32 steps ahead of the device waits for the first of these.
+
+    Steps have the optimizer's numbers: after a resume they go on from the checkpoint's.
 
     Both go to the sinks, and with each reading a `Course`: what became of each step since the one
     before, of the last 16,384 at most. Verdicts go to the logger "mpcore.monitor" too, one line
@@ -102,14 +102,15 @@ class Monitor:
         self._window = check_count("window", window)
         self._pending = Pending.on(self._device)
         self._history = History(max(window, min(every, _LONGEST)), self._device, LIMIT)
-        self._told = 0  # steps that sinks have heard of
+        self._told = int(counters_of(optimizer)[0])  # steps that sinks have heard of
+        self._history.restart(self._told)
         self._losses = PassLosses(self._device)  # of this step, like the next
         self._counts = PassCounts()
         self._sample: UpdateSample | None = None
         self._used: Tensor | None = None  # by the last clean step that was looked at
         self._last: Step | None = None
         self._report: OverflowReport | None = None
-        self._logged: dict[str, int] = {}
+        self._log = VerdictLog(self._every)
         #: The last reading, None before the first.
         self.reading: Reading | None = None
         optimizer._stage.watcher = optimizer._stage._sums.watcher = self
@@ -187,6 +188,13 @@ class Monitor:
         self._counts = PassCounts()
         if last_step:
             self._last = self._report = self._sample = None
+
+    def note_loaded(self) -> None:
+        """Hears that a checkpoint was loaded, tells of the steps before; syncs."""
+        self._deliver(wait=True)
+        self._emit_course()
+        self._told = int(counters_of(self._optimizer)[0])
+        self._history.restart(self._told)
 
     @torch.no_grad()
     def end_step(self, gradients: StepGradients, result: StepResult, *, own_scale: bool) -> None:
@@ -331,13 +339,4 @@ class Monitor:
         if step is self._last:
             self._report = report
         self._emit(report)
-        self._log(report)
-
-    def _log(self, report: OverflowReport) -> None:
-        """Logs a line unless one of its kind was logged less than `every` steps ago."""
-        name = report.verdict.name
-        last = self._logged.get(name)
-        if last is not None and report.step - last < self._every:
-            return
-        self._logged[name] = report.step
-        _LOG.log(logging.INFO if report.verdict.normal else logging.WARNING, report.one_line())
+        self._log.note(report)

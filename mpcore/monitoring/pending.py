@@ -35,11 +35,16 @@ class Standing(NamedTuple):
     skips_in_a_row: int
 
 
+def counters_of(optimizer: MixedPrecisionOptimizer) -> Tensor:
+    """Returns the counters of all its steps: whatever losses they had."""
+    totals = optimizer._losses.totals
+    return optimizer._scale.counters if totals is None else totals
+
+
 def standing_of(optimizer: MixedPrecisionOptimizer, found_inf: Tensor) -> Tensor:
     """Returns where the loss scale is now, float64 `[5]` in the order of `Standing`; no sync."""
-    totals = optimizer._losses.totals
-    counters = optimizer._scale.counters if totals is None else totals
-    parts = (found_inf.view(1), optimizer._scale.scale.view(1), counters.narrow(0, 0, 3))
+    counts = counters_of(optimizer).narrow(0, 0, 3)
+    parts = (found_inf.view(1), optimizer._scale.scale.view(1), counts)
     return torch.cat([part.to(optimizer._scale.scale.device, torch.float64) for part in parts])
 
 

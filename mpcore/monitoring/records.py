@@ -22,13 +22,24 @@ Record = Reading | OverflowReport | Course
 _BEGINNING = '{"kind": "'
 
 
-def read_records(path: str | os.PathLike[str]) -> list[Record]:
-    """Returns the records of a file that `JsonLines` wrote, in its order.
+class Records(list[Record]):
+    """Records in the order of their files.
 
-    Lines that were cut off are left out: a run was stopped while it wrote them.
+    Attributes:
+        torn: Lines that were cut off, since a run was stopped while it wrote them.
+    """
+
+    torn: int = 0
+
+
+def read_records(path: str | os.PathLike[str], *more: str | os.PathLike[str]) -> Records:
+    """Returns the records of files that `JsonLines` wrote, in their order.
+
+    Lines that were cut off are left out and counted: a run was stopped while it wrote them.
 
     Args:
         path: The file.
+        more: Of further parts of the same run, in order.
 
     Raises:
         ArgumentError: There is no such file, or a line of it is no record.
@@ -39,28 +50,42 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
         >>> course = Course(0, (8.0,), (True,), (float("inf"),), (None,), (None,))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     JsonLines(os.path.join(folder, "run.jsonl"))(course)
-        ...     read_records(os.path.join(folder, "run.jsonl")) == [course]
-        True
+        ...     records = read_records(os.path.join(folder, "run.jsonl"))
+        >>> records == [course], records.torn
+        (True, 0)
     """
+    records = Records()
+    for one in (path, *more):
+        *lines, rest = _text_of(one).split("\n")
+        records.torn += bool(rest)
+        for number, line in enumerate(lines, start=1):
+            try:
+                records.append(_record(json.loads(line)))
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                if isinstance(error, json.JSONDecodeError) and _is_cut_off(line, number):
+                    records.torn += 1
+                    continue
+                raise ArgumentError(
+                    f"{os.fspath(one)}, line {number}: expected a record that mpcore.JsonLines "
+                    f"wrote, got {line[:80]!r}. Give the file of one run, as it was written."
+                ) from error
+    return records
+
+
+def _text_of(path: str | os.PathLike[str]) -> str:
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ArgumentError(
             f"path: expected a file that mpcore.JsonLines wrote, got {os.fspath(path)}: {error}."
         ) from error
-    lines = text.split("\n")
-    records = []
-    for number, line in enumerate(lines[:-1], start=1):
-        try:
-            records.append(_record(json.loads(line)))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            if isinstance(error, json.JSONDecodeError) and line.startswith(_BEGINNING):
-                continue  # cut off
-            raise ArgumentError(
-                f"{os.fspath(path)}, line {number}: expected a record that mpcore.JsonLines wrote, "
-                f"got {line[:80]!r}. Give the file of one run, as it was written."
-            ) from error
-    return records
+
+
+def _is_cut_off(line: str, number: int) -> bool:
+    """Whether a line is the beginning of a record; a few signs only after one that was."""
+    return line.startswith(_BEGINNING) or (
+        number > 1 and line != "" and _BEGINNING.startswith(line)
+    )
 
 
 def _record(entry: dict[str, Any]) -> Record:

@@ -35,6 +35,8 @@ def render_runs(logs: Sequence[RunLog], title: str) -> str:
     steps = sum(len(log.steps) for log in logs)
     readings = sum(len(log.readings) for log in logs)
     lead = f"{', '.join(log.name for log in logs)}: {steps:,} steps, {readings:,} readings."
+    parts = [(log.name, told) for log in logs if (told := log.told())]
+    lead += "".join(f" {name}: {told}" if len(logs) > 1 else f" {told}" for name, told in parts)
     timed = [(log.name, statistics.median(log.seconds)) for log in logs if log.seconds]
     memory = [(log.name, log.readings[-1].memory) for log in logs if log.readings]
     stacks = [Stack.of(name, resident) for name, resident in memory if resident is not None]
