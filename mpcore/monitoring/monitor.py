@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from mpcore.base import check_count
 from mpcore.engine import MixedPrecisionOptimizer, StepGradients, StepResult
 from mpcore.errors import ArgumentTypeError
-from mpcore.monitoring.facts import Facts, NanStreak
+from mpcore.monitoring.facts import Facts, NanStreak, Past
 from mpcore.monitoring.findings import Columns, Finding, FindingTable
 from mpcore.monitoring.history import Course, History
+from mpcore.monitoring.idle_training import SKIPS, IdleTraining
 from mpcore.monitoring.memory import bytes_of_sums, resident_bytes
 from mpcore.monitoring.model_state import BufferWatch, large_weights, not_finite
 from mpcore.monitoring.names import Names
@@ -96,12 +97,13 @@ class Monitor:
         self._buffers = BufferWatch(model)
         self._nans = NanStreak()
         self._averages = StandingAverages(model)
+        self._idle = IdleTraining()
         self._names = Names(optimizer, model)
         self._sinks = list(sinks)
         self._device = optimizer._scale.scale.device
         self._window = check_count("window", window)
         self._pending = Pending.on(self._device)
-        self._history = History(max(window, min(every, _LONGEST)), self._device, LIMIT)
+        self._history = History(max(window, SKIPS, min(every, _LONGEST)), self._device, LIMIT)
         self._told = int(counters_of(optimizer)[0])  # steps that sinks have heard of
         self._history.restart(self._told)
         self._losses = PassLosses(self._device)  # of this step, like the next
@@ -195,6 +197,7 @@ class Monitor:
         self._emit_course()
         self._told = int(counters_of(self._optimizer)[0])
         self._history.restart(self._told)
+        self._idle.restart()
 
     @torch.no_grad()
     def end_step(self, gradients: StepGradients, result: StepResult, *, own_scale: bool) -> None:
@@ -219,7 +222,11 @@ class Monitor:
         if sample is not None:
             lost = sample.lost(self._optimizer._masters)
             self._averages.look()
-            self.reading = self._made_reading(number, gradients, counts, lost)
+            past = self._history.read(SKIPS)
+            self.reading = self._made_reading(step, past[-1], counts, lost)
+            moved = sample.moved if sample.is_of_all else None
+            groups = self._optimizer.param_groups
+            self._idle.look(self.reading, past, groups, moved=moved, own_scale=own_scale)
             self._emit(self.reading)
             if self.reading.skipped:
                 self._tell(step)
@@ -260,13 +267,13 @@ class Monitor:
         return tuple(counts.merged(list(zip(found, table, strict=True)), name_of))
 
     def _made_reading(
-        self, step: int, gradients: StepGradients, counts: PassCounts, lost: float | None
+        self, step: Step, past: Past, counts: PassCounts, lost: float | None
     ) -> Reading:
-        past = self._history.read(1)[-1]
+        gradients = step.gradients
         added = gradients.params if gradients.accumulated is not None else []
         memory = resident_bytes(self._optimizer)
         return Reading(
-            step=step,
+            step=step.number,
             loss_scale=past.scale,
             skipped=past.skipped,
             loss=past.loss,

@@ -26,6 +26,10 @@ class UpdateSample:
 
     @torch.no_grad()
     def __init__(self, params: Sequence[Tensor], masters: Masters) -> None:
+        #: whether there is one of each parameter
+        self.is_of_all = all(param.dtype in SIXTEEN_BIT for param in params)
+        #: masters that have changed, as far as `lost` has looked
+        self.moved = 0
         self._params: dict[tuple[torch.device, torch.dtype], Sequence[Tensor]] = {}
         self._before: dict[tuple[torch.device, torch.dtype], MasterSample] = {}
         kinds = [(param.device, param.dtype) for param in params]
@@ -50,6 +54,7 @@ class UpdateSample:
             counts.setdefault(device, []).append(before.lost(held))
         read = [torch.stack(some).sum(0).tolist() for some in counts.values()]
         lost, moved = sum(one[0] for one in read), sum(one[1] for one in read)
+        self.moved = moved
         return lost / moved if moved else None
 
 
