@@ -13,7 +13,7 @@ from mpcore_testing.fused import Twin
 from mpcore_testing.kernels import HALVES, all_patterns, assert_same_bits
 from mpcore_testing.rounding import edge_masters, round_by_hand
 
-SPAN = 4096  # elements after which the largest weight is looked at, as `_passes.c` has it
+SPAN = 4096  # many tiles, whose largest weights are looked at
 KEEP = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)  # SGD that moves nothing
 TAKE = (-1.0, 0.0, 0.0, 0.0, 0.0, 0.0)  # SGD whose step is the gradient
 LIMITS = {HALF: 0x477FF000, BRAIN: 0x7F7F8000}  # bits of the first master that is clamped
@@ -116,7 +116,10 @@ def test_conversions_are_vectorized(gcc):
             path, number = line.split(":")[:2]
             above = Path(path).read_text().splitlines()[: int(number)]
             loops.add(next((text for text in reversed(above) if text.startswith("LOOP")), ""))
-    for expected in ("widen_bfloat16", "widen_float16", "narrow_bfloat16", "narrow_float16"):
+    names = ["widen_bfloat16", "widen_float16", "narrow_bfloat16", "narrow_float16"]
+    names += ["join_bfloat16", "split_bfloat16", "join_float16", "rests_of_float16"]
+    names += ["largest_of", "clamp", "draw", "round_randomly", "count_beyond"]
+    for expected in names:
         assert any(f" {expected}(" in loop for loop in loops), (expected, loops)
 
 
@@ -131,8 +134,8 @@ def test_no_loop_of_an_update_computes_one_element_at_a_time(gcc, level):
     # arithmetic on one float, and loads and stores of one 16-bit number
     one = r"\bv?(?:add|sub|mul|div|sqrt|cvt\w+)ss\b.*|\b(?:movw|movzw\w)\b.*"
     for rule, moments in _c_source.STEPS:
-        for name in _c_source.loop_names(rule, moments):
-            assert re.search(r"\bv?mulps\b", bodies[name]), name
-            assert re.findall(one, bodies[name]) == [], name
+        name = _c_source.loop_name(rule, moments)
+        assert re.search(r"\bv?mulps\b", bodies[name]), name
+        assert re.findall(one, bodies[name]) == [], name
     for dtype in ("float16", "bfloat16"):  # the look at weights before it
         assert re.findall(one, bodies[f"all_fit_{dtype}"]) == [], dtype

@@ -1,8 +1,12 @@
 """Split masters: which float32 numbers come back, and what the weight beside a remainder is."""
 
+import ctypes
+
 import numpy as np
 import pytest
 import torch
+from mpcore.backends import _c_command, _c_compiler
+from mpcore.backends._c_work import DTYPES
 from mpcore.stores import is_clamped, join, split
 
 from mpcore_testing.kernels import assert_same_bits
@@ -85,3 +89,73 @@ def test_shapes_and_strides_are_those_of_the_value(dtype):
     assert weight.stride() == remainder.stride() == value.stride()
     assert join(weight, remainder).stride() == value.stride()
     assert torch.equal(join(weight, remainder), value)
+
+
+@pytest.fixture(scope="module", params=["native", "portable"])
+def in_c(request):
+    """The functions of the compiled backend, with a processor's conversions or without."""
+    head = "#define PORTABLE\n" if request.param == "portable" else ""
+    library = _c_compiler.load(f'{head}#include "{_c_command.SOURCE}"\n{_DOORS}')
+    return lambda value, dtype: _split_in_c(library, value, dtype), library
+
+
+_DOORS = """
+void split_all(int dtype, float *from, uint16_t *weight, int16_t *rest, int64_t n) {
+    for (int64_t i = 0; i < n; i += TILE)
+        split(dtype, from + i, weight + i, rest + i, n - i < TILE ? n - i : TILE);
+}
+void join_all(int dtype, const uint16_t *weight, const int16_t *rest, float *to, int64_t n) {
+    if (dtype == BFLOAT16) {
+        join_bfloat16(weight, rest, to, n);
+    } else {
+        widen_float16(weight, to, n);
+        join_float16(rest, to, n);
+    }
+}
+"""
+
+
+def _address(tensor):
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _split_in_c(library, value, dtype):
+    value = value.clone()  # which is clamped in place
+    weight = torch.empty(len(value), dtype=dtype)
+    rest = torch.empty(len(value), dtype=torch.int16)
+    places = map(_address, (value, weight, rest))
+    library.split_all(DTYPES[dtype], *places, ctypes.c_int64(len(value)))
+    return weight, rest
+
+
+def _join_in_c(library, weight, rest):
+    to = torch.empty(len(weight))
+    places = map(_address, (weight, rest, to))
+    library.join_all(DTYPES[weight.dtype], *places, ctypes.c_int64(len(weight)))
+    return to
+
+
+def _judged_in_c(in_c, dtype, patterns):
+    split_in_c, library = in_c
+    judge = assert_float16_is_split if dtype == torch.float16 else assert_bfloat16_is_split
+    for bits in patterns:
+        judge(split_in_c, lambda weight, rest: _join_in_c(library, weight, rest), bits)
+
+
+def test_c_on_chosen_patterns(in_c):
+    _judged_in_c(in_c, torch.bfloat16, sampled_patterns())
+    _judged_in_c(in_c, torch.float16, every_exponent_of_float16(2**10))
+
+
+@pytest.mark.exhaustive
+def test_c_on_all_patterns(in_c):
+    _judged_in_c(in_c, torch.bfloat16, all_patterns())
+    _judged_in_c(in_c, torch.float16, every_exponent_of_float16(None))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_c_joins_every_weight_with_any_remainder_as_torch_does(in_c, dtype):
+    weight = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    for rest in (-(2**15), -(2**14), -1, 0, 1, 77, 2**14, 2**15 - 1):
+        rests = torch.full(weight.shape, rest, dtype=torch.int16)
+        assert_same_bits(_join_in_c(in_c[1], weight, rests), join(weight, rests))

@@ -15,6 +15,7 @@ from mpcore.backends._c_adopt import adopt_
 from mpcore.backends._c_compiler import passes
 from mpcore.backends._c_scale import update_scale_
 from mpcore.backends._c_source import STEPS
+from mpcore.backends._c_stores import Held
 from mpcore.backends._c_work import DTYPES, Table, Work, by_dtype, run
 from mpcore.base import SIXTEEN_BIT, GradientSet
 from mpcore.errors import ArgumentError
@@ -33,6 +34,7 @@ class Plan(_update.Plan):
         tables: Per batch masters, then weights if there are any, then moments.
         counters: Per batch what counts its steps.
         shapes: Per batch those of its masters.
+        held: Per batch what C has to know of its stores.
         groups: Per batch the param group of each tensor, as C has an array of integers.
         elements: Of all masters together.
     """
@@ -40,6 +42,7 @@ class Plan(_update.Plan):
     tables: list[Table]
     counters: list[list[Tensor]]
     shapes: list[list[torch.Size]]
+    held: list[Held]
     groups: list[array[int]]
     elements: int
 
@@ -48,7 +51,8 @@ class Plan(_update.Plan):
 def plan_update(rule: str, batches: Sequence[Batch]) -> Plan:
     """Returns what `update_` needs to know about its tensors; see the reference backend."""
     plan = _update.plan_update(rule, batches)
-    tables = [_table(batch) for batch in plan.batches]
+    held = [Held.of(*part) for part in zip(plan.batches, plan.stores, strict=True)]
+    tables = [_table(batch, kept.rows) for batch, kept in zip(plan.batches, held, strict=True)]
     counters = [_update.step_counters(batch) for batch in plan.batches]
     elements = sum(master.numel() for batch in plan.batches for master in batch.masters)
     shapes = [[master.shape for master in batch.masters] for batch in plan.batches]
@@ -58,15 +62,16 @@ def plan_update(rule: str, batches: Sequence[Batch]) -> Plan:
         tables=tables,
         counters=counters,
         shapes=shapes,
+        held=held,
         groups=[array("q", batch.groups) for batch in plan.batches],
         elements=elements,
     )
 
 
-def _table(batch: Batch) -> Table:
+def _table(batch: Batch, rows: Sequence[int]) -> Table:
     roles = [batch.masters, *([] if batch.weights is None else [batch.weights]), *batch.moments]
     # not views of the parameters: a view would keep torch from swapping them for others
-    return Table.of([[tensor.data for tensor in role] for role in roles])
+    return Table.of([[tensor.data for tensor in role] for role in roles], rows)
 
 
 def update_(
@@ -142,21 +147,25 @@ def _shared_work(
     edits: Tensor | None,
 ) -> Work:
     """Returns what all dtypes of a batch share."""
-    weights, count = plan.batches[index].weights, len(plan.batches[index].moments)
+    batch, held = plan.batches[index], plan.held[index]
+    weights, count = batch.weights, len(batch.moments)
     table, scalars = plan.tables[index], scalars.contiguous()
     masters, role = table.addresses.buffer_info()[0], 8 * table.count  # bytes of a role's addresses
     work = Work(
         masters=masters,
         moments=masters + role * (2 if weights else 1),
-        weights=masters + role if weights else None,
-        weight_dtype=DTYPES[weights[0].dtype] if weights else 0,
+        weights=masters + role if weights else held.own_weights(masters),
+        weight_dtype=DTYPES[weights[0].dtype] if weights else held.own_dtype,
         step=STEPS.index((plan.rule.name, count)),
         scalars=scalars.data_ptr(),
         saturated=saturated.data_ptr(),
         edits=None if edits is None else edits.data_ptr(),
         tensors=tensors,
         coefficient=float(coefficient),
-        streaming=plan.elements >= _STREAMING,
+        # a weight that is read before it is written is in the cache anyhow
+        streaming=plan.elements >= _STREAMING and batch.store == "float32",
     )
-    work.keep(table.addresses, scalars, saturated, *(() if edits is None else (edits,)))
+    memory = [table.addresses, scalars, saturated, *held.put_into(work, batch, plan.counts[index])]
+    memory += [] if edits is None else [edits]
+    work.keep(*memory)
     return work

@@ -44,11 +44,17 @@ class Table:
     cut: Cut
 
     @staticmethod
-    def of(roles: Sequence[Sequence[Tensor]]) -> Table:
-        """Returns the table of tensors; those of one index have one layout in all roles."""
+    def of(roles: Sequence[Sequence[Tensor]], rows: Sequence[int] = ()) -> Table:
+        """Returns the table of tensors; those of one index have one layout in all roles.
+
+        Args:
+            roles: A list for each.
+            rows: Elements of a row of each tensor, where blocks begin anew at rows.
+        """
         flat = [memory_order(tensor) for role in roles for tensor in role]
         count = len(roles[0])
-        cut = cut_chunks([tensor.numel() for tensor in flat[:count]])
+        sizes = [tensor.numel() for tensor in flat[:count]]
+        cut = cut_rows(sizes, rows) if rows else cut_chunks(sizes)
         return Table(flat, addresses_of(flat), count, cut)
 
 
@@ -100,6 +106,31 @@ def _cut(sizes: tuple[int, ...]) -> Cut:
     return Cut(chunks.contiguous(), sum(sizes))
 
 
+def cut_rows(sizes: Sequence[int], rows: Sequence[int]) -> Cut:
+    """Returns how tensors are cut where rows begin alone, or multiples of CHUNK into a long row.
+
+    Args:
+        sizes: Elements of each tensor.
+        rows: Elements of a row of each, at least 1.
+
+    Example:
+        >>> cut_rows([2**16 + 10], [2**15 + 5]).chunks.tolist()
+        [[0, 0, 32773], [0, 32773, 65546]]
+        >>> cut_rows([2**17 + 600], [2**16 + 300]).chunks[:3].tolist()
+        [[0, 0, 65536], [0, 65536, 65836], [0, 65836, 131372]]
+    """
+    chunks = []
+    for index, (size, row) in enumerate(zip(sizes, rows, strict=True)):
+        many = CHUNK // row * row
+        if many:
+            starts = list(range(0, size, many))
+        else:
+            starts = [first + at for first in range(0, size, row) for at in range(0, row, CHUNK)]
+        chunks += [(index, *ends) for ends in zip(starts, [*starts[1:], size], strict=True)]
+    table = torch.tensor(chunks, dtype=torch.int64, device="cpu").view(-1, 3)
+    return Cut(table, sum(sizes))
+
+
 def by_dtype(flat: Sequence[Tensor], cut: Cut) -> list[tuple[torch.dtype, Cut, array[int]]]:
     """Returns for each dtype the chunks of its tensors, and the addresses of all tensors."""
     flat = GradientSet.of(flat)
@@ -120,10 +151,13 @@ class Work(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("next", "count")),
         *((name, ctypes.c_void_p) for name in ("chunks", "grads", "sums", "counts")),
-        *((name, ctypes.c_void_p) for name in ("masters", "moments")),
+        *((name, ctypes.c_void_p) for name in ("masters", "moments", "scales")),
         *((name, ctypes.c_void_p) for name in ("weights", "scalars", "saturated", "edits")),
+        *((name, ctypes.c_void_p) for name in ("draws", "offsets", "rows")),
         ("tensors", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("step", "grad_dtype", "weight_dtype")),
+        *((name, ctypes.c_int32) for name in ("step", "grad_dtype", "weight_dtype", "store")),
+        ("moment_stores", ctypes.c_int32 * 3),
+        ("words", ctypes.c_int32),
         ("coefficient", ctypes.c_float),
         ("streaming", ctypes.c_int32),
     ]

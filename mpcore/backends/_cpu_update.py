@@ -32,6 +32,7 @@ from mpcore.backends._blocks import (
     none_reaches,
 )
 from mpcore.backends._cast import adopt_, cast_into
+from mpcore.backends._stored import check_plain
 from mpcore.loss_scale import ScaleMove, update_scale_
 from mpcore.updates import Batch, Hyper, UpdateRule
 
@@ -65,7 +66,12 @@ class Plan(_update.Plan):
 
 
 def plan_update(rule: str, batches: Sequence[Batch]) -> Plan:
-    """Returns what `update_` needs to know about its tensors; see the reference backend."""
+    """Returns what `update_` needs to know about its tensors; see the reference backend.
+
+    Raises:
+        BackendError: Masters or moments are not float32: torch's kernels know nothing else.
+    """
+    check_plain(batches, "cpu", 'backend="compiled" or backend="reference"')
     checked = _update.plan_update(rule, batches)
     plan = Plan(checked.rule, checked.batches)
     # plain torch needs several temporaries of the size of a block

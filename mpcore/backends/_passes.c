@@ -7,6 +7,7 @@
  * are those of IEEE arithmetic, whatever processor it was built for.
  */
 #include "_numbers.h"
+#include "_stores.h"
 
 #define BLOCK 512 /* elements that stay in the first-level cache */
 
@@ -21,15 +22,19 @@ typedef struct {
     const void *const *grads; /* of `grad_dtype` */
     double *sums;             /* of `square_sums`: [count] */
     int64_t *counts;          /* of `count_values`: [count][COUNTS] */
-    float *const *masters;    /* from here on of `update` */
-    float *const *moments;    /* [moments][tensors] */
+    void *const *masters;     /* from here on of `update`; as `store` keeps them */
+    void *const *moments;     /* [moments][tensors], as `moment_stores` keep them */
+    float *const *scales;     /* [moments][tensors], of moments in 8 bits */
     uint16_t *const *weights; /* of `weight_dtype`; NULL: the masters are the weights */
     const float *scalars;     /* [tensors][columns] */
     int64_t *saturated;
     int64_t *edits; /* [tensors][2], of `adopt`, and of `update` unless it is NULL */
+    const draws_t *draws;            /* [tensors] */
+    const int64_t *offsets, *rows;   /* [tensors]: place in the full tensor; elements of a row, or 0 */
     int64_t tensors;
     int32_t step; /* its place in STEPS */
-    int32_t grad_dtype, weight_dtype;
+    int32_t grad_dtype, weight_dtype, store, moment_stores[3];
+    int32_t words; /* bit i: word i of random bits is needed */
     float coefficient;
     int32_t streaming; /* whether weights go around the caches */
 } work_t;
@@ -216,64 +221,50 @@ void move_scale(const move_t *move, int32_t bad) {
     *move->overflows_left = full ? move->hysteresis : left;
 }
 
-
-/* Elements after which the largest weight is looked at. */
-#define SPAN 4096
-
-/* Makes weights that others wrote to masters: elements `at` to `at + n` of a tensor, at most SPAN. */
-static void adopt_span(const work_t *work, int64_t tensor, int64_t at, int64_t n) {
-    float *master = work->masters[tensor] + at;
-    const uint16_t *weight = work->weights[tensor] + at;
+/* Makes weights that others wrote to masters. */
+static void adopt_tile(const work_t *work, tile_t tile) {
+    float *master = (float *)work->masters[tile.tensor] + tile.at;
+    const uint16_t *weight = work->weights[tile.tensor] + tile.at;
     const int narrow = work->weight_dtype == FLOAT16;
-    const int64_t whole = n - n % LANES;
+    const int64_t whole = tile.n - tile.n % LANES;
     const int fits = (narrow ? all_fit_float16 : all_fit_bfloat16)(master, weight, whole);
     const int64_t first = fits ? whole : 0;
     uint32_t counts[2] = {0};
-    (narrow ? adopt_float16 : adopt_bfloat16)(weight + first, master + first, n - first, counts);
+    (narrow ? adopt_float16 : adopt_bfloat16)(weight + first, master + first, tile.n - first, counts);
     for (int i = 0; i < 2; i++)
-        if (counts[i]) __atomic_fetch_add(work->edits + 2 * tensor + i, counts[i], __ATOMIC_RELAXED);
+        if (counts[i]) __atomic_fetch_add(work->edits + 2 * tile.tensor + i, counts[i], __ATOMIC_RELAXED);
+}
+
+/* Returns the tile that begins at an element of a chunk: no block of moments in 8 bits reaches into two. */
+static tile_t tile_at(const work_t *work, chunk_t chunk, int64_t at) {
+    const int64_t row = work->rows ? work->rows[chunk.tensor] : 0;
+    int64_t n = chunk.stop - at < TILE ? chunk.stop - at : TILE;
+    if (row && row - at % row < n) n = row - at % row;
+    return (tile_t){chunk.tensor, at, n};
 }
 
 /* Makes weights that others wrote to masters, chunk by chunk. */
 void adopt(work_t *work) {
     for (int64_t k; (k = take(work)) < work->count;) {
         const chunk_t chunk = work->chunks[k];
-        for (int64_t at = chunk.start; at < chunk.stop; at += SPAN)
-            adopt_span(work, chunk.tensor, at, chunk.stop - at < SPAN ? chunk.stop - at : SPAN);
+        tile_t tile;
+        for (int64_t at = chunk.start; at < chunk.stop; at += tile.n)
+            adopt_tile(work, tile = tile_at(work, chunk, at));
     }
-}
-
-/* Updates elements `at` to `at + n` of a tensor, at most SPAN; returns how many weights were clamped. */
-static int64_t update_span(const work_t *work, int64_t tensor, int64_t at, int64_t n) {
-    const int step = work->step, moments = MOMENTS[step], dtype = work->weight_dtype;
-    const int alike = work->weights && work->grad_dtype == dtype;
-    const int format = !work->weights ? NO_WEIGHTS : alike ? dtype : dtype + TO_FLOAT16 - FLOAT16;
-    float room[SPAN];
-    span_t span = {.master = work->masters[tensor] + at};
-    span.grad = alike ? (const uint16_t *)work->grads[tensor] + at
-                      : (const void *)widened(work, tensor, at, n, room);
-    for (int i = 0; i < moments; i++) span.moments[i] = work->moments[i * work->tensors + tensor] + at;
-    if (work->weights) span.weight = work->weights[tensor] + at;
-    span.scalars = work->scalars + COLUMNS[step] * tensor;
-    span.coefficient = work->coefficient;
-    span.streaming = work->streaming && ((uintptr_t)span.weight & 31) == 0;
-
-    const uint32_t largest = update_elements(LOOPS[step][format], moments, alike ? 2 : 4, span, n);
-    if (!work->weights || largest < CLAMPED(dtype)) return 0;
-    fence(); /* after what went around the caches */
-    return (dtype == FLOAT16 ? narrow_float16 : narrow_bfloat16)(span.master, span.weight, n);
 }
 
 /* Updates chunks of masters, moments and weights; counts the weights that were clamped. Before, weights
  * that others wrote to become masters if `edits` asks for it: the update finds both in the cache. */
 void update(work_t *work) {
     int64_t clamped = 0;
+    room_t room;
     for (int64_t k; (k = take(work)) < work->count;) {
         const chunk_t chunk = work->chunks[k];
-        for (int64_t at = chunk.start; at < chunk.stop; at += SPAN) {
-            const int64_t n = chunk.stop - at < SPAN ? chunk.stop - at : SPAN;
-            if (work->edits) adopt_span(work, chunk.tensor, at, n);
-            clamped += update_span(work, chunk.tensor, at, n);
+        tile_t tile;
+        for (int64_t at = chunk.start; at < chunk.stop; at += tile.n) {
+            tile = tile_at(work, chunk, at);
+            if (work->edits) adopt_tile(work, tile);
+            clamped += update_tile(work, tile, &room);
         }
     }
     fence(); /* what went around the caches is seen by whoever waits for this thread */

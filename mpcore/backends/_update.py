@@ -2,9 +2,10 @@
 
     x = float32(grad) * coefficient       unscaled and clipped in one multiply
     p = w where w is not rounded p        if asked for: weights that others wrote to, as `adopt_`
+    p, moments = decoded                  see `mpcore.stores`: float32 is as it is
     g = x * sign                          sign: -1 where the optimizer maximizes
     p, moments = rule.apply(g, p, ...)    see `mpcore.updates`
-    w = rounded and clamped p             as `cast_into`
+    w, moments = encoded                  w of a float32 p: rounded and clamped, as `cast_into`
 
 One tensor after the other, with full-size temporaries: this is the oracle, not the fast path.
 """
@@ -18,7 +19,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from mpcore.backends._cast import adopt_, cast_into
+from mpcore.backends._cast import adopt_
+from mpcore.backends._stored import Elements, check_stores, read_elements, write_elements
 from mpcore.errors import ArgumentError, StageError
 from mpcore.loss_scale import ScaleMove, update_scale_
 from mpcore.updates import RULES, Batch, Hyper, UpdateRule, shared_base
@@ -44,6 +46,8 @@ class Plan:
     def __post_init__(self) -> None:
         #: per batch its step counts as one tensor, if they lie in one in this order
         self.counts = [_in_order(batch.steps) for batch in self.batches]
+        #: per batch how its tensors are kept
+        self.stores = [check_stores(batch) for batch in self.batches]
 
 
 def plan_update(rule: str, batches: Sequence[Batch]) -> Plan:
@@ -54,7 +58,8 @@ def plan_update(rule: str, batches: Sequence[Batch]) -> Plan:
         batches: All of one device. Their tensors stay alive with the plan.
 
     Raises:
-        ArgumentError: There is no such rule, or the lists of a batch differ in length.
+        ArgumentError: There is no such rule, the lists of a batch differ in length, or its tensors
+            are not as its stores say.
     """
     if rule not in RULES:
         raise ArgumentError(f"rule: expected one of {', '.join(RULES)}, got {rule!r}.")
@@ -137,27 +142,25 @@ def update_(
             master, element by element, and is counted: see `adopt_`. None: nobody looks at weights.
 
     Raises:
-        ArgumentError: `edits` is another tensor than that.
+        ArgumentError: `edits` is another tensor than that, or masters are not float32 tensors.
         StageError: The plan is not prepared.
     """
     rows_of_edits = split_edits(plan.batches, edits)
     scalars = take_scalars(plan)
     adopt_all(plan.batches, rows_of_edits, adopt_)
     keep = found_inf != 0
-    for batch, batch_grads, rows in zip(plan.batches, grads, scalars, strict=True):
+    for batch, stores, batch_grads, rows in zip(
+        plan.batches, plan.stores, grads, scalars, strict=True
+    ):
         columns = [row.unbind() for row in rows.unbind()]
-        for i, (master, grad, s) in enumerate(
-            zip(batch.masters, batch_grads, columns, strict=True)
-        ):
-            moments = [moment[i] for moment in batch.moments]
+        for i, (grad, s) in enumerate(zip(batch_grads, columns, strict=True)):
+            master, moments = read_elements(batch, stores, i)
             g = (grad.float() * coefficient) * s[0]
             param, updated = plan.rule.apply(g, master, moments, s)
-            for old, new in zip((master, *moments), (param, *updated), strict=True):
-                torch.where(keep, old, new, out=old)
+            new = Elements(param, list(updated))
+            write_elements(batch, stores, i, new, keep=keep, saturated=saturated)
         for step in batch.steps or ():
             step.add_(keep.logical_not())
-        if batch.weights is not None:
-            cast_into(batch.masters, batch.weights, found_inf, saturated)
     if then is not None:
         update_scale_(then, found_inf)
 
@@ -166,10 +169,16 @@ def split_edits(batches: Sequence[Batch], edits: Tensor | None) -> list[Tensor |
     """Returns the rows of `edits` of each batch, None where nobody looks or there are no weights.
 
     Raises:
-        ArgumentError: It is not int64 `[weights, 2]`, contiguous.
+        ArgumentError: It is not int64 `[weights, 2]`, contiguous, or masters are not float32.
     """
     if edits is None:
         return [None] * len(batches)
+    for batch in batches:
+        if batch.store != "float32":
+            raise ArgumentError(
+                f'edits: expected None with masters kept as "{batch.store}", whose weights are '
+                "masters or parts of them: what others write to them is in them already."
+            )
     sizes = [0 if batch.weights is None else len(batch.weights) for batch in batches]
     shape = (sum(sizes), 2)
     if edits.shape != shape or edits.dtype != torch.int64 or not edits.is_contiguous():

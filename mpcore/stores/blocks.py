@@ -69,7 +69,9 @@ def encode_blocks(
     roots = blocks.abs().double().sqrt().float()  # rounded once: see `mpcore.updates.sqrt32`
     scales = roots.amax(dim=2)
     finite = scales.isfinite()
-    inverse = torch.where(finite & (scales > 0), most / scales, 0.0)
+    # a division: torch would multiply `most / scales` from a reciprocal
+    inverse = torch.full_like(scales, most) / scales
+    inverse = torch.where(finite & (scales > 0), inverse, 0.0)
     t = torch.where(finite.unsqueeze(2), roots, 0.0) * inverse.unsqueeze(2)
     draws = torch.full_like(t, 0.5) if bits is None else _in_blocks(bits.float()) * 2.0**-16
     lower = t.floor()

@@ -6,7 +6,7 @@ Needs torch alone: the run on a GPU uses it where neither pytest nor NumPy need 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -40,11 +40,17 @@ class Batch:
     moments: list[list[Tensor]]
     steps: list[Tensor] | None
     groups: list[int]
+    store: str = "float32"
+    moment_stores: tuple = ()
+    scales: tuple = ()
+    keys: list[int] | None = None
+    offsets: list[int] | None = None
 
     def everything(self):
         """All tensors."""
         moments = [tensor for moment in self.moments for tensor in moment]
-        return [*self.masters, *(self.weights or ()), *moments, *(self.steps or ())]
+        scales = [tensor for scales in self.scales for tensor in scales or ()]
+        return [*self.masters, *(self.weights or ()), *moments, *scales, *(self.steps or ())]
 
     def on(self, device):
         """A copy on a device, of the same strides."""
@@ -72,9 +78,15 @@ def _mapped(batch, change):
     def each(tensors):
         return None if tensors is None else [change(tensor) for tensor in tensors]
 
-    moments = [each(moment) for moment in batch.moments]
-    parts = (each(batch.masters), each(batch.weights), moments, each(batch.steps))
-    return Batch(*parts, list(batch.groups))
+    return replace(
+        batch,
+        masters=each(batch.masters),
+        weights=each(batch.weights),
+        moments=[each(moment) for moment in batch.moments],
+        steps=each(batch.steps),
+        groups=list(batch.groups),
+        scales=tuple(map(each, batch.scales)),
+    )
 
 
 def make_batch(moments, weight, sizes, *, steps=3.0, groups=None, make=random_finite, seed=0):

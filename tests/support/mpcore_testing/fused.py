@@ -78,3 +78,23 @@ class Twin:
 
 def _copy(tensor, device):
     return torch.empty_like(tensor, device=device).copy_(tensor)
+
+
+def normal(count, dtype, seed):
+    """Random numbers of the size of weights."""
+    return torch.randn(count, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+class Stepping:
+    """One batch in one store, stepped by one backend."""
+
+    def __init__(self, backend, rule, batch):
+        self.backend, self.batch = backend, batch
+        self.plan = backend.plan_update(rule, [batch])
+        self.saturated = scalar(0, torch.int64, "cpu")
+
+    def step(self, grads, numbers, found_inf=0, coefficient=0.37):
+        self.backend.prepare_(self.plan, Hyper.of(numbers))
+        flag = scalar(found_inf, torch.int32, "cpu")
+        factor = scalar(coefficient, FULL, "cpu")
+        self.backend.update_(self.plan, [grads], factor, flag, self.saturated)

@@ -1,8 +1,11 @@
-"""What a split has to do to float32 numbers, on any backend: numbers and their judges."""
+"""Stores under test: what a split has to do to float32 numbers, and batches kept in other ways."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
+from mpcore.stores import MASTER_STORES, MOMENT_STORES, key_of, moment_store
 
 #: numbers that are judged at a time
 PIECE = 2**24
@@ -74,3 +77,44 @@ def assert_float16_is_split(split, join, bits):
     assert torch.equal(back[beyond], value[beyond].sign() * 65504)
     rounded = value.clamp(-65504, 65504).to(torch.float16)
     assert torch.equal(weight.view(torch.int16), rounded.view(torch.int16))
+
+
+def kept(batch, store="float32", moments="float32", negative=None):
+    """A copy of a batch of float32 masters and moments, kept in other stores.
+
+    Args:
+        batch: Stays as it is. Its weights become what the store makes of the masters.
+        store: Of masters; parameters of no 16-bit weight keep theirs.
+        moments: What a user asks for; each tensor of a batch has to get the same.
+        negative: Whether each moment may be negative; None: the first alone.
+    """
+    batch = batch.on("cpu")
+    names, held, scales = [], [], []
+    for k, tensors in enumerate(batch.moments):
+        signed = k == 0 if negative is None else negative[k]
+        stores = [moment_store(moments, t.shape, t.stride(), negative=signed) for t in tensors]
+        (name,) = {store.name for store in stores} or {moments}
+        encoded = [MOMENT_STORES[name].encode(tensor) for tensor in tensors]
+        names.append(name)
+        held.append([tensor for tensor, _ in encoded])
+        scales.append([s for _, s in encoded] if MOMENT_STORES[name].has_scales else None)
+    batch = replace(batch, moments=held, moment_stores=tuple(names), scales=tuple(scales))
+    batch.keys = [key_of(5, i) for i in range(len(batch.masters))]
+    if batch.weights is None or store == "float32":
+        return batch
+    dtype = batch.weights[0].dtype
+    encoded = [MASTER_STORES[store].encode(master, dtype) for master in batch.masters]
+    weights = [master.weight for master in encoded]
+    if store == "none":
+        return replace(batch, store=store, masters=weights, weights=None)
+    return replace(batch, store=store, masters=[m.beside for m in encoded], weights=weights)
+
+
+def masters_of(batch):
+    """The float32 masters of a batch."""
+    if batch.store == "none":
+        return [weight.float() for weight in batch.masters]
+    if batch.weights is None:
+        return batch.masters
+    pairs = zip(batch.weights, batch.masters, strict=True)
+    return [MASTER_STORES[batch.store].decode(weight, held) for weight, held in pairs]
