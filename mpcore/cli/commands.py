@@ -219,6 +219,21 @@ def report(
 
 
 @app.command()
+def memory(
+    size: Annotated[str, typer.Argument(help="Parameters of the model: 124M, 7G, gpt2.")] = "gpt2",
+    ranks: Annotated[int, typer.Option(help="Ranks that FSDP2 shards it over.")] = 1,
+    moments: Annotated[
+        int, typer.Option(help="Of the optimizer: 2 for AdamW, 1 for Lion, 0 for SGD.")
+    ] = 2,
+) -> None:
+    """Print what a model's weights, gradients, masters and moments take, by how they are kept."""
+    with _errors_in_one_line():
+        from mpcore.cli.memory_view import show_memory
+
+        show_memory(size, ranks=ranks, moments=moments, console=Console())
+
+
+@app.command()
 def doctor(as_json: _Json = False) -> None:
     """Show what this machine can do, which 16-bit format suits it and which backend will run."""
     with _errors_in_one_line():

@@ -17,6 +17,10 @@ STORES = [
             "torch.where(keep, beside, new.beside,",
             "torch.where(keep, beside, beside,",
         ),
+    ),
+    *engine_mutants(
+        "masters/packed_masters.py",
+        ("test_split_elsewhere.py",),
         (
             "clamped weights are not counted",
             "saturated.add_((new.clamped & keep.logical_not()).sum())",
@@ -33,8 +37,8 @@ STORES = [
         ),
         (
             "whole masters stay whole",
-            "        return bool(whole)",
-            "        return False",
+            "        for param, master in whole:",
+            "        for param, master in ():",
         ),
         (
             "a remainder that somebody put there is not taken",
