@@ -318,4 +318,4 @@ def test_what_cannot_be_combined_is_refused_by_name(options, message):
     with pytest.raises(mpcore.ArgumentError, match=message):
         wrap(**options)
     if options.get("backend") == "cpu":  # the advice
-        wrap(masters="split", backend="reference")
+        wrap(masters="split", backend="reference", path="fused")

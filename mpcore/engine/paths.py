@@ -47,8 +47,8 @@ class GroupPath(NamedTuple):
         return f"{self.path}: {self.reason}"
 
 
-#: How masters may be kept where an update is fused.
-FUSED_STORES = ("float32",)
+#: The backends that fuse updates of masters that are no float32 tensors.
+PACKING = ("reference", "compiled")
 
 
 def choose_paths(
@@ -106,7 +106,9 @@ def _signature(inner: torch.optim.Optimizer, version: int) -> list[Any]:
 def _reasons(inner: torch.optim.Optimizer, backend: str, store: str) -> list[str | None]:
     """Returns per group why its step cannot be fused, or None."""
     found: list[str | None] = []
-    unknown = None if store in FUSED_STORES else f"no fused update for masters={store!r}"
+    unknown = None
+    if store != "float32" and backend not in PACKING:
+        unknown = f"the backend {backend!r} has no fused update for masters={store!r}"
     for part in parts_of(inner):
         rule = rule_of(part)
         hooked = unknown or _why_step_must_run(inner) or _why_step_must_run(part)

@@ -251,8 +251,9 @@ def check_store(store: str, backend: str, on_weight_edit: str, params: Iterable[
     if backend == "cpu":
         raise ArgumentError(
             f'masters: expected "float32" with the backend "cpu", whose kernels are torch\'s and '
-            f'know float32 tensors alone, got {store!r}. Pass backend="reference"; or '
-            'backend="compiled", with a wheel of this platform or a C compiler.'
+            f'know float32 tensors alone, got {store!r}. Pass backend="reference", with '
+            'path="fused" or the general path; or backend="compiled", with a wheel of this '
+            "platform or a C compiler."
         )
     if on_weight_edit == "raise":
         raise ArgumentError(

@@ -98,7 +98,7 @@ ENGINES = [
 ]
 FUSED = [engine for engine in ENGINES if engine.fused]
 #: torch's fused kernels know float32 masters alone.
-PACKING = [engine for engine in ENGINES if engine.backend != "cpu" and not engine.fused]
+PACKING = [engine for engine in ENGINES if engine.backend != "cpu"]
 
 
 def can_fuse(build: Callable[[Any], torch.optim.Optimizer]) -> bool:

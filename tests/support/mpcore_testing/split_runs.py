@@ -16,7 +16,7 @@ from mpcore_testing.rank_cases import wrapped
 from mpcore_testing.rank_checkpoints import give_gradients, train
 from mpcore_testing.rank_layouts import LAYOUTS, make_model, overflow, whole
 
-PATHS = ("general",)
+PATHS = ("fused", "general")
 DTYPES = ("float16", "bfloat16")
 
 
