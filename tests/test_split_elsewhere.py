@@ -8,8 +8,9 @@ from torch import nn
 from torch.optim import swa_utils
 
 from mpcore_testing.bits import same_bits
-from mpcore_testing.engines import PACKING
+from mpcore_testing.engines import PACKING, Engine
 from mpcore_testing.stored import stored
+from mpcore_testing.syncs import fake_cuda, steps_without_values
 
 ENGINES = pytest.mark.parametrize("engine", PACKING, ids=str)
 HALVES = pytest.mark.parametrize(
@@ -85,3 +86,16 @@ def test_bytes_are_counted_as_they_lie(engine, dtype):
         assert resident.per_parameter == per_parameter
         assert resident.masters == weight.numel() * (per_parameter - 12)
         del optimizer
+
+
+@HALVES
+@pytest.mark.parametrize("way", ["step", "clip", "unscale"])
+def test_a_step_waits_for_nothing(way, dtype):
+    with fake_cuda() as watch:
+        params = [nn.Parameter(torch.empty(n, 3, device="cuda", dtype=dtype)) for n in (2, 5)]
+        inner = torch.optim.AdamW(params, fused=True)
+        optimizer = Engine("reference", "general").wrap(inner, masters="split")
+        optimizer.adopt_masters([(params[0], torch.empty(2, 3, device="cuda"))])
+        steps_without_values(optimizer, params, way, drops_one=True)
+    assert watch.operations > 100
+    assert watch.reads == 0
