@@ -29,6 +29,8 @@ def test_a_storage_saved_twice_counts_once_and_parameters_do_not_count():
         (training.FP32, 48, 96, 5 * 4 * 4 + 5 * 3 * 4),
         (training.FP16_MASTERS, 24, 48 + 96, 5 * 4 * 2 + 5 * 3 * 2),
         (training.BF16_MASTERS, 24, 48 + 96, 5 * 4 * 2 + 5 * 3 * 2),
+        (training.FP16_SPLIT, 24, 24 + 96, 5 * 4 * 2 + 5 * 3 * 2),
+        (training.BF16_SPLIT, 24, 24 + 96, 5 * 4 * 2 + 5 * 3 * 2),
     ],
     ids=lambda value: getattr(value, "key", None),
 )
@@ -52,8 +54,11 @@ def test_training_table_shows_shares_of_fp32_and_no_time_on_a_cpu():
     assert table.rows[0][5:] == ("100.0%", "100.0%")
     assert "ms" not in table.header
     assert any("No times" in note for note in table.notes)
-    fp32, fp16, bf16, autocast = measured
+    fp32, fp16, fp16_split, bf16, bf16_split, autocast = measured
     assert fp16.activations == bf16.activations < autocast.activations < fp32.activations
+    for split, whole in ((fp16_split, fp16), (bf16_split, bf16)):
+        assert split.activations == whole.activations
+        assert 0 < whole.state - split.state < whole.weights  # of weights that are 16-bit
 
 
 def test_host_time_is_measured_for_all_and_leaves_torch_as_it_was():

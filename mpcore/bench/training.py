@@ -22,7 +22,9 @@ from mpcore.demo.model import GPT, GPTConfig, language_loss
 from mpcore.demo.regimes import (
     AUTOCAST,
     BF16_MASTERS,
+    BF16_SPLIT,
     FP16_MASTERS,
+    FP16_SPLIT,
     FP32,
     AdamWSettings,
     Engine,
@@ -32,7 +34,7 @@ from mpcore.demo.regimes import (
 from mpcore.loss_scale import DynamicLossScale
 from mpcore.monitoring.memory import SavedForBackward, resident_bytes
 
-REGIMES = (FP32, FP16_MASTERS, BF16_MASTERS, AUTOCAST)
+REGIMES = (FP32, FP16_MASTERS, FP16_SPLIT, BF16_MASTERS, BF16_SPLIT, AUTOCAST)
 _ADAMW = AdamWSettings(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 _WARM_UP = 3
 
@@ -214,8 +216,8 @@ def train_table(measured: tuple[TrainBytes, ...], settings: TrainSettings) -> Ta
         notes=(
             "Activations: what autograd saves for the backward pass, each storage once, "
             "parameters left out. State: masters and moments. All: these four.",
-            "16-bit weights and gradients halve; masters take back what they save. The gain is in "
-            "the activations, so it grows with the batch.",
+            "16-bit weights and gradients halve; float32 masters take back what they save, split "
+            "ones half of it. The gain is in the activations, so it grows with the batch.",
             "Time: medians of whole steps."
             if timed
             else "No times: on a CPU 16-bit products are computed by way of FP32 or emulated, so a "

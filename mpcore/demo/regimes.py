@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ class Regime:
         scaled: Whether the loss is scaled dynamically.
         autocast: Dtype that FP32 weights are cast to where they are used; None for no autocast.
         own_scale: Its loss scale; None for the one that all scaled regimes share.
+        store: How masters lie in memory.
     """
 
     key: str
@@ -41,6 +42,7 @@ class Regime:
     scaled: bool
     autocast: torch.dtype | None = None
     own_scale: LossScale | None = None
+    store: Literal["float32", "split"] = "float32"
 
     @property
     def keeps_masters(self) -> bool:
@@ -73,6 +75,17 @@ FP16_HEADROOM = Regime(
     own_scale=HeadroomLossScale(init=2.0**28, max_scale=2.0**40),
 )
 BF16_MASTERS = Regime("bf16-masters", "BF16 + masters", torch.bfloat16, masters=True, scaled=False)
+FP16_SPLIT = Regime(
+    "fp16-split",
+    "FP16 + split masters + scaling",
+    torch.float16,
+    masters=True,
+    scaled=True,
+    store="split",
+)
+BF16_SPLIT = Regime(
+    "bf16-split", "BF16 + split masters", torch.bfloat16, masters=True, scaled=False, store="split"
+)
 AUTOCAST = Regime(
     "autocast",
     "FP16 autocast + scaling",
@@ -201,7 +214,7 @@ def prepare(
     )
     if regime == FP32:  # not the same object in another process
         return model, plain
-    optimizer = MixedPrecisionOptimizer(plain, loss_scale)
+    optimizer = MixedPrecisionOptimizer(plain, loss_scale, masters=regime.store)
     if regime.keeps_masters:
         model = cast_model(model, regime.weights, optimizer)
     return model, optimizer
