@@ -108,7 +108,7 @@ $(VENV)/.torch: constraints.txt
 	@touch $@
 
 # What the package is built from: the C library of the CPU backend is compiled when it is installed.
-BUILT_FROM := pyproject.toml hatch_build.py $(addprefix mpcore/backends/,_c_command.py _passes.c _numbers.h _adopt.h _sample.h _stores.h _loop.h _steps.h)
+BUILT_FROM := pyproject.toml hatch_build.py $(addprefix mpcore/backends/,_c_command.py _passes.c _numbers.h _adopt.h _sample.h _stores.h _loop.h _tiles.h _steps.h)
 
 $(VENV)/.demo: $(VENV)/.torch $(BUILT_FROM)
 	$(INSTALL_SELF) -e ".[demo]"

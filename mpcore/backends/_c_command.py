@@ -23,7 +23,7 @@ SOURCE, HEADER = HERE / "_passes.c", HERE / "_steps.h"
 #: All that a library is made from.
 SOURCES = (
     SOURCE,
-    *(HERE / name for name in ("_numbers.h", "_adopt.h", "_sample.h", "_stores.h", "_loop.h")),
+    *(HERE / f"_{name}.h" for name in ("numbers", "adopt", "sample", "stores", "loop", "tiles")),
     HEADER,
 )
 #: Where the libraries of a wheel are.

@@ -7,7 +7,7 @@ order:
     const float t0 = p * s[2];
     const float t1 = g + t0;
 
-What surrounds them is in `_loop.h`; a loop is named here for each rule.
+What surrounds them is in `_loop.h`; a loop is named here for each rule and format.
 """
 
 from __future__ import annotations
@@ -32,10 +32,19 @@ INLINE float {name}(float unscaled, float p, float *m, const float *s) {{
 """
 
 _LOOP = """\
-LOOP void {name}(ELEMENTS) {{
-    update_lanes({rule}, {moments}, {columns}, PASSED_ON);
+LOOP uint32_t {rule}_{format}(ELEMENTS) {{
+    return update_lanes({rule}, {moments}, {columns}, {grad}, {weight}, PASSED_ON);
 }}
 """
+
+# what C calls the formats of `_loop.h`, in their order: dtypes of gradients and weights
+_FORMATS = {
+    "float32": ("FLOAT32", "FLOAT32"),
+    "float16": ("FLOAT16", "FLOAT16"),
+    "bfloat16": ("BFLOAT16", "BFLOAT16"),
+    "to_float16": ("FLOAT32", "FLOAT16"),
+    "to_bfloat16": ("FLOAT32", "BFLOAT16"),
+}
 
 _SCALARS = """\
 static void {name}_scalars(const double *n, double t, float *s) {{
@@ -184,31 +193,36 @@ def rule_source(rule: UpdateRule, moments: int) -> str:
     )
 
 
-def loop_name(rule: str, moments: int) -> str:
-    """Returns what C calls the loop of a rule.
+def loop_names(rule: str, moments: int) -> list[str]:
+    """Returns what C calls the loops of a rule, one for each format.
 
     Example:
-        >>> loop_name("sgd", 1)
-        'sgd_1_loop'
+        >>> loop_names("sgd", 1)[1:4]
+        ['sgd_1_float16', 'sgd_1_bfloat16', 'sgd_1_to_float16']
     """
-    return f"{rule}_{moments}_loop"
+    return [f"{rule}_{moments}_{name}" for name in _FORMATS]
 
 
-def loop_source(rule: str, moments: int) -> str:
-    """Returns a function of C: the loop of a rule over elements.
+def loops_source(rule: str, moments: int) -> str:
+    """Returns functions of C: the loops of a rule over elements of each format.
 
     Example:
-        >>> print(loop_source("sgd", 1))
-        LOOP void sgd_1_loop(ELEMENTS) {
-            update_lanes(sgd_1, 1, 7, PASSED_ON);
-        }
+        >>> print(loops_source("sgd", 1).split("}")[1])
+        <BLANKLINE>
+        LOOP uint32_t sgd_1_float16(ELEMENTS) {
+            return update_lanes(sgd_1, 1, 7, FLOAT16, FLOAT16, PASSED_ON);
         <BLANKLINE>
     """
-    return _LOOP.format(
-        name=loop_name(rule, moments),
-        rule=f"{rule}_{moments}",
-        moments=moments,
-        columns=len(RULES[rule].columns),
+    return "".join(
+        _LOOP.format(
+            rule=f"{rule}_{moments}",
+            format=name,
+            moments=moments,
+            columns=len(RULES[rule].columns),
+            grad=grad,
+            weight=weight,
+        )
+        for name, (grad, weight) in _FORMATS.items()
     )
 
 
@@ -251,14 +265,14 @@ def steps_header() -> str:
     functions = [
         source
         for name, count in STEPS
-        for source in (rule_source(RULES[name], count), loop_source(name, count))
+        for source in (rule_source(RULES[name], count), loops_source(name, count))
     ]
     functions += map(scalars_source, RULES.values())
-    loops = [loop_name(name, count) for name, count in STEPS]
+    loops = [f"{{{', '.join(loop_names(name, count))}}}" for name, count in STEPS]
     most = max(count for _, count in STEPS)
     columns = [len(RULES[name].columns) for name, _ in STEPS]
     tables = (
-        ("loop_t *const LOOPS[]", loops),
+        ("loop_t *const LOOPS[][FORMATS]", loops),
         ("const int MOMENTS[]", [count for _, count in STEPS]),
         ("const int COLUMNS[]", columns),
         ("scalars_t *const SCALARS[]", [f"{name}_scalars" for name, _ in STEPS]),

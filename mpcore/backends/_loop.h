@@ -1,167 +1,119 @@
-/* The update of a tile: every number is read from memory once and written once.
+/* The update: one loop that reads every number once and keeps it in registers until it is written.
  *
- * `_steps.h` says what a rule does to one element, and has one loop of each rule over float32 numbers.
- * Gradients, masters and moments that are kept in another way are decoded before it and encoded after it,
- * in the first-level cache: rules know nothing of stores, and stores nothing of rules.
+ * `_steps.h` says what a rule does to one element, and names a loop for each rule and format of
+ * gradients and weights: `update_lanes`, with everything known that does not change from one element
+ * to the next. A new way to keep masters or moments would be a format more.
  */
 
 /* What a loop takes: `n` elements, a multiple of LANES; moments that the rule has none of are NULL. */
 #define ELEMENTS                                                                                       \
-    const float *restrict grad, float *restrict param, float *restrict moment0, float *restrict moment1, \
-        float *restrict moment2, int64_t n, const float *restrict scalars, float coefficient
-#define PASSED_ON grad, param, moment0, moment1, moment2, n, scalars, coefficient
+    const void *restrict grad, float *restrict master, float *restrict moment0, float *restrict moment1, \
+        float *restrict moment2, uint16_t *restrict weight, int64_t n, const float *restrict scalars,   \
+        float coefficient, int streaming
+#define PASSED_ON grad, master, moment0, moment1, moment2, weight, n, scalars, coefficient, streaming
 #define MOST_MOMENTS 3
 #define MOST_COLUMNS 16
 
 /* Updates one element: returns the parameter, replaces moments. */
 typedef float rule_t(float unscaled, float p, float *m, const float *s);
-/* Updates elements. */
-typedef void loop_t(ELEMENTS);
+/* Updates elements; returns the bits of the largest magnitude that was rounded to a weight. If it is
+ * CLAMPED or above, weights have to be written again. */
+typedef uint32_t loop_t(ELEMENTS);
 
-INLINE void update_lanes(rule_t *rule, int moments, int columns, ELEMENTS) {
+/* Gradients and weights that a loop is for. All others are widened to float32 gradients before. */
+enum { NO_WEIGHTS, BOTH_FLOAT16 = FLOAT16, BOTH_BFLOAT16 = BFLOAT16, TO_FLOAT16, TO_BFLOAT16, FORMATS };
+
+INLINE uint32_t update_lanes(rule_t *rule, int moments, int columns, int grad_dtype, int weight_dtype,
+                             ELEMENTS) {
+    const int grad_size = grad_dtype == FLOAT32 ? 4 : 2;
     float s[MOST_COLUMNS];
     for (int c = 0; c < columns; c++) s[c] = scalars[c];
+    uint32_t largest[LANES] = {0};
     for (int64_t i = 0; i < n; i += LANES) {
-        ask_ahead(param + i);
+        float wide[LANES], updated[LANES];
+        uint16_t rounded[LANES];
+        ask_ahead((const char *)grad + grad_size * i);
+        ask_ahead(master + i);
         if (moments > 0) ask_ahead(moment0 + i);
         if (moments > 1) ask_ahead(moment1 + i);
         if (moments > 2) ask_ahead(moment2 + i);
-        /* the loop that becomes vectors; taken apart before, it would become none */
+        if (CONVERTS(grad_dtype)) widen_lanes((const uint16_t *)grad + i, wide);
+        /* The loop that becomes vectors; all else is in registers too. Because it makes a number of 16
+         * bits, compilers take all LANES at once and load before they store: a third of the time, if
+         * memory is waited for. Taken apart before, it would become no vectors at all. */
 #pragma GCC unroll 1
         for (int j = 0; j < LANES; j++) {
             const int64_t k = i + j;
+            const float x = CONVERTS(grad_dtype) ? wide[j] : load(grad_dtype, grad, k);
             float m[MOST_MOMENTS] = {0};
             if (moments > 0) m[0] = moment0[k];
             if (moments > 1) m[1] = moment1[k];
             if (moments > 2) m[2] = moment2[k];
-            param[k] = rule(grad[k] * coefficient, param[k], m, s);
+            const float p = rule(x * coefficient, master[k], m, s);
+            updated[j] = master[k] = p;
             if (moments > 0) moment0[k] = m[0];
             if (moments > 1) moment1[k] = m[1];
             if (moments > 2) moment2[k] = m[2];
+            if (weight_dtype == FLOAT32) continue; /* the master is the weight */
+            const uint32_t bits = bits_of(p), magnitude = bits & 0x7fffffffu;
+            largest[j] = magnitude > largest[j] ? magnitude : largest[j];
+            rounded[j] = CONVERTS(weight_dtype) ? (uint16_t)bits : nearest(weight_dtype, bits);
         }
+        if (weight_dtype == FLOAT32) continue;
+        if (CONVERTS(weight_dtype)) narrow_lanes(updated, rounded); /* over what is in there */
+        if (streaming)
+            stream_lanes(rounded, weight + i);
+        else
+            memcpy(weight + i, rounded, sizeof rounded);
     }
+    uint32_t all = 0;
+    for (int j = 0; j < LANES; j++) all = largest[j] > all ? largest[j] : all;
+    return all;
 }
 
 /* LOOPS and SCALARS, and the MOMENTS, COLUMNS and NUMBERS of each: every rule of `mpcore.updates`. */
 #include "_steps.h"
 
-/* A tile in float32: where it lies in memory, or copies of it. */
+/* Elements and what they are updated with: the arguments of a loop. */
 typedef struct {
-    float grad[TILE], param[TILE], moments[MOST_MOMENTS][TILE];
-    uint32_t words[2][TILE]; /* random bits */
-} room_t;
+    const void *grad;
+    float *master, *moments[MOST_MOMENTS];
+    uint16_t *weight;
+    const float *scalars;
+    float coefficient;
+    int streaming;
+} span_t;
 
-/* Elements `at` to `at + n` of a tensor, at most TILE. */
-typedef struct {
-    int64_t tensor, at, n;
-} tile_t;
-
-/* Returns elements in float32 and in a number that loops take: where they are, or in `room`. */
-static float *padded(const float *from, int64_t n, float *room) {
-    if (n % LANES == 0) return (float *)from;
-    memset(room + n - n % LANES, 0, LANES * sizeof *room);
-    memcpy(room, from, (size_t)n * sizeof *room);
-    return room;
+static uint32_t call(loop_t *loop, const span_t *at, int64_t n) {
+    return loop(at->grad, at->master, at->moments[0], at->moments[1], at->moments[2], at->weight, n,
+                at->scalars, at->coefficient, at->streaming);
 }
 
-/* Puts 0 behind the end of what is decoded. */
-static float *cleared(float *room, int64_t n) {
-    if (n % LANES) memset(room + n - n % LANES, 0, LANES * sizeof *room);
-    return room;
+/* Updates fewer than LANES elements: copies of them, with zeros behind. */
+static uint32_t update_rest(loop_t *loop, int moments, int grad_size, const span_t *at, int64_t n) {
+    float grad[LANES] = {0}, master[LANES] = {0}, copies[MOST_MOMENTS][LANES] = {{0}};
+    uint16_t weight[LANES];
+    const size_t bytes = (size_t)n * sizeof(float);
+    span_t here = {grad, master, {copies[0], copies[1], copies[2]}, weight, at->scalars, at->coefficient, 0};
+    memcpy(grad, at->grad, (size_t)n * grad_size);
+    memcpy(master, at->master, bytes);
+    for (int i = 0; i < moments; i++) memcpy(copies[i], at->moments[i], bytes);
+    const uint32_t largest = call(loop, &here, LANES);
+    memcpy(at->master, master, bytes);
+    for (int i = 0; i < moments; i++) memcpy(at->moments[i], copies[i], bytes);
+    if (at->weight) memcpy(at->weight, weight, (size_t)n * sizeof *weight);
+    return largest;
 }
 
-static float *decode_grad(const work_t *work, tile_t tile, float *room) {
-    const void *grad = work->grads[tile.tensor];
-    if (work->grad_dtype == FLOAT32) return padded((const float *)grad + tile.at, tile.n, room);
-    const uint16_t *from = (const uint16_t *)grad + tile.at;
-    (work->grad_dtype == FLOAT16 ? widen_float16 : widen_bfloat16)(from, cleared(room, tile.n), tile.n);
-    return room;
-}
-
-static float *decode_master(const work_t *work, tile_t tile, float *room) {
-    void *master = work->masters[tile.tensor];
-    if (work->store == FLOAT32_MASTERS) return padded((const float *)master + tile.at, tile.n, room);
-    const uint16_t *weight = work->weights[tile.tensor] + tile.at;
-    const int16_t *rest = (const int16_t *)master + tile.at;
-    cleared(room, tile.n);
-    if (work->store == NO_MASTERS) {
-        widen_bfloat16(weight, room, tile.n);
-    } else if (work->weight_dtype == BFLOAT16) {
-        join_bfloat16(weight, rest, room, tile.n);
-    } else {
-        widen_float16(weight, room, tile.n);
-        join_float16(rest, room, tile.n);
-    }
-    return room;
-}
-
-/* Writes a master and its weight; returns how many weights were clamped. */
-static int64_t encode_master(const work_t *work, tile_t tile, float *param, const uint32_t *words) {
-    void *master = work->masters[tile.tensor];
-    if (work->store == FLOAT32_MASTERS && param != (float *)master + tile.at)
-        memcpy((float *)master + tile.at, param, (size_t)tile.n * sizeof *param);
-    if (!work->weights) return 0;
-    uint16_t *weight = work->weights[tile.tensor] + tile.at;
-    if (work->store == SPLIT) return split(work->weight_dtype, param, weight, (int16_t *)master + tile.at, tile.n);
-    if (work->store == NO_MASTERS) {
-        round_randomly(param, weight, tile.n, words, 16);
-        return largest_of(param, tile.n) > LARGEST(BFLOAT16) ? count_beyond(BFLOAT16, param, tile.n) : 0;
-    }
-    const int streaming = work->streaming && ((uintptr_t)weight & 31) == 0;
-    return round_all(work->weight_dtype, param, weight, tile.n, streaming);
-}
-
-/* Returns the scale of the block that a tile is. */
-static float *scale_of(const work_t *work, tile_t tile, int moment) {
-    const int64_t row = work->rows[tile.tensor], blocks = (row + TILE - 1) / TILE;
-    float *scales = work->scales[moment * work->tensors + tile.tensor];
-    return scales + tile.at / row * blocks + tile.at % row / TILE;
-}
-
-static float *decode_moment(const work_t *work, tile_t tile, int moment, float *room) {
-    const int store = work->moment_stores[moment];
-    const void *held = work->moments[moment * work->tensors + tile.tensor];
-    if (store == FLOAT32_MOMENTS) return padded((const float *)held + tile.at, tile.n, room);
-    cleared(room, tile.n);
-    if (store == BFLOAT16_MOMENTS) {
-        widen_bfloat16((const uint16_t *)held + tile.at, room, tile.n);
-    } else {
-        const float scale = *scale_of(work, tile, moment);
-        (store == INT8_MOMENTS ? decode_int8 : decode_uint8)((const uint8_t *)held + tile.at, room, tile.n, scale);
-    }
-    return room;
-}
-
-static void encode_moment(const work_t *work, tile_t tile, int moment, const float *value,
-                          uint32_t words[2][TILE]) {
-    const int store = work->moment_stores[moment], shift = 16 * (moment % 2);
-    void *held = work->moments[moment * work->tensors + tile.tensor];
-    if (store == FLOAT32_MOMENTS) {
-        if (value != (float *)held + tile.at)
-            memcpy((float *)held + tile.at, value, (size_t)tile.n * sizeof *value);
-    } else if (store == BFLOAT16_MOMENTS) {
-        round_randomly(value, (uint16_t *)held + tile.at, tile.n, words[moment / 2], shift);
-    } else {
-        *scale_of(work, tile, moment) = encode_block(value, (uint8_t *)held + tile.at, tile.n,
-                                                     words[moment / 2], shift, store == INT8_MOMENTS);
-    }
-}
-
-/* Updates a tile; returns how many weights were clamped. */
-static int64_t update_tile(const work_t *work, tile_t tile, room_t *room) {
-    const int step = work->step, moments = MOMENTS[step];
-    float *m[MOST_MOMENTS] = {0};
-    float *grad = decode_grad(work, tile, room->grad), *param = decode_master(work, tile, room->param);
-    for (int i = 0; i < moments; i++) m[i] = decode_moment(work, tile, i, room->moments[i]);
-    const float *scalars = work->scalars + COLUMNS[step] * tile.tensor;
-    const int64_t n = (tile.n + LANES - 1) / LANES * LANES;
-    LOOPS[step](grad, param, m[0], m[1], m[2], n, scalars, work->coefficient);
-    for (int word = 0; word < 2; word++)
-        if (work->draws && (work->words >> word & 1)) {
-            const draws_t *draws = work->draws + tile.tensor;
-            const uint32_t offset = (uint32_t)(work->offsets[tile.tensor] + tile.at);
-            draw(draws->first[word], draws->between[word], offset, room->words[word], tile.n);
-        }
-    for (int i = 0; i < moments; i++) encode_moment(work, tile, i, m[i], room->words);
-    return encode_master(work, tile, param, room->words[1]);
+/* Updates `n` elements; returns what a loop does. */
+static uint32_t update_elements(loop_t *loop, int moments, int grad_size, span_t at, int64_t n) {
+    const int64_t rest = n % LANES, whole = n - rest;
+    const uint32_t largest = call(loop, &at, whole);
+    if (rest == 0) return largest;
+    at.grad = (const char *)at.grad + grad_size * whole;
+    at.master += whole;
+    for (int i = 0; i < moments; i++) at.moments[i] += whole;
+    if (at.weight) at.weight += whole;
+    const uint32_t last = update_rest(loop, moments, grad_size, &at, rest);
+    return last > largest ? last : largest;
 }

@@ -167,6 +167,7 @@ static double power(double base, double exponent) {
 #include "_adopt.h"
 #include "_sample.h"
 #include "_loop.h"
+#include "_tiles.h"
 
 /* Fills the scalars of tensors, [tensors][columns], for their next update.
  *
@@ -221,6 +222,9 @@ void move_scale(const move_t *move, int32_t bad) {
     *move->overflows_left = full ? move->hysteresis : left;
 }
 
+/* Elements after which the largest weight is looked at. */
+#define SPAN 4096
+
 /* Makes weights that others wrote to masters. */
 static void adopt_tile(const work_t *work, tile_t tile) {
     float *master = (float *)work->masters[tile.tensor] + tile.at;
@@ -243,28 +247,61 @@ static tile_t tile_at(const work_t *work, chunk_t chunk, int64_t at) {
     return (tile_t){chunk.tensor, at, n};
 }
 
+/* Returns the elements of a chunk that begin at one of them, at most SPAN. */
+static tile_t span_at(chunk_t chunk, int64_t at) {
+    return (tile_t){chunk.tensor, at, chunk.stop - at < SPAN ? chunk.stop - at : SPAN};
+}
+
 /* Makes weights that others wrote to masters, chunk by chunk. */
 void adopt(work_t *work) {
     for (int64_t k; (k = take(work)) < work->count;) {
         const chunk_t chunk = work->chunks[k];
-        tile_t tile;
-        for (int64_t at = chunk.start; at < chunk.stop; at += tile.n)
-            adopt_tile(work, tile = tile_at(work, chunk, at));
+        for (int64_t at = chunk.start; at < chunk.stop; at += SPAN) adopt_tile(work, span_at(chunk, at));
     }
+}
+
+/* Updates elements that are kept in float32 alone; returns how many weights were clamped. */
+static int64_t update_span(const work_t *work, tile_t span_of) {
+    const int64_t tensor = span_of.tensor, at = span_of.at, n = span_of.n;
+    const int step = work->step, moments = MOMENTS[step], dtype = work->weight_dtype;
+    const int alike = work->weights && work->grad_dtype == dtype;
+    const int format = !work->weights ? NO_WEIGHTS : alike ? dtype : dtype + TO_FLOAT16 - FLOAT16;
+    float room[SPAN];
+    span_t span = {.master = (float *)work->masters[tensor] + at};
+    span.grad = alike ? (const uint16_t *)work->grads[tensor] + at
+                      : (const void *)widened(work, tensor, at, n, room);
+    for (int i = 0; i < moments; i++) span.moments[i] = (float *)work->moments[i * work->tensors + tensor] + at;
+    if (work->weights) span.weight = work->weights[tensor] + at;
+    span.scalars = work->scalars + COLUMNS[step] * tensor;
+    span.coefficient = work->coefficient;
+    span.streaming = work->streaming && ((uintptr_t)span.weight & 31) == 0;
+
+    const uint32_t largest = update_elements(LOOPS[step][format], moments, alike ? 2 : 4, span, n);
+    if (!work->weights || largest < CLAMPED(dtype)) return 0;
+    fence(); /* after what went around the caches */
+    return (dtype == FLOAT16 ? narrow_float16 : narrow_bfloat16)(span.master, span.weight, n);
+}
+
+/* Whether masters and moments lie in memory as float32 numbers. */
+static int all_float32(const work_t *work) {
+    int all = work->store == FLOAT32_MASTERS;
+    for (int i = 0; i < MOMENTS[work->step]; i++) all = all && work->moment_stores[i] == FLOAT32_MOMENTS;
+    return all;
 }
 
 /* Updates chunks of masters, moments and weights; counts the weights that were clamped. Before, weights
  * that others wrote to become masters if `edits` asks for it: the update finds both in the cache. */
 void update(work_t *work) {
+    const int wide = all_float32(work);
     int64_t clamped = 0;
     room_t room;
     for (int64_t k; (k = take(work)) < work->count;) {
         const chunk_t chunk = work->chunks[k];
         tile_t tile;
         for (int64_t at = chunk.start; at < chunk.stop; at += tile.n) {
-            tile = tile_at(work, chunk, at);
+            tile = wide ? span_at(chunk, at) : tile_at(work, chunk, at);
             if (work->edits) adopt_tile(work, tile);
-            clamped += update_tile(work, tile, &room);
+            clamped += wide ? update_span(work, tile) : update_tile(work, tile, &room);
         }
     }
     fence(); /* what went around the caches is seen by whoever waits for this thread */

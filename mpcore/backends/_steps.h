@@ -25,8 +25,20 @@ INLINE float adam_2(float unscaled, float p, float *m, const float *s) {
     return t15;
 }
 
-LOOP void adam_2_loop(ELEMENTS) {
-    update_lanes(adam_2, 2, 10, PASSED_ON);
+LOOP uint32_t adam_2_float32(ELEMENTS) {
+    return update_lanes(adam_2, 2, 10, FLOAT32, FLOAT32, PASSED_ON);
+}
+LOOP uint32_t adam_2_float16(ELEMENTS) {
+    return update_lanes(adam_2, 2, 10, FLOAT16, FLOAT16, PASSED_ON);
+}
+LOOP uint32_t adam_2_bfloat16(ELEMENTS) {
+    return update_lanes(adam_2, 2, 10, BFLOAT16, BFLOAT16, PASSED_ON);
+}
+LOOP uint32_t adam_2_to_float16(ELEMENTS) {
+    return update_lanes(adam_2, 2, 10, FLOAT32, FLOAT16, PASSED_ON);
+}
+LOOP uint32_t adam_2_to_bfloat16(ELEMENTS) {
+    return update_lanes(adam_2, 2, 10, FLOAT32, BFLOAT16, PASSED_ON);
 }
 
 INLINE float adam_3(float unscaled, float p, float *m, const float *s) {
@@ -57,8 +69,20 @@ INLINE float adam_3(float unscaled, float p, float *m, const float *s) {
     return t16;
 }
 
-LOOP void adam_3_loop(ELEMENTS) {
-    update_lanes(adam_3, 3, 10, PASSED_ON);
+LOOP uint32_t adam_3_float32(ELEMENTS) {
+    return update_lanes(adam_3, 3, 10, FLOAT32, FLOAT32, PASSED_ON);
+}
+LOOP uint32_t adam_3_float16(ELEMENTS) {
+    return update_lanes(adam_3, 3, 10, FLOAT16, FLOAT16, PASSED_ON);
+}
+LOOP uint32_t adam_3_bfloat16(ELEMENTS) {
+    return update_lanes(adam_3, 3, 10, BFLOAT16, BFLOAT16, PASSED_ON);
+}
+LOOP uint32_t adam_3_to_float16(ELEMENTS) {
+    return update_lanes(adam_3, 3, 10, FLOAT32, FLOAT16, PASSED_ON);
+}
+LOOP uint32_t adam_3_to_bfloat16(ELEMENTS) {
+    return update_lanes(adam_3, 3, 10, FLOAT32, BFLOAT16, PASSED_ON);
 }
 
 INLINE float sgd_0(float unscaled, float p, float *m, const float *s) {
@@ -70,8 +94,20 @@ INLINE float sgd_0(float unscaled, float p, float *m, const float *s) {
     return t3;
 }
 
-LOOP void sgd_0_loop(ELEMENTS) {
-    update_lanes(sgd_0, 0, 7, PASSED_ON);
+LOOP uint32_t sgd_0_float32(ELEMENTS) {
+    return update_lanes(sgd_0, 0, 7, FLOAT32, FLOAT32, PASSED_ON);
+}
+LOOP uint32_t sgd_0_float16(ELEMENTS) {
+    return update_lanes(sgd_0, 0, 7, FLOAT16, FLOAT16, PASSED_ON);
+}
+LOOP uint32_t sgd_0_bfloat16(ELEMENTS) {
+    return update_lanes(sgd_0, 0, 7, BFLOAT16, BFLOAT16, PASSED_ON);
+}
+LOOP uint32_t sgd_0_to_float16(ELEMENTS) {
+    return update_lanes(sgd_0, 0, 7, FLOAT32, FLOAT16, PASSED_ON);
+}
+LOOP uint32_t sgd_0_to_bfloat16(ELEMENTS) {
+    return update_lanes(sgd_0, 0, 7, FLOAT32, BFLOAT16, PASSED_ON);
 }
 
 INLINE float sgd_1(float unscaled, float p, float *m, const float *s) {
@@ -92,8 +128,20 @@ INLINE float sgd_1(float unscaled, float p, float *m, const float *s) {
     return t10;
 }
 
-LOOP void sgd_1_loop(ELEMENTS) {
-    update_lanes(sgd_1, 1, 7, PASSED_ON);
+LOOP uint32_t sgd_1_float32(ELEMENTS) {
+    return update_lanes(sgd_1, 1, 7, FLOAT32, FLOAT32, PASSED_ON);
+}
+LOOP uint32_t sgd_1_float16(ELEMENTS) {
+    return update_lanes(sgd_1, 1, 7, FLOAT16, FLOAT16, PASSED_ON);
+}
+LOOP uint32_t sgd_1_bfloat16(ELEMENTS) {
+    return update_lanes(sgd_1, 1, 7, BFLOAT16, BFLOAT16, PASSED_ON);
+}
+LOOP uint32_t sgd_1_to_float16(ELEMENTS) {
+    return update_lanes(sgd_1, 1, 7, FLOAT32, FLOAT16, PASSED_ON);
+}
+LOOP uint32_t sgd_1_to_bfloat16(ELEMENTS) {
+    return update_lanes(sgd_1, 1, 7, FLOAT32, BFLOAT16, PASSED_ON);
 }
 
 INLINE float adagrad_1(float unscaled, float p, float *m, const float *s) {
@@ -112,8 +160,20 @@ INLINE float adagrad_1(float unscaled, float p, float *m, const float *s) {
     return t8;
 }
 
-LOOP void adagrad_1_loop(ELEMENTS) {
-    update_lanes(adagrad_1, 1, 4, PASSED_ON);
+LOOP uint32_t adagrad_1_float32(ELEMENTS) {
+    return update_lanes(adagrad_1, 1, 4, FLOAT32, FLOAT32, PASSED_ON);
+}
+LOOP uint32_t adagrad_1_float16(ELEMENTS) {
+    return update_lanes(adagrad_1, 1, 4, FLOAT16, FLOAT16, PASSED_ON);
+}
+LOOP uint32_t adagrad_1_bfloat16(ELEMENTS) {
+    return update_lanes(adagrad_1, 1, 4, BFLOAT16, BFLOAT16, PASSED_ON);
+}
+LOOP uint32_t adagrad_1_to_float16(ELEMENTS) {
+    return update_lanes(adagrad_1, 1, 4, FLOAT32, FLOAT16, PASSED_ON);
+}
+LOOP uint32_t adagrad_1_to_bfloat16(ELEMENTS) {
+    return update_lanes(adagrad_1, 1, 4, FLOAT32, BFLOAT16, PASSED_ON);
 }
 
 INLINE float lion_1(float unscaled, float p, float *m, const float *s) {
@@ -133,8 +193,20 @@ INLINE float lion_1(float unscaled, float p, float *m, const float *s) {
     return t6;
 }
 
-LOOP void lion_1_loop(ELEMENTS) {
-    update_lanes(lion_1, 1, 7, PASSED_ON);
+LOOP uint32_t lion_1_float32(ELEMENTS) {
+    return update_lanes(lion_1, 1, 7, FLOAT32, FLOAT32, PASSED_ON);
+}
+LOOP uint32_t lion_1_float16(ELEMENTS) {
+    return update_lanes(lion_1, 1, 7, FLOAT16, FLOAT16, PASSED_ON);
+}
+LOOP uint32_t lion_1_bfloat16(ELEMENTS) {
+    return update_lanes(lion_1, 1, 7, BFLOAT16, BFLOAT16, PASSED_ON);
+}
+LOOP uint32_t lion_1_to_float16(ELEMENTS) {
+    return update_lanes(lion_1, 1, 7, FLOAT32, FLOAT16, PASSED_ON);
+}
+LOOP uint32_t lion_1_to_bfloat16(ELEMENTS) {
+    return update_lanes(lion_1, 1, 7, FLOAT32, BFLOAT16, PASSED_ON);
 }
 
 static void adam_scalars(const double *n, double t, float *s) {
@@ -212,7 +284,7 @@ static void lion_scalars(const double *n, double t, float *s) {
 }
 
 _Static_assert(3 <= MOST_MOMENTS && 10 <= MOST_COLUMNS, "`_loop.h` has too few");
-static loop_t *const LOOPS[] = {adam_2_loop, adam_3_loop, sgd_0_loop, sgd_1_loop, adagrad_1_loop, lion_1_loop};
+static loop_t *const LOOPS[][FORMATS] = {{adam_2_float32, adam_2_float16, adam_2_bfloat16, adam_2_to_float16, adam_2_to_bfloat16}, {adam_3_float32, adam_3_float16, adam_3_bfloat16, adam_3_to_float16, adam_3_to_bfloat16}, {sgd_0_float32, sgd_0_float16, sgd_0_bfloat16, sgd_0_to_float16, sgd_0_to_bfloat16}, {sgd_1_float32, sgd_1_float16, sgd_1_bfloat16, sgd_1_to_float16, sgd_1_to_bfloat16}, {adagrad_1_float32, adagrad_1_float16, adagrad_1_bfloat16, adagrad_1_to_float16, adagrad_1_to_bfloat16}, {lion_1_float32, lion_1_float16, lion_1_bfloat16, lion_1_to_float16, lion_1_to_bfloat16}};
 static const int MOMENTS[] = {2, 3, 0, 1, 1, 1};
 static const int COLUMNS[] = {10, 10, 7, 7, 4, 7};
 static scalars_t *const SCALARS[] = {adam_scalars, adam_scalars, sgd_scalars, sgd_scalars, adagrad_scalars, lion_scalars};

@@ -6,11 +6,11 @@
     prepare, update         the bits of the reference backend       `_c_scalars.py`, `_c_update.py`
     the scale's move        likewise                                `_c_scale.py`
 
-Every byte crosses memory once: a gradient, master, moments and weight are read, decoded, computed
-with and encoded in tiles of 256 that stay in the first-level cache, and written, in one call for
-all tensors, on as many threads as torch uses. The arithmetic is the rule's `apply`, operation by
-operation (`_c_source.py`), without contraction, so the reference backend is the bitwise oracle of
-`update_`.
+Every byte crosses memory once: a gradient, master, moments and weight are read, computed with in
+registers and written, in one call for all tensors, on as many threads as torch uses. What is kept
+in other stores than float32 is decoded and encoded in tiles that stay in the first-level cache. The
+arithmetic is the rule's `apply`, operation by operation (`_c_source.py`), without contraction, so
+the reference backend is the bitwise oracle of `update_`.
 
 The library comes with the package, compiled when that is built or installed (`hatch_build.py`). A
 package that was built without a compiler has none: "auto" is then the cpu backend, and asking for
