@@ -269,7 +269,7 @@ def test_columns_are_spread_over_the_run_with_both_ends() -> None:
 def test_bars_say_their_values() -> None:
     stacks = [Stack.of("a", Resident(10, 20, 20, 40, 80), activations=10)]
     assert 'aria-label="Bytes per parameter: a 17.0"' in memory_figure(stacks, "memory")
-    assert "b 1.5e+03" in time_figure([("b", 1.5), ("c", math.pi)], "time")
+    assert "b 1.5e+03" in time_figure([("b", [1.5]), ("c", [math.pi])], "time")
 
 
 def test_text_cannot_break_the_page() -> None:

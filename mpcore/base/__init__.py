@@ -36,7 +36,15 @@ from mpcore.base.graphs import outside_graphs, outside_graphs_step
 from mpcore.base.host_copy import HostCopy, comes_late, is_capturing
 from mpcore.base.kinds import Kinds
 from mpcore.base.layouts import laid_out_like, own_memory
-from mpcore.base.machine import Cpu, Gpu, examine_cpu, find_gpus, find_versions, torch_build
+from mpcore.base.machine import (
+    Cpu,
+    Gpu,
+    cpu_name,
+    examine_cpu,
+    find_gpus,
+    find_versions,
+    torch_build,
+)
 from mpcore.base.memory import all_in_memory, can_be_stepped, why_no_memory
 from mpcore.base.nested import map_tensors
 from mpcore.base.parameter_set import ParameterSet
@@ -65,6 +73,7 @@ __all__ = [
     "check_number",
     "check_scale",
     "comes_late",
+    "cpu_name",
     "devices_of",
     "dtypes_in_order",
     "examine_cpu",

@@ -140,15 +140,29 @@ def examine_cpu() -> Cpu:
         >>> sorted(examine_cpu().product_seconds)
         ['bfloat16', 'float16', 'float32']
     """
-    info = Path("/proc/cpuinfo")
-    text = info.read_text(errors="replace") if info.is_file() else ""
+    text = _cpuinfo()
     dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     return Cpu(
-        name=_field(text, "model name") or platform.processor() or platform.machine(),
+        name=cpu_name(),
         threads=torch.get_num_threads(),
         flags=cpu_flags(text),
         product_seconds=time_products(dtypes),
     )
+
+
+def cpu_name() -> str:
+    """Returns the model of the CPU, or its architecture where the system does not tell.
+
+    Example:
+        >>> cpu_name() != ""
+        True
+    """
+    return _field(_cpuinfo(), "model name") or platform.processor() or platform.machine()
+
+
+def _cpuinfo() -> str:
+    info = Path("/proc/cpuinfo")
+    return info.read_text(errors="replace") if info.is_file() else ""
 
 
 def time_products(dtypes: Mapping[str, torch.dtype]) -> dict[str, float]:

@@ -22,24 +22,24 @@ from mpcore.demo.regimes import (
     GPT_REGIMES,
     Regime,
 )
-from mpcore.report.svg import new_axes, smooth, to_svg
+from mpcore.report.svg import Plot, new_axes, smooth, to_svg
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart: colour, dashes, width. Curves
+# Near Okabe and Ito's palette (see mpcore.report.svg): colour, dashes, width. Curves
 # that fall together are told apart by their widths: wide ones are drawn first.
 _STYLES: dict[Regime, tuple[str, str, float]] = {
-    FP16_ROUNDED: ("#E69F00", "-", 3.4),
-    BF16_ROUNDED: ("#56B4E9", "-", 1.4),
+    FP16_ROUNDED: ("#B97F00", "-", 3.4),
+    BF16_ROUNDED: ("#00939F", "-", 1.4),
     FP16_UNSCALED: ("#D55E00", "-", 1.4),
     FP32: ("#000000", "-", 2.0),
     FP16_MASTERS: ("#0072B2", "-", 1.2),
-    FP16_HEADROOM: ("#B5A300", "-.", 1.2),
+    FP16_HEADROOM: ("#8F8000", "-.", 1.2),
     BF16_MASTERS: ("#009E73", "--", 1.2),
-    AUTOCAST: ("#CC79A7", ":", 1.4),
+    AUTOCAST: ("#C2629B", ":", 1.4),
 }
 _SKIPPED = "skipped step"
 
 
-def loss_figure(result: DemoResult) -> str:
+def loss_figure(result: DemoResult) -> Plot:
     """Plots the training loss of every regime, averaged over seeds, smoothed.
 
     Returns:
@@ -51,7 +51,7 @@ def loss_figure(result: DemoResult) -> str:
     return _svg(figure, "Training loss of every regime over the steps", "loss")
 
 
-def difference_figure(result: DemoResult) -> str:
+def difference_figure(result: DemoResult) -> Plot:
     """Plots how far each regime's training loss is above FP32's on the same batches.
 
     Returns:
@@ -70,7 +70,7 @@ def difference_figure(result: DemoResult) -> str:
     return _svg(figure, "Training loss of every regime minus that of FP32", "difference")
 
 
-def scale_figure(result: DemoResult) -> str:
+def scale_figure(result: DemoResult) -> Plot:
     """Plots the loss scale of the first seed's scaled runs, with skipped steps marked.
 
     Returns:
@@ -103,6 +103,6 @@ def _line(axes: Axes, regime: Regime, values: NDArray[np.float64]) -> None:
     axes.plot(steps, values, color=colour, ls=dashes, lw=width, label=regime.label)
 
 
-def _svg(figure: Figure, description: str, name: str) -> str:
+def _svg(figure: Figure, description: str, name: str) -> Plot:
     # in the order of the tables, not in that of drawing
     return to_svg(figure, description, name, [*(r.label for r in GPT_REGIMES), _SKIPPED])

@@ -9,6 +9,7 @@ from mpcore.demo.tables import bytes_table, digits_table, gpt_table
 from mpcore.report.bars import Stack, memory_figure, time_figure
 from mpcore.report.page import Picture, Section, render_page
 from mpcore.report.run_page import gradient_sections, lost_updates_section, skips_section
+from mpcore.report.svg import Plot
 
 
 def render_report(result: DemoResult) -> str:
@@ -48,15 +49,15 @@ def render_report(result: DemoResult) -> str:
     return render_page("16-bit training with FP32 masters and loss scaling", lead, sections, footer)
 
 
-def _memory(result: DemoResult) -> str:
+def _memory(result: DemoResult) -> Plot:
     runs = [result.of(regime)[0] for regime in GPT_REGIMES]
     return memory_figure([Stack.of(run.regime.label, run.resident) for run in runs], "memory")
 
 
-def _time(result: DemoResult) -> str:
+def _time(result: DemoResult) -> Plot:
     steps = result.settings.gpt.steps
     runs = [result.of(regime)[0] for regime in GPT_REGIMES]
-    return time_figure([(run.regime.label, run.seconds / steps) for run in runs], "time")
+    return time_figure([(run.regime.label, [run.seconds / steps]) for run in runs], "time")
 
 
 _LEAD = (

@@ -22,7 +22,7 @@ from mpcore.report.run_page import (
     gradient_sections,
     lost_updates_section,
 )
-from mpcore.report.svg import COLOURS, clipped, new_axes, smooth_curve, to_svg
+from mpcore.report.svg import COLOURS, Plot, clipped, new_axes, smooth_curve, to_svg
 
 
 class Agreement(Protocol):
@@ -127,7 +127,7 @@ def _verdicts(comparison: Compared) -> Events:
     )
 
 
-def _metric_figure(comparison: Compared) -> str:
+def _metric_figure(comparison: Compared) -> Plot:
     labels = comparison.labels
     figure, axes = new_axes(clipped(comparison.metric), "", height=1.0 + 0.4 * len(labels))
     for row, label in enumerate(labels):
@@ -145,7 +145,10 @@ def _metric_figure(comparison: Compared) -> str:
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False)
-    return to_svg(figure, f"{comparison.metric} of every policy and seed", "metric")
+    columns = [[run.metric for run in comparison.of(label)] for label in labels]
+    rows = tuple((place, *row) for place, row in enumerate(zip(*columns, strict=True)))
+    data = (("run", *labels), rows)
+    return to_svg(figure, f"{comparison.metric} of every policy and seed", "metric", data=data)
 
 
 def _difference_section(comparison: Compared) -> tuple[Section, ...]:
@@ -178,13 +181,13 @@ def _difference(
 
 
 def _cost(comparison: Compared) -> tuple[Section, ...]:
-    timed: list[tuple[str, float]] = []
+    timed: list[tuple[str, Sequence[float]]] = []
     stacks: list[Stack] = []
     for label in comparison.labels:
         runs = comparison.of(label)
-        seconds = [run.seconds for run in runs if run.seconds is not None]
+        seconds = [taken for run in runs for taken in run.log.seconds]
         if seconds:
-            timed.append((label, statistics.median(seconds)))
+            timed.append((label, seconds))
         if runs[0].memory is not None:
             stacks.append(Stack.of(label, runs[0].memory, runs[0].activations))
     return cost_sections(timed, stacks, (_TIME, _MEMORY))
@@ -199,8 +202,8 @@ _DIFFERENCE = (
     "changes goes up and down around 0; a policy that loses something stays above it."
 )
 _TIME = (
-    "Median time from the end of one step to the end of the next, median over the seeds: data, "
-    "forward and backward pass included. On a CPU products of 16-bit numbers are slow."
+    "From the end of one step to the end of the next, data, forward and backward pass included: "
+    "median and quartiles of all steps and seeds. On a CPU products of 16-bit numbers are slow."
 )
 _MEMORY = (
     "Weights, gradients, masters and moments stay; activations are what the first forward pass "

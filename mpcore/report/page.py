@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import csv
+import datetime
 import html
+import io
+import math
 import platform
 import re
 from dataclasses import dataclass
+from urllib.parse import quote
 
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 import mpcore
-from mpcore.base import Table
+from mpcore.base import Table, cpu_name
+from mpcore.report.svg import Plot
+
+_ROWS = 20  # of the numbers below a plot
 
 
 @dataclass(frozen=True)
@@ -24,15 +32,42 @@ class Text:
 
 @dataclass(frozen=True)
 class Picture:
-    """A plot.
+    """A plot, with its numbers below it as a table and as a file.
 
     Attributes:
         svg: From `mpcore.report.svg`.
         caption: What to see in it.
     """
 
-    svg: str
+    svg: Plot
     caption: str
+
+    @property
+    def header(self) -> tuple[str, ...]:
+        """Names of the columns."""
+        return self.svg.data[0]
+
+    @property
+    def rows(self) -> list[tuple[str, ...]]:
+        """The numbers as text: some rows of many, evenly spread, the first and the last there."""
+        rows = self.svg.data[1]
+        count = min(len(rows), _ROWS)
+        places = [round(i * (len(rows) - 1) / max(count - 1, 1)) for i in range(count)]
+        return [tuple(map(_shown, rows[place])) for place in places]
+
+    @property
+    def left_out(self) -> int:
+        """How many rows the table does not show, and the file does."""
+        return len(self.svg.data[1]) - len(self.rows)
+
+    @property
+    def csv(self) -> str:
+        """All numbers, as the address of a file that is in the page itself."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(self.header)
+        writer.writerows(self.svg.data[1])
+        return "data:text/csv;charset=utf-8," + quote(text.getvalue().encode("utf-8", "replace"))
 
 
 @dataclass(frozen=True)
@@ -134,6 +169,12 @@ def render_page(title: str, lead: str, sections: tuple[Section, ...], footer: st
     return page.encode("utf-8", "replace").decode()  # names of files may be in other codes
 
 
+def _shown(value: str | float | None) -> str:
+    if isinstance(value, str):
+        return value
+    return "" if value is None or math.isnan(value) else f"{value:.6g}"
+
+
 def with_powers(text: str) -> Markup:
     """Escapes text for HTML, sets powers of two as superscripts, keeps 3e-5 on one line.
 
@@ -148,6 +189,6 @@ def with_powers(text: str) -> Markup:
 
 def _versions() -> str:
     return (
-        f"mpcore {mpcore.__version__}, PyTorch {torch.__version__}, Python "
-        f"{platform.python_version()}"
+        f"{datetime.date.today()}, {cpu_name()}, {platform.system()}; mpcore {mpcore.__version__}, "
+        f"PyTorch {torch.__version__}, Python {platform.python_version()}"
     )

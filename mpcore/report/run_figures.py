@@ -11,14 +11,24 @@ from numpy.typing import NDArray
 from mpcore.monitoring.findings import HIGHEST, LOWEST
 from mpcore.monitoring.reading import Reading
 from mpcore.monitoring.run_log import RunLog
-from mpcore.report.svg import COLOURS, DASHES, clipped, corners, new_axes, smooth_curve, to_svg
+from mpcore.monitoring.verdicts import scale_text
+from mpcore.report.svg import (
+    COLOURS,
+    DASHES,
+    Plot,
+    clipped,
+    corners,
+    new_axes,
+    smooth_curve,
+    to_svg,
+)
 
 _SMALLEST_NORMAL = -14  # the exponent of float16's
 _POINTS = 500  # that are marked one by one
 _DOUBLINGS = 16  # to both sides of the scale of now, in "what if"
 
 
-def loss_figure(logs: Sequence[RunLog], names: Sequence[str], name: str = "loss") -> str:
+def loss_figure(logs: Sequence[RunLog], names: Sequence[str], name: str = "loss") -> Plot:
     """Plots the loss of each run over its steps, smoothed; returns an `<svg>` element.
 
     Args:
@@ -40,7 +50,7 @@ def loss_figure(logs: Sequence[RunLog], names: Sequence[str], name: str = "loss"
     return to_svg(figure, "Loss of each run over its steps", name)
 
 
-def scale_figure(logs: Sequence[RunLog], names: Sequence[str], name: str = "scale") -> str:
+def scale_figure(logs: Sequence[RunLog], names: Sequence[str], name: str = "scale") -> Plot:
     """Plots loss scales, with a cross for each skipped step; arguments as for losses."""
     figure, axes = new_axes("step", "loss scale")
     axes.set_yscale("log", base=2)
@@ -57,7 +67,7 @@ def scale_figure(logs: Sequence[RunLog], names: Sequence[str], name: str = "scal
     return to_svg(figure, "Loss scale over the steps; crosses mark skipped steps", name)
 
 
-def histogram_figure(first: Reading, last: Reading, name: str = "histogram") -> str:
+def histogram_figure(first: Reading, last: Reading, name: str = "histogram") -> Plot:
     """Plots gradients by exponent as float16 held them, of two readings; returns `<svg>`.
 
     Args:
@@ -105,7 +115,7 @@ def histogram_figure(first: Reading, last: Reading, name: str = "histogram") -> 
     return to_svg(figure, "Gradients by binary exponent, with the range of FP16", name)
 
 
-def what_if_figure(reading: Reading, name: str = "what-if") -> str:
+def what_if_figure(reading: Reading, name: str = "what-if") -> Plot:
     """Plots what would be lost and infinite at other scales; returns an `<svg>` element."""
     figure, axes = new_axes("if the loss scale were", "share of the values (%)", height=2.8)
     doublings = range(-_DOUBLINGS, _DOUBLINGS + 1)
@@ -122,6 +132,9 @@ def what_if_figure(reading: Reading, name: str = "what-if") -> str:
         label="become infinite: the step is skipped",
     )
     axes.axvline(now, color="#1c2430", lw=1, ls=":")
+    first = next((k for k, (_, over) in zip(doublings, shares, strict=True) if over > 0), None)
+    if first is not None:
+        _mark_overflow(axes, now * 2.0**first)
     axes.annotate(
         "scale of the step",
         (now, 0.98),
@@ -136,7 +149,22 @@ def what_if_figure(reading: Reading, name: str = "what-if") -> str:
     return to_svg(figure, "Shares that would be lost or infinite at other loss scales", name)
 
 
-def lost_updates_figure(logs: Sequence[RunLog], names: Sequence[str], name: str = "lost") -> str:
+def _mark_overflow(axes: Axes, scale: float) -> None:
+    """Marks the lowest scale at which a value becomes infinite: steps are skipped from there on."""
+    axes.plot([scale], [0], "^", color="#D55E00", ms=7, clip_on=False, zorder=3)
+    axes.annotate(
+        f"first overflow\nat {scale_text(scale)}",
+        (scale, 0),
+        xytext=(0, 9),
+        textcoords="offset points",
+        ha="center",
+        fontsize=8,
+        color="#a34700",
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+    )
+
+
+def lost_updates_figure(logs: Sequence[RunLog], names: Sequence[str], name: str = "lost") -> Plot:
     """Plots the updates that weights without masters would have lost; arguments as for losses."""
     figure, axes = new_axes("step", "updates lost (%)", height=2.8)
     for log in logs:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections import Counter
 from collections.abc import Sequence
 
@@ -37,7 +36,7 @@ def render_runs(logs: Sequence[RunLog], title: str) -> str:
     lead = f"{', '.join(log.name for log in logs)}: {steps:,} steps, {readings:,} readings."
     parts = [(log.name, told) for log in logs if (told := log.told())]
     lead += "".join(f" {name}: {told}" if len(logs) > 1 else f" {told}" for name, told in parts)
-    timed = [(log.name, statistics.median(log.seconds)) for log in logs if log.seconds]
+    timed = [(log.name, log.seconds) for log in logs if log.seconds]
     memory = [(log.name, log.readings[-1].memory) for log in logs if log.readings]
     stacks = [Stack.of(name, resident) for name, resident in memory if resident is not None]
     sections = (
@@ -58,11 +57,13 @@ def summary_table(logs: Sequence[RunLog]) -> Table:
     """Returns a row for each run."""
     return Table(
         title="",
-        header=("Run", "Steps", "Skipped", "Last loss", "Last scale", "Not normal"),
+        header=("Run", "Steps", "Skipped", "Last loss", "Last scale", "Headroom", "Not normal"),
         rows=tuple(map(_summary, logs)),
         notes=(
             "Not normal: reports on skipped steps whose verdict asks for something to be done. "
             "The search for a scale at the start and its later growth skip steps as they should.",
+            "Headroom: doublings of the loss scale before the largest gradient overflows, at the "
+            "last reading.",
         ),
     )
 
@@ -76,9 +77,15 @@ def _summary(log: RunLog) -> tuple[str, ...]:
         f"{len(log.skipped):,}",
         f"{losses[-1][1]:.4g}" if losses else "",
         scale_text(scales[-1]) if scales else "",
+        _headroom(log),
         ", ".join(f"{n} {name}" for name, n in Counter(r.verdict.name for r in asking).items())
         or "none",
     )
+
+
+def _headroom(log: RunLog) -> str:
+    room = log.readings[-1].headroom_bits if log.readings else None
+    return "" if room is None else f"{room:.1f}"
 
 
 def course_sections(logs: Sequence[RunLog]) -> tuple[Section, ...]:
@@ -172,12 +179,12 @@ def lost_updates_section(logs: Sequence[RunLog]) -> tuple[Section, ...]:
 
 
 def cost_sections(
-    timed: Sequence[tuple[str, float]], stacks: Sequence[Stack], captions: tuple[str, str]
+    timed: Sequence[tuple[str, Sequence[float]]], stacks: Sequence[Stack], captions: tuple[str, str]
 ) -> tuple[Section, ...]:
     """Returns time and memory, as far as they are known.
 
     Args:
-        timed: Names, and seconds of a step.
+        timed: Names, and the seconds of steps.
         stacks: Bytes per parameter.
         captions: Of the times, and of the bytes.
     """
@@ -201,7 +208,7 @@ _LOST = (
     "weight. A sample of at most 4,096 of each parameter."
 )
 _TIME = (
-    "Median time from the end of one optimizer step to the end of the next, as the host sees it: "
-    "data, forward and backward pass included."
+    "From the end of one optimizer step to the end of the next, as the host sees it, data, forward "
+    "and backward pass included: median and quartiles."
 )
 _MEMORY = "What stays in memory between backward and zero_grad. Activations are not counted."

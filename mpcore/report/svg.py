@@ -11,15 +11,19 @@ from itertools import pairwise
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
-#: Okabe and Ito's palette, which colour-blind readers can tell apart.
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#B5A300")
+#: Near Okabe and Ito's palette, which colour-blind readers can tell apart; its light colours are
+#: darker here, so that each line has a contrast of 3:1 or more to white (WCAG 2.2, 1.4.11).
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#C2629B", "#B97F00", "#00939F", "#8F8000")
 #: With the colours: one of the two tells curves that cross apart.
 DASHES = ("-", "-", "--", "-.", ":", "-", "--", "-.")
 _SIZE = (4.6, 3.2)  # inches: text stays readable on a phone, where the page shrinks it
 _LINE = 0.17  # of a legend
+Row = tuple[str | float | None, ...]
+Data = tuple[tuple[str, ...], tuple[Row, ...]]
 _HUGE = 1e300  # beyond, axes have no numbers left for their ticks
 
 
@@ -42,7 +46,54 @@ def new_axes(x_label: str, y_label: str, *, height: float = _SIZE[1]) -> tuple[F
     return figure, axes
 
 
-def to_svg(figure: Figure, description: str, name: str, order: Sequence[str] = ()) -> str:
+class Plot(str):
+    """An `<svg>` element, and the numbers that it shows.
+
+    Attributes:
+        data: Names of columns, and rows of numbers below them; the first column is that of places.
+    """
+
+    data: Data
+
+    def __new__(cls, svg: str, data: Data) -> Plot:
+        """Makes a plot of an `<svg>` element and its numbers."""
+        plot = super().__new__(cls, svg)
+        plot.data = data
+        return plot
+
+
+def data_of(axes: Axes) -> Data:
+    """Returns what labelled lines and bars of a plot show, joined by their places.
+
+    Example:
+        >>> _, axes = new_axes("step", "loss")
+        >>> line = axes.plot([1, 2], [0.5, 0.25], label="run")
+        >>> data_of(axes)
+        (('step', 'run'), ((1.0, 0.5), (2.0, 0.25)))
+    """
+    series: list[tuple[str, dict[float, float]]] = []
+    for line in axes.get_lines():
+        label = str(line.get_label())
+        xs, ys = (np.asarray(one, dtype=np.float64).tolist() for one in line.get_data())
+        if xs and not label.startswith("_"):
+            series.append((plain(label), dict(zip(xs, ys, strict=True))))
+    for bars in axes.containers:
+        label = str(bars.get_label())
+        if isinstance(bars, BarContainer) and not label.startswith("_"):
+            heights = {bar.get_x() + bar.get_width() / 2: bar.get_height() for bar in bars}
+            series.append((plain(label), heights))
+    places = sorted({place for _, values in series for place in values})
+    rows = tuple((place, *(values.get(place) for _, values in series)) for place in places)
+    return (axes.get_xlabel() or "place", *(label for label, _ in series)), rows
+
+
+def to_svg(
+    figure: Figure,
+    description: str,
+    name: str,
+    order: Sequence[str] = (),
+    data: Data | None = None,
+) -> Plot:
     """Adds a legend and returns an `<svg>` element: no prolog, no metadata.
 
     Args:
@@ -50,7 +101,9 @@ def to_svg(figure: Figure, description: str, name: str, order: Sequence[str] = (
         description: Read out by screen readers.
         name: Salt of the element ids, which must differ between the figures of a page.
         order: Labels in the order of the legend; without it, that of drawing.
+        data: The numbers, where the plot's lines do not tell them.
     """
+    shown = data_of(figure.axes[0]) if data is None else data
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if order:
         pairs = sorted(zip(handles, labels, strict=True), key=lambda pair: order.index(pair[1]))
@@ -72,7 +125,7 @@ def to_svg(figure: Figure, description: str, name: str, order: Sequence[str] = (
     svg = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{name}-", svg)
     svg = re.sub(r' width="[\d.]+pt"| height="[\d.]+pt"', "", svg, count=2)
     label = html.escape(description)
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+    return Plot(svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1), shown)
 
 
 def smooth(values: ArrayLike) -> NDArray[np.float64]:
@@ -150,5 +203,16 @@ def clipped(name: str, length: int = 30) -> str:
     """
     name = name.encode("utf-8", "replace").decode()  # of files that are named in other codes
     short = name if len(name) <= length else "..." + name[3 - length :]
-    # to Matplotlib a dollar begins a formula, and a label with a leading _ is none
+    # to Matplotlib a dollar begins a formula, which `plain` takes back, and a label with a leading
+    # _ is none
     return short.replace("$", r"\$").replace("_", " _", 1 if short.startswith("_") else 0)
+
+
+def plain(label: str) -> str:
+    """Returns the name that `clipped` made a label of, as far as it was not cut.
+
+    Example:
+        >>> plain(clipped("costs $5"))
+        'costs $5'
+    """
+    return label.replace(r"\$", "$")
