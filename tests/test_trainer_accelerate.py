@@ -30,6 +30,7 @@ from mpcore_testing.trainer_ranks import check_ranks
 
 pytestmark = pytest.mark.trainers
 pytest.importorskip("accelerate")
+
 from mpcore_testing import accelerated  # noqa: E402
 from mpcore_testing.accelerated import Run, accelerator_of, data_of, reset  # noqa: E402
 
@@ -219,3 +220,22 @@ def test_two_ranks_skip_together_when_one_overflows_and_train_as_one_process(
     expected = accelerated.in_one_process()
     assert sum(expected[0].skipped) == len(accelerated.RANKED.overflows)
     check_ranks(accelerated.__file__, tmp_path, expected)
+
+
+def test_what_prepare_returns_is_watched_and_its_schedule_waits() -> None:
+    reset()
+    model = network()
+    optimizer: Any = mpcore.MixedPrecisionOptimizer(adamw(model.parameters()), mpcore.NoLossScale())
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    accelerator = accelerator_of(Course())
+    prepared = accelerator.prepare(optimizer)
+    assert prepared is not optimizer
+    monitor = mpcore.Monitor(prepared, every=1)
+    for factor in (torch.inf, 1.0):
+        loss = sum((p.sum() for p in model.parameters()), torch.zeros(())) * factor
+        accelerator.backward(loss)
+        prepared.step()
+        prepared.zero_grad()
+        assert mpcore.step_scheduler(scheduler, prepared) is (factor == 1.0)
+    assert monitor.course().skipped == (True, False)
+    assert None not in monitor.course().loss

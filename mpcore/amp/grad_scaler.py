@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import OptState
 
 from mpcore.amp.scale_course import ScaleCourse
+from mpcore.amp.scaled_losses import ScaledLosses
 from mpcore.amp.scaler_checks import GradCheck
 from mpcore.amp.scaler_clip import check_clip, clip_
 from mpcore.amp.scaler_momentum import begin_momentum
@@ -19,7 +20,7 @@ from mpcore.amp.scaler_ranks import largest_of_ranks, process_groups
 from mpcore.amp.scaler_step import ScalerStep
 from mpcore.amp.watched_steps import is_watched, step_watched
 from mpcore.base import SIXTEEN_BIT, outside_graphs
-from mpcore.engine import MixedPrecisionOptimizer
+from mpcore.engine import MixedPrecisionOptimizer, is_unscaled, unscale_by, watch_clips
 from mpcore.errors import ArgumentError
 
 
@@ -80,6 +81,7 @@ class GradScaler(ScaleCourse):
         # by identity: an optimizer may compare by value, and then has no hash
         self._last: dict[int, tuple[Callable[[], Any], ScalerStep]] = {}
         self._last_step: ScalerStep | None = None
+        self._losses = ScaledLosses()  # of this iteration
         self._warned = False
 
     @outside_graphs
@@ -101,7 +103,9 @@ class GradScaler(ScaleCourse):
         for alive, _ in self._last.values():
             optimizer = alive()
             if isinstance(optimizer, MixedPrecisionOptimizer):
-                optimizer._watch_clips_of(tensors)
+                watch_clips(optimizer, tensors)
+        if self._enabled:
+            self._losses.note(outputs)
         return scaled
 
     @outside_graphs
@@ -119,6 +123,7 @@ class GradScaler(ScaleCourse):
             StageError: It is a `MixedPrecisionOptimizer` that has scaled the loss itself.
         """
         self._forget_thrown(optimizer)
+        self._losses.tell(optimizer)
         super().unscale_(optimizer)
 
     @outside_graphs
@@ -187,7 +192,7 @@ class GradScaler(ScaleCourse):
         if not self._enabled or not isinstance(optimizer, MixedPrecisionOptimizer):
             return
         states = self._per_optimizer_states
-        if states[id(optimizer)]["stage"] is OptState.UNSCALED and not optimizer._stage.unscaled:
+        if states[id(optimizer)]["stage"] is OptState.UNSCALED and not is_unscaled(optimizer):
             del states[id(optimizer)]
 
     def _unscale_grads_(
@@ -200,7 +205,7 @@ class GradScaler(ScaleCourse):
         """Unscales and checks; one flag for all devices: several would be added up."""
         groups = optimizer.param_groups
         if isinstance(optimizer, MixedPrecisionOptimizer):
-            optimizer._unscale_from_outside(self._current())
+            unscale_by(optimizer, self._current())
             found = self._checker.look(groups, torch.ones_like(inv_scale))
             return self._note(optimizer, found, found_inf.device)
         grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
@@ -256,6 +261,7 @@ class GradScaler(ScaleCourse):
         if self._enabled and any(callable(arg) for arg in args):
             raise RuntimeError("Closure use is not currently supported if GradScaler is enabled.")
         self._forget_thrown(optimizer)
+        self._losses.tell(optimizer)
         unwritten = begin_momentum(optimizer) if self._enabled else []
         result: float | None
         if self._enabled and is_watched(optimizer):
@@ -293,6 +299,7 @@ class GradScaler(ScaleCourse):
     def _checks_done(self) -> None:
         self._checks.clear()
         self._largest.clear()
+        self._losses.clear()
         self._last = {key: kept for key, kept in self._last.items() if kept[0]() is not None}
 
     def _largest_gradient(self, device: torch.device) -> Tensor:
@@ -317,7 +324,7 @@ class GradScaler(ScaleCourse):
         """Returns what is pickled: no results, which hold the parameters of optimizers."""
         state: dict[str, Any] = super().__getstate__()
         state["_process_group"] = None
-        for name in ("_checks", "_largest", "_last", "_last_step", "_warned"):
+        for name in ("_checks", "_largest", "_last", "_last_step", "_losses", "_warned"):
             del state[name]
         return state
 

@@ -5,6 +5,7 @@ Start with `optimizer.py`, then `stage.py`. Its face is what is imported here.
 
 from __future__ import annotations
 
+from mpcore.engine.drivers import is_unscaled, tell_losses, unscale_by, unwrapped, watch_clips
 from mpcore.engine.gradient_buckets import Look
 from mpcore.engine.gradients import StepGradients
 from mpcore.engine.optimizer import MixedPrecisionOptimizer
@@ -16,5 +17,10 @@ __all__ = [
     "MixedPrecisionOptimizer",
     "StepGradients",
     "StepResult",
+    "is_unscaled",
     "step_scheduler",
+    "tell_losses",
+    "unscale_by",
+    "unwrapped",
+    "watch_clips",
 ]

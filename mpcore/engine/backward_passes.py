@@ -91,6 +91,7 @@ class BackwardPasses:
         Raises:
             StageError: The gradients were never scaled, or this step's are unscaled already.
         """
+        self._stage.ranks.check_not_joined("accumulate()")
         self._masters.take_over_edits(self.state, self.param_groups)
         self._stage.accumulate("accumulate()")
 

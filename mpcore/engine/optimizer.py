@@ -13,6 +13,7 @@ from mpcore.engine.external import External
 from mpcore.engine.gradients import StepGradients
 from mpcore.engine.idle_watch import IdleWatch
 from mpcore.engine.inner_methods import InnerMethods
+from mpcore.engine.joins import Joins
 from mpcore.engine.paths import GroupPath, Paths, check_path
 from mpcore.engine.readings import Readings
 from mpcore.engine.saving import Saving, add_section, take_over_edits
@@ -35,7 +36,7 @@ from mpcore.ranks import Ranks, check_ranks
 
 
 class MixedPrecisionOptimizer(
-    BackwardPasses, Unscaling, Readings, InnerMethods, Saving, OptimizerWrapper
+    BackwardPasses, Unscaling, Readings, Joins, InnerMethods, Saving, OptimizerWrapper
 ):
     """Wraps an optimizer: FP32 masters for 16-bit parameters, loss scaling, skipped overflows.
 
@@ -199,7 +200,7 @@ class MixedPrecisionOptimizer(
 
     def _step(self) -> None:
         zeros = None
-        if not self._began and not External.of(self):
+        if not (self._began or External.of(self) or self._stage.ranks.joins()):
             if self._stage.is_untouched:
                 zeros = zero_gradients(self._stage.parameters, self._masters, self._module)
             if not self._stage.ranks.all(zeros is not None):
@@ -223,6 +224,7 @@ class MixedPrecisionOptimizer(
 
     def _step_with_closure(self, closure: Callable[[], Any]) -> Any:
         self._stage.check_whole("step(closure)")
+        self._stage.ranks.check_not_joined("step(closure)")
         self._edits.check("step(closure)")
         self._edits.adopt(began=self._began, later=self._paths.in_update())
         self._stage.begin_closure()

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+import torch
+
 from mpcore.base import outside_graphs
+from mpcore.engine.drivers import unwrapped
 
 
 class _Scheduler(Protocol):
@@ -20,7 +23,9 @@ class _Step(Protocol):
 
 
 @outside_graphs
-def step_scheduler(scheduler: _Scheduler, last_step: _Step | None, *metrics: float) -> bool:
+def step_scheduler(
+    scheduler: _Scheduler, last_step: _Step | torch.optim.Optimizer | None, *metrics: float
+) -> bool:
     """Steps an LR scheduler unless the optimizer's last step was skipped; syncs with the host.
 
     A schedule that counts updates would run ahead with every skipped step. One that counts batches
@@ -29,7 +34,8 @@ def step_scheduler(scheduler: _Scheduler, last_step: _Step | None, *metrics: flo
     Args:
         scheduler: Any of `torch.optim.lr_scheduler`, or what has such a `step`.
         last_step: `optimizer.last_step`, or that of a `mpcore.GradScaler`. None, as it is before
-            the first step and after one without gradients, counts as skipped.
+            the first step and after one without gradients, counts as skipped. Or the optimizer
+            itself, also one that a trainer has wrapped.
         metrics: What `ReduceLROnPlateau.step` takes.
 
     Returns:
@@ -50,6 +56,8 @@ def step_scheduler(scheduler: _Scheduler, last_step: _Step | None, *metrics: flo
         >>> optimizer.param_groups[0]["lr"]
         0.1
     """
+    if isinstance(last_step, torch.optim.Optimizer):
+        last_step = unwrapped(last_step).last_step
     if last_step is None or last_step.skipped:
         return False
     scheduler.step(*metrics)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor
 
 from mpcore.base import are_same
 from mpcore.engine.external import External
-from mpcore.errors import ArgumentError
+from mpcore.errors import ArgumentError, StageError
 from mpcore.loss_scale import LossScale, LossScaleTensors
 from mpcore.masters import Groups, Masters, name_of
 from mpcore.ranks import (
@@ -52,6 +53,9 @@ class StepRanks:
         self._of_sums: Agreement | None = None  # of ranks that nobody told us of
         self._searched = False  # whether they were looked for, which takes a while
         self._warned = False
+        #: returns whether ranks may run out of batches: those that have then shadow the others
+        self.joins: Callable[[], bool] = lambda: False
+        self.has_batches = True  # whether this one is not such a shadow
 
     @property
     def agree(self) -> bool:
@@ -86,7 +90,31 @@ class StepRanks:
             self._warned = True
             if self._of_sums is None:
                 warn_alone()
-        return self._begun(self._agreement)
+        agreement = self._begun(self._agreement)
+        if agreement is not None and self.joins():
+            agreement.find_present(self.has_batches)
+        return agreement
+
+    def check_not_joined(self, caller: str) -> None:
+        """Raises where ranks that have no batches left could not tell how often to answer."""
+        if self.joins():
+            raise StageError(
+                f"{caller}: expected a step with one backward pass while ranks may run out of "
+                "batches, got another within torch.distributed.algorithms.join.Join. Give all "
+                "ranks as many batches, or leave the optimizer's Join."
+            )
+
+    @property
+    def asked(self) -> int:
+        """How often ranks agreed in the last step within a `Join`."""
+        return 0 if self._agreement is None else self._agreement.asked
+
+    def end_join(self) -> None:
+        """Notes that no rank runs out of batches any more, and that masters may be new."""
+        self.joins = lambda: False
+        if self._agreement is not None:
+            self._agreement.end_join()
+        self.start_anew()
 
     def of_sums(self) -> Agreement | None:
         """Returns what makes sums of copies their mean.

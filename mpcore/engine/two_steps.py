@@ -120,6 +120,7 @@ class TwoSteps:
         return result
 
     def _collect_pass(self, caller: str) -> StepGradients:
+        self._stage.ranks.check_not_joined(caller)
         self._masters.take_over_edits(self.state, self.param_groups)
         gradients = self._stage.collect_pass(caller, External.of(self))
         self._edits.adopt(began=self._began)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mpcore.base import check_number, outside_graphs
@@ -39,16 +38,6 @@ class Unscaling:
         """
         self._masters.take_over_edits(self.state, self.param_groups)
         self._stage.unscale("unscale_()", External.of(self))
-
-    def _unscale_from_outside(self, scale: Tensor) -> None:
-        """`unscale_`, for `mpcore.GradScaler` and its scale."""
-        self._masters.take_over_edits(self.state, self.param_groups)
-        nothing = torch.zeros((), device=scale.device)
-        self._stage.unscale("GradScaler.unscale_()", External(scale.reshape(()), nothing))
-
-    def _watch_clips_of(self, outputs: list[Tensor]) -> None:
-        """Warns of a clip of what these outputs' backward pass leaves; for `mpcore.GradScaler`."""
-        self._stage.clip_watch.watch(outputs)
 
     @outside_graphs
     def grads(self) -> list[Tensor]:

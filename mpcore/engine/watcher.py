@@ -14,6 +14,10 @@ from mpcore.engine.step_result import StepResult
 class Watcher(Protocol):
     """Somebody who wants to know what happens in each step: `mpcore.Monitor`."""
 
+    @property
+    def has_losses(self) -> bool:
+        """Whether it has heard of a loss since the last step."""
+
     def see_loss(self, outputs: Any, name: str = "") -> None:
         """Hears what is going to be scaled, and the name of the loss."""
 

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
-from mpcore.engine import MixedPrecisionOptimizer
+from mpcore.engine import MixedPrecisionOptimizer, is_unscaled
 from mpcore.errors import ArgumentError
 
 
@@ -100,5 +100,5 @@ def _raw(optimizer: Any) -> Any:
 
 
 def _unscale(optimizer: Any) -> None:
-    if isinstance(optimizer, MixedPrecisionOptimizer) and not optimizer._stage.unscaled:
+    if isinstance(optimizer, MixedPrecisionOptimizer) and not is_unscaled(optimizer):
         optimizer.unscale_()

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mpcore.base import check_count
-from mpcore.engine import MixedPrecisionOptimizer, StepGradients, StepResult
-from mpcore.errors import ArgumentTypeError
+from mpcore.engine import MixedPrecisionOptimizer, StepGradients, StepResult, unwrapped
 from mpcore.monitoring.facts import Facts, NanStreak, Past
 from mpcore.monitoring.findings import Columns, Finding, FindingTable
 from mpcore.monitoring.history import Course, History
@@ -56,14 +55,14 @@ class Monitor:
     kept in 16 bits and stand still are warned of once, in a reading.
 
     Args:
-        optimizer: What to watch; one monitor at a time.
+        optimizer: What to watch; one monitor at a time. Trainers may have wrapped it.
         model: For names of parameters, and to look at its buffers when a step was skipped.
         every: Steps from one reading to the next; the first comes after as many.
         window: Steps that verdicts look back on, and that `course()` returns.
         sinks: Each is called with every record; `JsonLines`, `TensorBoard`, or any function.
 
     Raises:
-        ArgumentTypeError: `optimizer` is no `MixedPrecisionOptimizer`, a count is no integer.
+        ArgumentTypeError: There is no `MixedPrecisionOptimizer`, or a count is no integer.
         ArgumentError: A count is below 1.
 
     Example:
@@ -79,18 +78,14 @@ class Monitor:
 
     def __init__(
         self,
-        optimizer: MixedPrecisionOptimizer,
+        optimizer: MixedPrecisionOptimizer | torch.optim.Optimizer,
         model: nn.Module | None = None,
         *,
         every: int = 100,
         window: int = 256,
         sinks: Iterable[Callable[[Record], object]] = (),
     ) -> None:
-        if not isinstance(optimizer, MixedPrecisionOptimizer):
-            raise ArgumentTypeError(
-                "optimizer: expected a mpcore.MixedPrecisionOptimizer, got "
-                f"{type(optimizer).__name__}."
-            )
+        optimizer = unwrapped(optimizer)
         self._every = check_count("every", every)
         self._optimizer = optimizer
         self._model = model
@@ -149,8 +144,8 @@ class Monitor:
     def see_loss(self, outputs: Any, name: str = "") -> None:
         """Hears a loss before it is scaled; no host sync.
 
-        The optimizer calls it in `scale` and `backward`. Call it yourself, before the backward
-        pass, where an outside scaler scales; otherwise the loss is not known there.
+        The optimizer calls it in `scale` and `backward`, and `mpcore.GradScaler` has it called.
+        Call it yourself, before the backward pass, where torch's own scaler scales.
 
         Args:
             outputs: The loss; what is no tensor of one element counts as not known.
@@ -158,6 +153,11 @@ class Monitor:
         """
         if self._losses.see(outputs, name):
             self._counts = PassCounts()
+
+    @property
+    def has_losses(self) -> bool:
+        """Whether it has heard of a loss since the last step; no host sync."""
+        return self._losses.are_any
 
     def see_pass(self, params: Sequence[Tensor], scale: Tensor, name: str) -> None:
         """Hears whose gradients are going to be added up; the optimizer calls it."""

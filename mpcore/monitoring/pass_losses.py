@@ -30,6 +30,11 @@ class PassLosses:
         self._earlier: Tensor | None = None  # of evaluations before, one that is not finite if any
         self._collected = False
 
+    @property
+    def are_any(self) -> bool:
+        """Whether there is one, of the evaluation that is going on."""
+        return bool(self._seen) and not self._collected
+
     def note_collected(self) -> None:
         """Notes that gradients were collected: losses that follow are of another evaluation.
 

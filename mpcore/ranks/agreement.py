@@ -60,6 +60,26 @@ class Agreement:
         self._masks: dict[torch.device, tuple[Sequence[Tensor], Tensor | None]] = {}
         self._copies: tuple[Sequence[Tensor], int] | None = None  # of some parameters
         self._sent: deque[HostCopy] = deque()
+        #: the ranks that have batches left, where some may have none; None: all have
+        self._present: list[int] | None = None
+        self.asked = 0  # how often ranks agreed since it was last found who is present
+
+    def find_present(self, here: bool) -> None:
+        """Finds out which ranks still have batches, within a `Join`; collective, syncs.
+
+        Args:
+            here: Whether this one has.
+        """
+        purpose = partial(self._purpose, "which ranks have batches left")
+        found = gathered([here], self._group, purpose=purpose)
+        self._present = [rank for rank, (there,) in enumerate(found) if there]
+        self._masks.clear()
+        self.asked = 0
+
+    def end_join(self) -> None:
+        """Notes that all ranks have batches again, or none."""
+        self._present = None
+        self._masks.clear()
 
     def begin(
         self,
@@ -91,10 +111,16 @@ class Agreement:
         """Returns 1 for each parameter that this rank counts, 0 for others; float64 on `device`."""
         known, mask = self._masks.get(device, ([], None))
         if mask is None or not are_same(known, params):
-            counts = [float(self._shares.counts(param)) for param in params]
+            counts = [float(self._counts(param)) for param in params]
             mask = torch.tensor(counts, dtype=torch.float64, device=device)
             self._masks[device] = params, mask
         return mask
+
+    def _counts(self, param: Tensor) -> bool:
+        """Whether this rank counts a parameter: of copies the first that has batches left does."""
+        if self._present and self._shares.are_copies(param):
+            return distributed.get_rank(self._group) == self._present[0]
+        return self._shares.counts(param)
 
     def copies(self, params: Sequence[Tensor]) -> int:
         """Returns how many of these parameters all ranks hold."""
@@ -119,6 +145,7 @@ class Agreement:
             StageError: On every rank, of a CPU at once, elsewhere some steps later: loss scales or
                 counters differ, or no rank has scaled a loss.
         """
+        self.asked += 1
         home = square_sum.device
         own = self._common(self.copies(params)).to(home)
         # filling happens on the device; torch.tensor would copy from the host
@@ -129,10 +156,17 @@ class Agreement:
         flags, digits, sums, squares = torch.split_with_sizes(
             total, [len(flags), DIGITS, len(own), len(own)]
         )
-        apart = squares * self._size != sums * sums
+        apart = squares * self._sizes(home) != sums * sums
         forgotten = (flags[1] != 0) & (flags[2] == 0)
         self._check(torch.cat([own, sums, apart.long(), forgotten.long().reshape(1)]))
         return Agreed(flags[0] != 0, flags[1] != 0, from_digits(digits))
+
+    def _sizes(self, home: torch.device) -> int | Tensor:
+        """Returns how many ranks have said each of `_COMMON`: who has no batches has no copies."""
+        if self._present is None:
+            return self._size
+        sizes = [self._size] * (len(_COMMON) - 1)
+        return torch.tensor([*sizes, len(self._present)], device=home)
 
     def all(self, here: bool) -> bool:
         """Returns whether something is so on all ranks; a collective of its own, which syncs."""

@@ -13,7 +13,14 @@ from torch.nn.parallel import DistributedDataParallel
 from mpcore.errors import ArgumentError, ArgumentTypeError
 from mpcore.loss_scale import LossScaleTensors
 from mpcore.ranks.agreement import Agreement
+from mpcore.ranks.collective import gathered
 from mpcore.ranks.ranks import Ranks
+
+
+def latest_of(is_latest: bool, group: Any) -> int:
+    """Returns the last of the ranks of a group for which something is so; collective, syncs."""
+    told = gathered([is_latest], group, purpose=lambda: "the end of a Join")
+    return max(rank for rank, (so,) in enumerate(told) if so)
 
 
 def check_ranks(ranks: object) -> Ranks | None:

@@ -69,7 +69,7 @@ EXPOSURE = [
         ),
     ),
     *engine_mutants(
-        "engine/unscaling.py",
+        "engine/drivers.py",
         ("test_exposed_gradients.py",),
         (
             "the scale of an outside scaler is not divided out",

@@ -4,6 +4,7 @@ from mutant import engine_mutants
 
 _TESTS = ("test_ranks.py",)
 _SHARDED = ("test_sharded_ranks.py",)
+_JOINED = ("test_joined_ranks.py",)
 
 RANKS = [
     *engine_mutants(
@@ -16,7 +17,11 @@ RANKS = [
         ),
         ("ranks drift apart unseen", "self._check(torch.cat(", "bool(torch.cat("),
         ("sums are not divided", ".div_(distributed.get_world_size(group))", ""),
-        ("squares of counters are not compared", "squares * self._size != sums", "sums != sums"),
+        (
+            "squares of counters are not compared",
+            "squares * self._sizes(home) != sums",
+            "sums != sums",
+        ),
         ("gradients that nobody scaled pass", "(flags[1] != 0) & (flags[2] == 0)", "flags[1] < 0"),
     ),
     *engine_mutants(
@@ -140,5 +145,25 @@ RANKS = [
         "engine/gradients.py",
         ("test_accumulation.py",),
         ("sums stay after the step", "accumulated._replace(sums={})", "accumulated"),
+    ),
+    *engine_mutants(
+        "ranks/agreement.py",
+        _JOINED,
+        (
+            "a rank without batches counts copies",
+            "if self._present and self._shares",
+            "if () and self._shares",
+        ),
+        (
+            "a rank without batches has copies",
+            "[*sizes, len(self._present)]",
+            "[*sizes, self._size]",
+        ),
+    ),
+    *engine_mutants(
+        "engine/joins.py",
+        _JOINED,
+        ("masters stay those of the last batch", "self.load_state_dict(found[0])", "pass"),
+        ("later steps are asked as in a Join", "self._stage.ranks.end_join()", "pass"),
     ),
 ]

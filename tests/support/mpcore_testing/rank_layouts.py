@@ -150,11 +150,11 @@ def take_step(optimizer: Any, model: Any, evaluate: Callable[[], Any], way: str)
         evaluate()
         if way == "accumulate":
             optimizer.accumulate()
-        if way == "unscale":
+        if way in ("unscale", "both"):
             optimizer.unscale_()
             for param in model.parameters():
                 param.grad.mul_(0.5)
-        if way == "clip":
+        if way in ("clip", "both"):
             norm = float(optimizer.clip_grad_norm_(0.05))
         optimizer.step()
     optimizer.zero_grad()
