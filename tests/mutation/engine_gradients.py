@@ -214,14 +214,15 @@ STAGE = [
     *engine_mutants(
         "engine/checked_parameters.py",
         ("test_memory_that_moves.py", "test_replaced_parameters.py"),
+        ("kinds of parameters are not compared", "kinds[0].fit(params) and ", ""),
         (
             "another shape is not checked",
-            "and have_shapes(params, self._known.shapes)",
+            "and have_shapes(params, known.shapes)",
             "",
         ),
         (
             "another dtype is not checked",
-            "and dtypes_in_order(params) == self._known.dtypes_in_order",
+            "dtypes_in_order(params) == known.dtypes_in_order\n            and ",
             "",
         ),
         (

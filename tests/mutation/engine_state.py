@@ -197,11 +197,8 @@ MEMORY = [
     *engine_mutants(
         "engine/checked_parameters.py",
         ("test_memory_that_moves.py",),
-        (
-            "the size of a master is not checked",
-            "and have_shapes(self._held, self._known.shapes)",
-            "",
-        ),
+        ("kinds of masters are not compared", " and kinds[1].fit(self._held)", ""),
+        ("the size of a master is not checked", "and have_shapes(self._held, known.shapes)", ""),
         (
             "a plan outlives the size of a parameter",
             "self._masters.version += 1",

@@ -12,6 +12,12 @@ _EVALUATION = """gradients = self._stage.collect_pass("step(closure)", external)
 
 ADOPT = [
     *engine_mutants(
+        "base/kinds.py",
+        ("test_kinds.py",),
+        ("all kinds are the same", "known: bool = self._guards.check(*tensors)", "known = True"),
+        ("fewer tensors fit", " or len(tensors) != self._count", ""),
+    ),
+    *engine_mutants(
         "backends/_cast.py",
         ("test_weight_edits_refused.py",),
         (

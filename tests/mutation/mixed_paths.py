@@ -38,8 +38,8 @@ MIXED = [
         _TESTS,
         (
             "weights of all groups are rounded",
-            "if numbers is not None:\n            every",
-            "if False:\n            every",
+            "some = self._with_master(numbers)",
+            "some = self._with_master(None)",
         ),
     ),
     *engine_mutants(
