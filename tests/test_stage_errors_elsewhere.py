@@ -222,6 +222,11 @@ TABLE: list[tuple[str, str, Callable[[], Pair]]] = [
         "Clear the gradients and call optimizer.backward(loss)",
         ranks.no_scale,
     ),
+    (
+        "step_ranks.py StepRanks.check_not_joined 1",
+        "Give all ranks as many batches",
+        ranks.several_passes,
+    ),
     ("_update.py take_scalars 1", "Call prepare_(plan, hyper)", update_without_scalars),
     ("cast_model.py _check_stage 1", "Cast the model, then wrap it.", wrapped_too_early),
     (

@@ -53,9 +53,9 @@ def inspect(
     return with_statistics(found, flat, unscale) if statistics else found
 
 
-def _square_sums(flat: GradientSet) -> tuple[Tensor, Tensor]:
+def _square_sums(flat: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Returns chunks, and the sum of squares of each."""
-    whole = cut_chunks(flat.sizes)
+    whole = cut_chunks(GradientSet.of(flat).sizes)
     parts = []
     for dtype, cut, addresses in by_dtype(flat, whole):
         sums = torch.empty(len(cut.chunks), dtype=torch.float64, device="cpu")

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -127,15 +126,16 @@ def inspection_of(
     """
     norm = math.sqrt(math.fsum(square_sum.tolist()))
     clip = 1.0 if overflow else min(limit / (norm + 1e-6), 1.0)
-    filled = partial(torch.full, (), device="cpu")  # a third of the time of `torch.tensor`
+    numbers = torch.tensor([norm, float(coefficient) * clip], dtype=torch.float32, device="cpu")
+    grad_norm, clipped = numbers.unbind()
     return Inspection(
         kinds=kinds,
         first_bad=first_bad,
         square_sum=square_sum,
         largest=None,
-        found_inf=filled(int(overflow), dtype=torch.int32),
-        grad_norm=filled(norm, dtype=torch.float32),
-        coefficient=filled(float(coefficient) * clip, dtype=torch.float32),
+        found_inf=torch.tensor(int(overflow), dtype=torch.int32, device="cpu"),
+        grad_norm=grad_norm,
+        coefficient=clipped,
         unscale=coefficient,
     )
 

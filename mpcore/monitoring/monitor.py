@@ -99,7 +99,8 @@ class Monitor:
         self._window = check_count("window", window)
         self._pending = Pending.on(self._device)
         self._history = History(max(window, SKIPS, min(every, _LONGEST)), self._device, LIMIT)
-        self._told = int(counters_of(optimizer)[0])  # steps that sinks have heard of
+        # steps that sinks have heard of; before the first, the device is not asked
+        self._told = int(counters_of(optimizer)[0]) if optimizer._began else 0
         self._history.restart(self._told)
         self._losses = PassLosses(self._device)  # of this step, like the next
         self._counts = PassCounts()

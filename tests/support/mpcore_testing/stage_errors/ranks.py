@@ -10,6 +10,7 @@ from unittest.mock import patch
 import mpcore
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.algorithms.join import Join
 
 Pair = tuple[Callable[[], Any], Callable[[], Any]]
 
@@ -117,5 +118,33 @@ def no_scale() -> Pair:
         with _world(_alike):
             optimizer.zero_grad()
             _steps(weight, optimizer)
+
+    return provoke, follow
+
+
+def several_passes() -> Pair:
+    """Ranks that may run out of batches cannot tell how often to answer; all have as many."""
+
+    def sum_up(optimizer: Any) -> None:
+        (weight,) = optimizer.param_groups[0]["params"]
+        optimizer.backward(weight.float().sum())
+        optimizer.accumulate()
+
+    def provoke() -> None:
+        with _world(_alike), patch("torch.distributed.get_world_size", lambda group=None: 1):
+            ddp = nn.parallel.DistributedDataParallel(nn.Linear(2, 1, bias=False).half())
+            inner = torch.optim.SGD(ddp.parameters(), lr=0.5)
+            scaling = mpcore.DynamicLossScale(2.0**6)
+            optimizer = mpcore.MixedPrecisionOptimizer(inner, scaling, ranks=mpcore.Ranks())
+            with Join([ddp, optimizer]):
+                sum_up(optimizer)
+
+    def follow() -> None:
+        with _world(_alike):
+            weight, optimizer = _made()
+            before = weight.detach().clone()
+            sum_up(optimizer)
+            optimizer.step()
+            assert not torch.equal(weight, before)
 
     return provoke, follow
