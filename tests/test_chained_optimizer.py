@@ -285,3 +285,35 @@ def test_what_no_wrapper_takes_is_refused_in_a_chain_as_well() -> None:
     with pytest.raises(ArgumentError, match="another MixedPrecisionOptimizer wraps"):
         mpcore.MixedPrecisionOptimizer(ChainedOptimizer(sgd))
     assert wrapper.steps == 0
+
+
+def test_a_checkpoint_loads_when_one_of_the_optimizers_has_had_no_gradient() -> None:
+    net = model().half()
+    wrapper = mpcore.MixedPrecisionOptimizer(ChainedOptimizer(*parts_over(net)), SCALE)
+    matrices, _ = sorted_params(net)
+    wrapper.backward(sum(param.float().sum() for _, param in matrices))
+    wrapper.step()
+    other = model().half()
+    resumed = mpcore.MixedPrecisionOptimizer(ChainedOptimizer(*parts_over(other)), SCALE)
+    other.load_state_dict(net.state_dict())
+    resumed.load_state_dict(wrapper.state_dict())
+    for _ in range(2):
+        for optimizer, each in ((wrapper, net), (resumed, other)):
+            optimizer.zero_grad()
+            optimizer.backward(loss(each, 1))
+            optimizer.step()
+        assert same(net, other)
+
+
+def test_an_optimizer_that_comes_back_to_the_fused_path_has_its_step_count_in_the_state() -> None:
+    net = model().half()
+    matrices, others = sorted_params(net)
+    sgd = torch.optim.SGD(others, lr=0.01, momentum=0.9)
+    chain = ChainedOptimizer(torch.optim.AdamW(matrices, lr=0.01), sgd)
+    wrapper = mpcore.MixedPrecisionOptimizer(chain, SCALE, backend="compiled")
+    for foreach, counts in ((None, True), (True, False), (None, True)):
+        sgd.param_groups[0]["foreach"] = foreach
+        wrapper.backward(loss(net, 1))
+        wrapper.step()
+        wrapper.zero_grad()
+        assert [("step" in wrapper.state[param]) for _, param in others] == [counts] * len(others)

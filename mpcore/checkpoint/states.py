@@ -15,7 +15,7 @@ from mpcore.checkpoint.entries import check_complete, check_kinds, check_state, 
 from mpcore.checkpoint.section import SECTION
 from mpcore.errors import ArgumentError
 from mpcore.masters import Groups, HeldMasters
-from mpcore.updates import rules_of
+from mpcore.updates import UpdateRule, rules_of
 
 State = dict[str, Any]
 # what else is in a param group
@@ -91,8 +91,7 @@ def read_states(
     home = groups[0]["params"][0].device if groups and groups[0]["params"] else torch.device("cpu")
     kept = {key: _moved(saved_states[key], home, True) for key in others}
     if stepped:
-        params = [param for group in groups for param in group["params"]]
-        _check_not_left_out(states, moments, params, held)
+        _check_not_left_out(states, groups, rules, held)
     param_of = {
         index: param
         for group, (indices, _) in zip(groups, matches, strict=True)
@@ -223,14 +222,28 @@ def _own_options(where: str, saved: State, group: State) -> State:
 
 
 def _check_not_left_out(
-    states: dict[Tensor, State], moments: set[str], params: Sequence[Tensor], held: HeldMasters
+    states: dict[Tensor, State],
+    groups: Sequence[State],
+    rules: Sequence[UpdateRule | None],
+    held: HeldMasters,
 ) -> None:
-    """Raises if no parameter has masters or moments that there must be after a step."""
+    """Raises if no parameter has masters or moments that there must be after a step.
+
+    In a chain nobody knows the moments of some optimizers: if these have any, the others may have
+    had no gradient yet.
+    """
     found = {name for state in states.values() for name, v in state.items() if v is not None}
-    stepped = list(states) or params
+    stepped = list(states) or [param for group in groups for param in group["params"]]
+    moments: set[str] = set()
+    begun = False
+    for group, rule in zip(groups, rules, strict=True):
+        if rule is not None:
+            moments.update(rule.moments(group))
+        else:
+            begun |= any(set(states.get(p, ())) - set(held.names) for p in group["params"])
     any_half = any(param.dtype in SIXTEEN_BIT for param in stepped)
     wanted = {"master"} if any_half and found.isdisjoint(held.names) else set()
-    if not moments & found:
+    if not (begun or moments & found):
         wanted |= moments
     missing = sorted(wanted - found)
     if missing:

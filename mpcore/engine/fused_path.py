@@ -55,6 +55,15 @@ class FusedPath:
         self._plan: StepPlan | None = None
         self._handed_over = -1  # the version of the masters whose state is fit for the other path
 
+    def take(self, groups: Groups) -> None:
+        """Updates these param groups from now on; no host sync.
+
+        Args:
+            groups: Of the optimizer, its own list if it is all of them.
+        """
+        self.groups = groups
+        self._plan = None  # the other path may change the state of what leaves
+
     def hand_over(self) -> None:
         """Makes the state what the wrapped optimizer's own `step` expects."""
         if self._handed_over != self._masters.version:

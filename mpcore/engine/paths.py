@@ -216,7 +216,7 @@ class Paths:
             for path in self._fused.values():
                 groups = path.inner.param_groups
                 fused = [group for group in groups if self._is_fused(group)]
-                path.groups = groups if len(fused) == len(groups) else fused
+                path.take(groups if len(fused) == len(groups) else fused)
         return self._chosen
 
     def _is_fused(self, wanted: dict[str, Any]) -> bool:
