@@ -142,3 +142,20 @@ def test_readings_before_a_load_do_not_count() -> None:
             optimizer.backward(weight.float().sum())
             optimizer.step()
             optimizer.zero_grad()
+
+
+def test_where_warnings_are_errors_sinks_have_every_reading_all_the_same() -> None:
+    weight = nn.Parameter(torch.ones(4).half())
+    optimizer = mpcore.MixedPrecisionOptimizer(torch.optim.SGD([weight], lr=1e-12))
+    records: list[Any] = []
+    raised = 0
+    with mpcore.Monitor(optimizer, every=8, sinks=[records.append]):
+        for _ in range(48):
+            optimizer.backward(weight.float().sum())
+            try:
+                optimizer.step()
+            except UserWarning:
+                raised += 1
+            optimizer.zero_grad()
+    readings = [one.step for one in records if hasattr(one, "headroom_bits")]
+    assert (raised, readings) == (1, list(range(7, 48, 8)))

@@ -227,11 +227,12 @@ class Monitor:
             self.reading = self._made_reading(step, past[-1], counts, lost)
             moved = sample.moved if sample.is_of_all else None
             groups = self._optimizer.param_groups
-            self._idle.look(self.reading, past, groups, moved=moved, own_scale=own_scale)
             self._emit(self.reading)
             if self.reading.skipped:
                 self._tell(step)
             self._emit_course()
+            # last: sinks have the reading where warnings are errors
+            self._idle.look(self.reading, past, groups, moved=moved, own_scale=own_scale)
         elif self._pending is None and self._device.type == "cpu" and result.skipped:
             self._tell(step)
 
