@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from torch import distributed
 
-from mpcore_testing import layout_runs
+from mpcore_testing import layout_runs, sharded_models
 from mpcore_testing import sharded_accidents as accidents
 from mpcore_testing.bits import same_bits
 from mpcore_testing.rank_cases import SCALE
@@ -25,7 +25,6 @@ from mpcore_testing.rank_layouts import (
     parted,
     replayed,
     trained,
-    watched,
 )
 from mpcore_testing.ranks import found_on, of
 
@@ -45,23 +44,39 @@ def world(request: Any, tmp_path_factory: Any) -> list[Any]:
 def test_every_layout_trains_with_the_bits_of_one_process(world: list[Any]) -> None:
     for (layout, dtype, path, inner, way, bad), ranks in of(world, trained):
         case = (layout, dtype, path, inner, way, bad)
-        # the rank whose gradient overflows: a copy of that may be finite on others
-        expected = replayed(ranks[bad], dtype, path, inner, way)
-        assert ranks[0]["path"] == expected["path"], case
-        skips = [step["skipped"] for step in expected["steps"]]
-        assert skips == [step == BAD for step in range(STEPS)], case
-        for found in ranks:
-            for step, other in zip(found["steps"], expected["steps"], strict=True):
-                for name in ("skipped", "scale", "counters"):
-                    assert step[name] == other[name], (case, name)
-                if not step["skipped"]:
-                    assert step["norm"] == other["norm"], case
-                for one, another in zip(step["weights"], other["weights"], strict=True):
-                    assert same_bits(one, another), case
-                for one, another in zip(step["state"], other["state"], strict=True):
-                    assert one.keys() == another.keys(), case
-                    for key in one:
-                        assert same_bits(one[key], another[key]), (case, key)
+        assert_of_one_process(ranks, (dtype, path, inner, way), bad, case)
+
+
+def assert_of_one_process(
+    ranks: list[Any], setting: tuple[str, str, str, str], bad: int, case: Any
+) -> None:
+    # the rank whose gradient overflows: a copy of that may be finite on others
+    expected = replayed(ranks[bad], *setting)
+    assert ranks[0]["path"] == expected["path"], case
+    skips = [step["skipped"] for step in expected["steps"]]
+    assert skips == [step == BAD for step in range(STEPS)], case
+    for found in ranks:
+        for step, other in zip(found["steps"], expected["steps"], strict=True):
+            for name in ("skipped", "scale", "counters"):
+                assert step[name] == other[name], (case, name)
+            if not step["skipped"]:
+                assert step["norm"] == other["norm"], case
+            for one, another in zip(step["weights"], other["weights"], strict=True):
+                assert same_bits(one, another), case
+            for one, another in zip(step["state"], other["state"], strict=True):
+                assert one.keys() == another.keys(), case
+                for key in one:
+                    assert same_bits(one[key], another[key]), (case, key)
+
+
+def test_models_made_empty_checkpointed_and_compiled_need_nothing(world: list[Any]) -> None:
+    for (kind, dtype, path, way, bad), ranks in of(world, sharded_models.made):
+        case = (kind, dtype, path, way, bad)
+        assert_of_one_process(ranks, (dtype, path, "AdamW", way), bad, case)
+        for found in ranks:  # each was what it is said to be
+            assert found["empty"] == (kind in ("meta", "all")), case
+            assert found["passes"] == (2 * STEPS if kind == "checkpointed" else 0), case
+            assert (found["graphs"] > 0) == (kind in ("compiled", "all")), case
 
 
 def skips_of(ranks: list[Any]) -> list[list[bool]]:
@@ -109,7 +124,7 @@ def test_a_model_that_is_cast_after_it_was_sharded_keeps_its_digits(world: list[
 
 
 def test_a_monitor_reads_uneven_shards(world: list[Any]) -> None:
-    for _, ranks in of(world, watched):
+    for _, ranks in of(world, accidents.watched):
         assert ranks == [(1, 0.0)] * 2  # no update of 2^-6 is lost
 
 

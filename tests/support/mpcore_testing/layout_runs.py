@@ -8,7 +8,8 @@ import torch
 from torch import distributed
 
 from mpcore_testing import sharded_accidents as accidents
-from mpcore_testing.rank_layouts import cast_later, driven, flat, muon, parted, trained, watched
+from mpcore_testing import sharded_models
+from mpcore_testing.rank_layouts import cast_later, driven, flat, muon, parted, trained
 
 ONE_MESH = ("fsdp", "tensor", "sequence")
 FOUR = ("fsdp", "hsdp", "2-D", "2-D sequence")
@@ -37,7 +38,8 @@ def cases_of(size: int) -> list[tuple[Any, ...]]:
         cases += [
             (flat, clips, original, 1) for clips in (False, True) for original in (False, True)
         ]
-        cases += [(muon,), (cast_later,), (watched,)]
+        cases += sharded_models.cases_of(last)
+        cases += [(muon,), (cast_later,), (accidents.watched,)]
         cases += [(accidents.relaid, path) for path in paths]
         cases += [(accidents.overflown_since, way) for way in ("clip", "unscale")]
         cases += [(accidents.single_number,)]

@@ -112,16 +112,25 @@ def trained(
     torch.set_num_threads(1 + rank % 2 if layout in ("fsdp", "hsdp") else 1)
     model = make_model(getattr(torch, dtype))
     LAYOUTS[layout](model)
+    setting = (dtype, path, inner, way)
+    return course_of(model, data_of(rank, layout), setting, overflows=rank == bad)
+
+
+def course_of(
+    model: Any, data: int, setting: tuple[str, str, str, str], *, overflows: bool
+) -> dict[str, Any]:
+    """Trains a sharded model on batches of its rank; what `trained` returns."""
+    dtype, path, inner, way = setting
     optimizer = wrapped(model.named_parameters(), path, inner, ranks=None)
     found: list[dict[str, Any]] = []
     grads: list[Tensor] = []
     for step in range(STEPS):
-        x = (torch.arange(32.0).view(8, 4) / 32 + step) * (1 + data_of(rank, layout))
+        x = (torch.arange(32.0).view(8, 4) / 32 + step) * (1 + data)
 
         def evaluate(step: int = step, x: Tensor = x) -> Tensor:
             loss = model(x.to(getattr(torch, dtype))).float().square().mean()
             optimizer.backward(loss)
-            if step == BAD and rank == bad:
+            if step == BAD and overflows:
                 overflow(model)
             grads[:] = [whole(p.grad) for p in model.parameters()]
             return loss.detach()
@@ -301,20 +310,6 @@ def cast_later(rank: int) -> dict[str, Any]:
         "steps": optimizer.steps,
         "stale": optimizer.check_masters(),
     }
-
-
-def watched(rank: int) -> tuple[int, float | None]:
-    """A Monitor over uneven shards."""
-    model = make_model(torch.float16)
-    LAYOUTS["fsdp"](model)
-    optimizer = wrapped(model.named_parameters(), "fused", "AdamW", ranks=None)
-    monitor = mpcore.Monitor(optimizer, every=1)
-    for _ in range(2):
-        optimizer.backward(model(torch.ones(2, 4).half()).float().square().mean())
-        optimizer.step()
-        optimizer.zero_grad()
-    reading: Any = monitor.reading
-    return reading.step, reading.lost_updates
 
 
 def driven(rank: int, bad: int) -> list[tuple[bool, float, int]]:

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from mpcore_testing.rank_cases import SCALE, wrapped
-from mpcore_testing.rank_layouts import whole
+from mpcore_testing.rank_layouts import LAYOUTS, make_model, whole
 
 
 def _mesh() -> Any:
@@ -143,3 +143,17 @@ def told(rank: int, what: str) -> str:
     except mpcore.ArgumentError as error:
         return str(error)
     return "nothing"
+
+
+def watched(rank: int) -> tuple[int, float | None]:
+    """A Monitor over uneven shards."""
+    model = make_model(torch.float16)
+    LAYOUTS["fsdp"](model)
+    optimizer = wrapped(model.named_parameters(), "fused", "AdamW", ranks=None)
+    monitor = mpcore.Monitor(optimizer, every=1)
+    for _ in range(2):
+        optimizer.backward(model(torch.ones(2, 4).half()).float().square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+    reading: Any = monitor.reading
+    return reading.step, reading.lost_updates
