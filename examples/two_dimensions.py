@@ -10,27 +10,10 @@ import os
 import mpcore
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    RowwiseParallel,
-    parallelize_module,
-)
-
-
-class Block(nn.Module):
-    """A residual block of two layers, of which each rank of "tensor" computes a half."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Adds what the layers make of `x`."""
-        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 
 def main() -> None:
@@ -41,10 +24,11 @@ def main() -> None:
     size = int(os.environ["WORLD_SIZE"])
     mesh = init_device_mesh(kind, (size // 2, 2), mesh_dim_names=("data", "tensor"))
     torch.manual_seed(0)
-    blocks = [Block(32) for _ in range(2)]
+    # each rank of "tensor" computes a half of the two layers of a block
+    blocks = [nn.Sequential(nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 32)) for _ in range(2)]
     model = nn.Sequential(nn.Linear(16, 32), *blocks, nn.Linear(32, 1)).to(kind, torch.float16)
     for block in blocks:
-        plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+        plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
         parallelize_module(block, mesh["tensor"], plan)
     for layer in (*model, model):
         fully_shard(layer, mesh=mesh["data"])
