@@ -123,9 +123,19 @@ def test_a_model_that_is_cast_after_it_was_sharded_keeps_its_digits(world: list[
             assert (found["steps"], found["stale"]) == (1, [])
 
 
-def test_a_monitor_reads_uneven_shards(world: list[Any]) -> None:
-    for _, ranks in of(world, accidents.watched):
-        assert ranks == [(1, 0.0)] * 2  # no update of 2^-6 is lost
+def test_a_reading_is_of_the_part_of_its_rank(world: list[Any]) -> None:
+    of_all, of_one = (ranks for _, ranks in of(world, accidents.watched))
+    readings = [found["reading"] for found in of_all]
+    for rank, reading in enumerate(readings):
+        assert (reading["rank"], reading["step"], reading["skipped"]) == (rank, 1, False)
+        assert reading["lost_updates"] == 0.0  # no update of 2^-6 is lost
+    assert readings[0]["grad_norm"] != readings[1]["grad_norm"]
+    squares = math.fsum(reading["grad_norm"] ** 2 for reading in readings)
+    assert of_all[0]["norm"] == of_all[1]["norm"] == pytest.approx(math.sqrt(squares), rel=1e-6)
+    assert sum(sum(reading["histogram"]) for reading in readings) == of_all[0]["values"]
+    # one rank alone watches, and the others need not know
+    assert of_one[0]["reading"] is None
+    assert (of_one[1]["reading"]["rank"], of_one[1]["reading"]["skipped"]) == (1, True)
 
 
 def test_a_grad_scaler_asks_all_ranks_of_a_square_once(world: list[Any]) -> None:

@@ -1,4 +1,8 @@
-"""What is wrong with a model's tensors; asked when a step was skipped, so syncs are fine."""
+"""What is wrong with a model's tensors; asked when a step was skipped, so syncs are fine.
+
+Of DTensors it is asked what this rank holds: an operation over all is collective, and other ranks
+may have no monitor, or look at another time.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,8 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+
+from mpcore.base import held_here
 
 #: BatchNorm's: whatever they were at first, they have to be finite
 _STATISTICS = ("running_mean", "running_var")
@@ -22,7 +28,9 @@ def not_finite(named: Iterable[tuple[str, Tensor]]) -> list[str]:
         ['b']
     """
     return [
-        name for name, t in named if t.is_floating_point() and not bool(torch.isfinite(t).all())
+        name
+        for name, t in named
+        if t.is_floating_point() and not bool(torch.isfinite(held_here(t)).all())
     ]
 
 
@@ -38,7 +46,7 @@ def large_weights(named: Iterable[tuple[str, Tensor]]) -> list[str]:
     """
     return [
         name
-        for name, t in named
+        for name, t in ((name, held_here(t)) for name, t in named)
         if t.dtype == torch.float16 and t.numel() and bool(t.abs().amax() >= 2.0**15)
     ]
 
@@ -77,7 +85,7 @@ class BufferWatch:
     def _named(self) -> list[tuple[str, Tensor]]:
         named = () if self._model is None else self._model.named_buffers()
         return [
-            (name, t.detach())
+            (name, held_here(t.detach()))
             for name, t in named
             if t.dtype in _FORMATS and t.layout == torch.strided
         ]

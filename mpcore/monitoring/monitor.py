@@ -286,6 +286,7 @@ class Monitor:
             memory=replace(memory, sums=bytes_of_sums(added)),
             largest_loss=past.largest_loss,
             passes=max(len(past.losses), 1),
+            rank=own_rank(),
             **summed_up(findings),
         )
 

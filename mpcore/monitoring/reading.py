@@ -16,12 +16,15 @@ from mpcore.monitoring.report import as_dict, plain
 class Reading:
     """Statistics of one step; everything unscaled but the histogram.
 
+    With several ranks all but `step`, `loss_scale` and `skipped` is of what this rank holds: its
+    shards, its stage, its copies. `skipped` is what all ranks have agreed on.
+
     Attributes:
         step: Counted from 0.
         loss_scale: Of the step.
         skipped: Whether it was skipped.
         loss: Before scaling, the sum of those of its backward passes; None if nobody knows.
-        grad_norm: 2-norm of all gradients, before clipping.
+        grad_norm: 2-norm of all gradients that this rank holds, before clipping.
         headroom_bits: Doublings of the scale before the first gradient overflows; None if there are
             none but zeros.
         zeros: Share of gradient values that are 0; None if nobody counted.
@@ -38,6 +41,7 @@ class Reading:
         memory: Bytes of weights, gradients, sums, masters and moments that were there.
         largest_loss: The largest of the losses of its backward passes; None if nobody knows.
         passes: How many of them there were, as far as losses were seen.
+        rank: Whose numbers these are, if there are several.
     """
 
     step: int
@@ -56,6 +60,7 @@ class Reading:
     memory: Resident | None = None
     largest_loss: float | None = None
     passes: int = 1
+    rank: int | None = None
 
     def numbers(self) -> dict[str, float]:
         """Returns the single numbers by name, for loggers: `wandb.log(reading.numbers())`."""

@@ -39,7 +39,8 @@ def cases_of(size: int) -> list[tuple[Any, ...]]:
             (flat, clips, original, 1) for clips in (False, True) for original in (False, True)
         ]
         cases += sharded_models.cases_of(last)
-        cases += [(muon,), (cast_later,), (accidents.watched,)]
+        cases += [(muon,), (cast_later,)]
+        cases += [(accidents.watched, bad) for bad in (False, True)]
         cases += [(accidents.relaid, path) for path in paths]
         cases += [(accidents.overflown_since, way) for way in ("clip", "unscale")]
         cases += [(accidents.single_number,)]

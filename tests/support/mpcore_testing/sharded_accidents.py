@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from mpcore_testing.rank_cases import SCALE, wrapped
-from mpcore_testing.rank_layouts import LAYOUTS, make_model, whole
+from mpcore_testing.rank_layouts import LAYOUTS, make_model, overflow, whole
 
 
 def _mesh() -> Any:
@@ -145,15 +145,24 @@ def told(rank: int, what: str) -> str:
     return "nothing"
 
 
-def watched(rank: int) -> tuple[int, float | None]:
-    """A Monitor over uneven shards."""
+def watched(rank: int, bad: bool) -> dict[str, Any]:
+    """A Monitor over uneven shards: its reading, and what the whole is; `bad`: rank 1 overflows."""
     model = make_model(torch.float16)
     LAYOUTS["fsdp"](model)
     optimizer = wrapped(model.named_parameters(), "fused", "AdamW", ranks=None)
-    monitor = mpcore.Monitor(optimizer, every=1)
-    for _ in range(2):
+    # nobody has to watch on all ranks
+    monitor = mpcore.Monitor(optimizer, model, every=1) if rank == 1 or not bad else None
+    for step in range(2):
         optimizer.backward(model(torch.ones(2, 4).half()).float().square().mean())
+        if bad and step == 1 and rank == 1:
+            overflow(model)
+        grads = [whole(param.grad) for param in model.parameters()]
+        norm = float(optimizer.clip_grad_norm_(1.0))
         optimizer.step()
         optimizer.zero_grad()
-    reading: Any = monitor.reading
-    return reading.step, reading.lost_updates
+    reading: Any = None if monitor is None else monitor.reading
+    return {
+        "reading": None if reading is None else reading.to_dict(),
+        "norm": norm,
+        "values": sum(int(grad.count_nonzero()) for grad in grads),
+    }
