@@ -143,6 +143,14 @@ def test_a_grad_scaler_asks_all_ranks_of_a_square_once(world: list[Any]) -> None
         assert ranks == [[(False, SCALE, 1), (True, SCALE / 2, 1), (False, SCALE / 2, 1)]] * 4
 
 
+def test_copies_that_differ_in_last_digits_are_clipped_and_skipped_as_one(world: list[Any]) -> None:
+    for _, ranks in of(world, accidents.apart):
+        (master, here), (other, there) = ranks
+        assert master != other
+        assert here == there  # the norm bit by bit
+        assert [skipped for skipped, _, _ in here] == [False, True, False]
+
+
 def test_a_master_follows_the_memory_of_its_weight(world: list[Any]) -> None:
     assert [ranks for _, ranks in of(world, accidents.relaid)] == [[True, True]] * 2
 
@@ -177,5 +185,5 @@ def test_a_computed_scale_is_that_of_the_largest_gradient_of_all_shards(world: l
 def test_other_meshes_and_groups_that_are_too_small_are_refused(world: list[Any]) -> None:
     told = {options[0]: ranks for options, ranks in of(world, accidents.told)}
     assert all("expected a group of all ranks of the DTensors' mesh" in m for m in told["group"])
-    assert all("over the mesh of the parameter" in m for m in told["state"])
+    assert all("'master']: expected one over the mesh of its parameter" in m for m in told["state"])
     assert all("expected one over the mesh of its parameter" in m for m in told["gradient"])

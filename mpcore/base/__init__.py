@@ -28,6 +28,7 @@ from mpcore.base.dtensors import (
     addresses_of,
     any_dtensor,
     held_here,
+    is_placed_otherwise,
     placed_like,
     sharded_like,
 )
@@ -83,6 +84,7 @@ __all__ = [
     "have_shapes",
     "held_here",
     "is_capturing",
+    "is_placed_otherwise",
     "laid_out_like",
     "map_tensors",
     "outside_graphs",

@@ -39,6 +39,30 @@ def addresses_of(tensors: Iterable[Tensor], *, sharded: bool) -> list[int]:
     return list(map(Tensor.data_ptr, map(held_here, tensors) if sharded else tensors))
 
 
+def is_placed_otherwise(param: Any, value: Any, what: str = "a DTensor") -> bool:
+    """Whether a value is a DTensor like the parameter, of other placements; not collective.
+
+    Args:
+        param: Any.
+        value: Any.
+        what: What it is, for the message of an error.
+
+    Raises:
+        ArgumentError: It is over another mesh.
+    """
+    asked = getattr(param, "placements", None)
+    given = getattr(value, "placements", None)
+    if asked is None or given is None:
+        return False
+    if value.device_mesh != param.device_mesh:
+        raise ArgumentError(
+            f"{what}: expected one over the mesh of its parameter, {param.device_mesh}, got one "
+            f"over {value.device_mesh}. Make it whole (full_tensor), or load it through "
+            "torch.distributed.checkpoint, which knows every layout."
+        )
+    return bool(given != asked)
+
+
 def placed_like(param: Any, value: Any) -> Tensor:
     """Returns a DTensor with the placements of a parameter: a sum of ranks is added up; collective.
 
@@ -47,18 +71,9 @@ def placed_like(param: Any, value: Any) -> Tensor:
     Raises:
         ArgumentError: It is over another mesh.
     """
-    asked = getattr(param, "placements", None)
-    given = getattr(value, "placements", None)
-    if asked is None or given is None:
-        here: Tensor = value
-    elif value.device_mesh != param.device_mesh:
-        raise ArgumentError(
-            f"a DTensor: expected one over the mesh of its parameter, {param.device_mesh}, got one "
-            f"over {value.device_mesh}. Make it whole (full_tensor), or load it through "
-            "torch.distributed.checkpoint, which knows every layout."
-        )
-    else:
-        here = value if given == asked else value.redistribute(placements=asked)
+    here: Tensor = value
+    if is_placed_otherwise(param, value):
+        here = value.redistribute(placements=param.placements)
     return here
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpcore.base import SIXTEEN_BIT
+from mpcore.base import SIXTEEN_BIT, is_placed_otherwise
 from mpcore.errors import ArgumentError
 from mpcore.masters import MASTER_KEYS, HeldMasters
 from mpcore.updates import UpdateRule
@@ -72,12 +72,11 @@ def check_state(
                 f"{where}[{key!r}]: expected a tensor, since the parameter is one, got a DTensor. "
                 "torch.distributed.checkpoint loads what was saved sharded into any layout."
             )
-        elif _mesh_of(value) not in (None, _mesh_of(param)):
-            raise ArgumentError(
-                f"{where}[{key!r}]: expected a DTensor over the mesh of the parameter, got another "
-                "mesh. torch.distributed.checkpoint loads what was saved into any layout."
-            )
-        elif is_part and held.dtype_of(key) != torch.float32 and _moves(value, param):
+        elif (
+            is_placed_otherwise(param, value, f"{where}[{key!r}]")
+            and is_part
+            and held.dtype_of(key) != torch.float32
+        ):
             raise ArgumentError(
                 f"{where}[{key!r}]: expected the placements of the parameter, got others, and no "
                 f"process group sends {value.dtype}. Save without compact=True, or load through "
@@ -116,15 +115,6 @@ def _check_tensor(where: str, value: Any, param: Tensor, dtypes: set[torch.dtype
     raise ArgumentError(
         f"{where}: expected a {wanted} tensor of shape {list(param.shape)}, got {got}."
     )
-
-
-def _moves(value: Any, param: Any) -> bool:
-    """Whether a DTensor has to be redistributed."""
-    return getattr(value, "placements", None) not in (None, getattr(param, "placements", None))
-
-
-def _mesh_of(value: Any) -> Any:
-    return getattr(value, "device_mesh", None)
 
 
 def check_complete(

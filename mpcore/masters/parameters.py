@@ -13,6 +13,7 @@ from mpcore.base import (
     PLAIN,
     SIXTEEN_BIT,
     can_be_stepped,
+    is_placed_otherwise,
     placed_like,
     why_no_memory,
 )
@@ -208,10 +209,9 @@ def check_can_be_stepped(
         )
     if grad.is_neg():
         param.grad = grad = grad.resolve_neg()
-    with naming_failures(None, lambda: f"the sum of the gradients of {name_of(param, groups)}"):
-        placed = placed_like(param, grad)
-    if placed is not grad:
-        param.grad = grad = placed
+    if is_placed_otherwise(param, grad):
+        with naming_failures(None, lambda: f"the sum of the gradients of {name_of(param, groups)}"):
+            param.grad = grad = placed_like(param, grad)
     wrapped = why_no_memory(param) is not None
     if not can_be_stepped(grad) or wrapped != (why_no_memory(grad) is not None):
         raise ArgumentError(

@@ -43,7 +43,7 @@ def cases_of(size: int) -> list[tuple[Any, ...]]:
         cases += [(accidents.watched, bad) for bad in (False, True)]
         cases += [(accidents.relaid, path) for path in paths]
         cases += [(accidents.overflown_since, way) for way in ("clip", "unscale")]
-        cases += [(accidents.single_number,)]
+        cases += [(accidents.single_number,), (accidents.apart,)]
         cases += [(accidents.master_edited, path) for path in paths]
         cases += [(accidents.first_edit, path) for path in paths]
         cases += [(accidents.computed, way) for way in ("", "clip")]

@@ -166,3 +166,25 @@ def watched(rank: int, bad: bool) -> dict[str, Any]:
         "norm": norm,
         "values": sum(int(grad.count_nonzero()) for grad in grads),
     }
+
+
+def apart(rank: int) -> tuple[list[float], list[tuple[bool, float, float]]]:
+    """Copies of tensor parallel ranks with other last digits, as other thread counts make them.
+
+    Returns this rank's master of the norm's weight, and skips, scales, norms.
+    """
+    model = make_model(torch.float16)
+    LAYOUTS["tensor"](model)
+    block: Any = model[1]
+    optimizer = wrapped(model.named_parameters(), "fused", "SGD", ranks=None)
+    found = []
+    for step in range(3):
+        optimizer.backward(model(torch.ones(2, 4).half()).float().square().mean())
+        block.norm.weight.grad.mul_(1.0 + 2.0**-7 * rank)
+        if step == 1 and rank == 1:
+            overflow(model)
+        norm = float(optimizer.clip_grad_norm_(0.5))
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append((optimizer.last_step.skipped, optimizer.loss_scale, norm))
+    return optimizer.state[block.norm.weight]["master"].tolist(), found
