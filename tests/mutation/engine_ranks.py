@@ -60,7 +60,7 @@ RANKS = [
         _SHARDED,
         (
             "sums that ranks have yet to add up are taken as they are",
-            "value if given == asked else value.redistribute(placements=asked)",
+            "value.redistribute(placements=param.placements)",
             "value",
         ),
     ),
