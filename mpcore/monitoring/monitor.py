@@ -21,7 +21,7 @@ from mpcore.monitoring.model_state import BufferWatch, large_weights, not_finite
 from mpcore.monitoring.names import Names
 from mpcore.monitoring.pass_counts import PassCounts
 from mpcore.monitoring.pass_losses import PassLosses
-from mpcore.monitoring.pending import LIMIT, Pending, Step, counters_of
+from mpcore.monitoring.pending import LIMIT, Pending, Step, steps_taken
 from mpcore.monitoring.reading import Reading, summed_up
 from mpcore.monitoring.records import Record
 from mpcore.monitoring.report import OverflowReport, own_rank
@@ -99,8 +99,7 @@ class Monitor:
         self._window = check_count("window", window)
         self._pending = Pending.on(self._device)
         self._history = History(max(window, SKIPS, min(every, _LONGEST)), self._device, LIMIT)
-        # steps that sinks have heard of; before the first, the device is not asked
-        self._told = int(counters_of(optimizer)[0]) if optimizer._began else 0
+        self._told = steps_taken(optimizer)  # of which sinks have heard
         self._history.restart(self._told)
         self._losses = PassLosses(self._device)  # of this step, like the next
         self._counts = PassCounts()
@@ -196,7 +195,7 @@ class Monitor:
         """Hears that a checkpoint was loaded, tells of the steps before; syncs."""
         self._deliver(wait=True)
         self._emit_course()
-        self._told = int(counters_of(self._optimizer)[0])
+        self._told = steps_taken(self._optimizer)
         self._history.restart(self._told)
         self._idle.restart()
 
@@ -227,11 +226,10 @@ class Monitor:
             self.reading = self._made_reading(step, past[-1], counts, lost)
             moved = sample.moved if sample.is_of_all else None
             groups = self._optimizer.param_groups
-            self._emit(self.reading)
+            self._emit(self.reading)  # first: a warning may be an error
             if self.reading.skipped:
                 self._tell(step)
             self._emit_course()
-            # last: sinks have the reading where warnings are errors
             self._idle.look(self.reading, past, groups, moved=moved, own_scale=own_scale)
         elif self._pending is None and self._device.type == "cpu" and result.skipped:
             self._tell(step)

@@ -41,6 +41,11 @@ def counters_of(optimizer: MixedPrecisionOptimizer) -> Tensor:
     return optimizer._scale.counters if totals is None else totals
 
 
+def steps_taken(optimizer: MixedPrecisionOptimizer) -> int:
+    """Returns how many steps an optimizer has taken or skipped; syncs unless there was none."""
+    return int(counters_of(optimizer)[0]) if optimizer._began else 0
+
+
 def standing_of(optimizer: MixedPrecisionOptimizer, found_inf: Tensor) -> Tensor:
     """Returns where the loss scale is now, float64 `[5]` in the order of `Standing`; no sync."""
     counts = counters_of(optimizer).narrow(0, 0, 3)
