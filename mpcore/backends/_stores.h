@@ -222,7 +222,7 @@ INLINE void encode_codes(const float *restrict from, uint8_t *restrict to, int64
         const float t = sqrtf(fabsf(from[i])) * inverse;
         const int32_t whole = (int32_t)t;
         const float lower = (float)whole;
-        const float drawn = (float)(int32_t)((words[i] >> shift) & 0xffffu) * 0x1p-16f;
+        const float drawn = ((float)(int32_t)((words[i] >> shift) & 0xffffu) + 0.5f) * 0x1p-16f;
         const int32_t up = drawn * (lower + lower + 1) < (t - lower) * (t + lower);
         int32_t code = whole + up < most ? whole + up : most;
         if (is_signed) {
