@@ -9,7 +9,7 @@ from mpcore import migration
 
 from mpcore_testing.bits import same_bits
 from mpcore_testing.engines import PACKING, Engine
-from mpcore_testing.stored import assert_same_states, bytes_of, stored
+from mpcore_testing.stored import Stored, assert_same_states, bytes_of, stored
 
 ENGINES = pytest.mark.parametrize("engine", PACKING, ids=str)
 HALVES = pytest.mark.parametrize(
@@ -186,3 +186,39 @@ def test_other_systems_get_float32():
         assert torch.equal(value, state.get("master", param.detach()))
     plain = migration.to_torch(one.optimizer)
     assert all(set(state) == {"step", "exp_avg", "exp_avg_sq"} for state in plain["state"].values())
+
+
+def keys_of(one):
+    """Returns the tensors by which the wrapped optimizer knows masters."""
+    known = one.optimizer.inner.state
+    return [key for key in known if not any(key is param for param in one.params)]
+
+
+@ENGINES
+def test_a_remainder_after_shared_float32_masters_leaves_nothing_of_those_in_memory(engine):
+    one = stored(engine, adamw, torch.bfloat16, masters="split")
+    sgd = torch.optim.SGD(one.params, lr=1e-3)
+    other = mpcore.MixedPrecisionOptimizer(sgd, masters="split", backend="reference")
+    one.step(0)
+    Stored(other, one.params).step(1)  # it holds the masters as well
+    packed = bytes_of(keys_of(one))
+    compact = copy.deepcopy(one.optimizer.state_dict(compact=True))
+    one.optimizer.load_state_dict(copy.deepcopy(one.optimizer.state_dict()))
+    assert bytes_of(keys_of(one)) > packed
+    one.optimizer.load_state_dict(compact)
+    assert bytes_of(keys_of(one)) == packed
+    assert all(key.isnan().all() for key in keys_of(one))
+
+
+@ENGINES
+def test_a_remainder_put_in_the_place_of_a_float32_master_leaves_nothing_of_it_in_memory(engine):
+    one = trained(engine, torch.bfloat16, "split")
+    packed = bytes_of(keys_of(one))
+    remainders = [one.optimizer.state[p].get("remainder") for p in one.params]
+    one.optimizer.load_state_dict(copy.deepcopy(one.optimizer.state_dict()))
+    for param, remainder in zip(one.params, remainders, strict=True):
+        if remainder is not None:
+            del one.optimizer.state[param]["master"]
+            one.optimizer.state[param]["remainder"] = remainder.clone()
+    one.step(9)
+    assert bytes_of(keys_of(one)) == packed

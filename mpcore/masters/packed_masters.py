@@ -137,6 +137,7 @@ class PackedMasters(HeldMasters):
         beside = self._of[param].beside = parts.get(self._beside)
         if beside is None:
             held_here(key).data = held_here(parts["master"].detach())
+        self._of[param].release()  # what a whole one held
 
     def value_in(self, param: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
         """See `HeldMasters.value_in`."""
@@ -163,6 +164,7 @@ class PackedMasters(HeldMasters):
             return self._hold(param, master, None)
         if beside is not None:
             self._of[param].beside = beside
+            self._of[param].release()
         return key
 
     def check_shown(self, shown: Mapping[Any, Any], pairs: Pairs) -> None:

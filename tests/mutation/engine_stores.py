@@ -11,7 +11,11 @@ STORES = [
             "            self._of[param].encode(param, found, count)",
             "            pass",
         ),
-        ("values stay decoded", "            self._of[param].release()", "            pass"),
+        (
+            "values stay decoded",
+            "        for param, _ in pairs:\n            self._of[param].release()",
+            "        pass",
+        ),
         (
             "remainders are not written",
             "torch.where(keep, beside, new.beside,",
@@ -42,8 +46,8 @@ STORES = [
         ),
         (
             "a remainder that somebody put there is not taken",
-            "            self._of[param].beside = beside\n        return key",
-            "            pass\n        return key",
+            "            self._of[param].beside = beside\n",
+            "            pass\n",
         ),
         (
             "any remainder is taken",
