@@ -127,4 +127,81 @@ STORES = [
         ("test_split_checkpoints.py",),
         ("two masters are one too few", "    if len(given) > 1:", "    if len(given) > 2:"),
     ),
+    *engine_mutants(
+        "stores/rounding.py",
+        ("test_random_rounding.py",),
+        (
+            "a bit of the draw is lost",
+            "bits.to(torch.int32)) >> 16",
+            "(bits.to(torch.int32) & ~1)) >> 16",
+        ),
+        ("a carry makes an infinity", "magnitude.clamp(max=_LARGEST)", "magnitude"),
+        ("a NaN of low bits becomes an infinity", "(magnitude >> 16) | quiet", "magnitude >> 16"),
+    ),
+    *engine_mutants(
+        "backends/_stores.h",
+        ("test_random_rounding.py",),
+        (
+            "a carry makes an infinity in C",
+            "mask_of((int32_t)(bits & 0x7fffffffu) < 0x7f7f0000)",
+            "mask_of((int32_t)(bits & 0x7fffffffu) < INFINITE)",
+        ),
+    ),
+    *engine_mutants(
+        "stores/random_bits.py",
+        ("test_random_bits.py",),
+        ("both words are one", " + (site // 2) * _GOLDEN", ""),
+        ("steps shift one sequence", "+ a) & _MASK, b)", "+ a) & _MASK)"),
+        (
+            "shards begin at 0",
+            "torch.arange(first, first + like.numel(), out=flat)",
+            "torch.arange(like.numel(), out=flat)",
+        ),
+    ),
+    *engine_mutants(
+        "stores/blocks.py",
+        ("test_moment_blocks.py",),
+        (
+            "draws are the lower ends of their parts",
+            "_in_blocks(bits.float()) + 0.5",
+            "_in_blocks(bits.float())",
+        ),
+        (
+            "codes are chosen by roots",
+            "(t - lower) * (t + lower)",
+            "(t - lower) * (lower + lower + 1)",
+        ),
+        ("a number that roots divide by becomes 0", "codes.clamp(min=1)", "codes"),
+        (
+            "an infinity is a number of its block",
+            "torch.where(finite, scales, torch.nan)",
+            "scales",
+        ),
+        (
+            "the scale is that of a square",
+            "scales = roots.amax(dim=2)",
+            "scales = blocks.abs().amax(dim=2)",
+        ),
+    ),
+    *engine_mutants(
+        "backends/_stores.h",
+        ("test_moment_blocks.py",),
+        ("draws are the lower ends of their parts in C", " + 0.5f) * 0x1p-16f", ") * 0x1p-16f"),
+        (
+            "a block that is not finite is none of NaN in C",
+            "        return NAN;",
+            "        return 0;",
+        ),
+    ),
+    *engine_mutants(
+        "stores/store.py",
+        ("test_moment_blocks.py",),
+        ("short rows share blocks", "row >= BLOCK and ", ""),
+        ("rows may lie in any order", " and (shape[0] < 2 or stride[0] == row)", ""),
+    ),
+    *engine_mutants(
+        "backends/_stores.h",
+        ("test_moments_that_move.py",),
+        ("moments are truncated in C", "((words[i] >> shift) & 0xffffu & below)", "(0 & below)"),
+    ),
 ]
