@@ -8,16 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-from torch import distributed
+from mpcore_testing.ranks import OF_RANKS
 
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = [
-    pytest.mark.ranks,
-    pytest.mark.skipif(
-        not distributed.is_available() or not distributed.is_gloo_available(), reason="no gloo"
-    ),
-]
+pytestmark = OF_RANKS
 
 
 def torchrun(example: str, *arguments: object, count: int = 2) -> str:

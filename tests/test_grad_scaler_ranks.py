@@ -12,15 +12,10 @@ from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from mpcore_testing.ranks import run_ranks
+from mpcore_testing.ranks import OF_RANKS, run_ranks
 
 INF = float("inf")
-pytestmark = [
-    pytest.mark.ranks,
-    pytest.mark.skipif(
-        not distributed.is_available() or not distributed.is_gloo_available(), reason="no gloo"
-    ),
-]
+pytestmark = OF_RANKS
 
 
 def scaled_step(

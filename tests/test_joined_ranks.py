@@ -9,20 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import distributed
 
 from mpcore_testing import rank_joins
 from mpcore_testing.bits import same_bits
 from mpcore_testing.rank_joins import AFTER, BAD, joined, refused, whole_state
 from mpcore_testing.rank_layouts import make_model, replayed
-from mpcore_testing.ranks import found_on, of
+from mpcore_testing.ranks import OF_RANKS, found_on, of
 
-pytestmark = [
-    pytest.mark.ranks,
-    pytest.mark.skipif(
-        not distributed.is_available() or not distributed.is_gloo_available(), reason="no gloo"
-    ),
-]
+pytestmark = OF_RANKS
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids=lambda size: f"{size}-ranks")

@@ -11,19 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import distributed
 
 from mpcore_testing import rank_checkpoints
 from mpcore_testing.bits import same_bits
 from mpcore_testing.rank_checkpoints import folder_of
-from mpcore_testing.ranks import run_ranks
+from mpcore_testing.ranks import OF_RANKS, run_ranks
 
-pytestmark = [
-    pytest.mark.ranks,
-    pytest.mark.skipif(
-        not distributed.is_available() or not distributed.is_gloo_available(), reason="no gloo"
-    ),
-]
+pytestmark = OF_RANKS
 
 
 @pytest.fixture(scope="module")

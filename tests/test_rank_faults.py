@@ -6,18 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import distributed
 
 from mpcore_testing import rank_faults
 from mpcore_testing.rank_faults import CALLS, advance, training
-from mpcore_testing.ranks import run_ranks
+from mpcore_testing.ranks import OF_RANKS, run_ranks
 
-pytestmark = [
-    pytest.mark.ranks,
-    pytest.mark.skipif(
-        not distributed.is_available() or not distributed.is_gloo_available(), reason="no gloo"
-    ),
-]
+pytestmark = OF_RANKS
 WHAT = {
     "step": "what ranks found in their gradients",
     "clip_grad_norm_": "what ranks found in their gradients",

@@ -11,7 +11,7 @@ from typing import Any
 import mpcore
 import pytest
 import torch
-from torch import distributed, nn
+from torch import nn
 
 from mpcore_testing import rank_runs
 from mpcore_testing.rank_accidents import (
@@ -39,14 +39,9 @@ from mpcore_testing.rank_cases import (
     values,
     wrapped,
 )
-from mpcore_testing.ranks import found_on, of
+from mpcore_testing.ranks import OF_RANKS, found_on, of
 
-pytestmark = [
-    pytest.mark.ranks,
-    pytest.mark.skipif(
-        not distributed.is_available() or not distributed.is_gloo_available(), reason="no gloo"
-    ),
-]
+pytestmark = OF_RANKS
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids=lambda size: f"{size}-ranks")

@@ -9,7 +9,6 @@ import math
 from typing import Any
 
 import pytest
-from torch import distributed
 
 from mpcore_testing import layout_runs, sharded_models
 from mpcore_testing import sharded_accidents as accidents
@@ -26,14 +25,9 @@ from mpcore_testing.rank_layouts import (
     replayed,
     trained,
 )
-from mpcore_testing.ranks import found_on, of
+from mpcore_testing.ranks import OF_RANKS, found_on, of
 
-pytestmark = [
-    pytest.mark.ranks,
-    pytest.mark.skipif(
-        not distributed.is_available() or not distributed.is_gloo_available(), reason="no gloo"
-    ),
-]
+pytestmark = OF_RANKS
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=lambda size: f"{size}-ranks")

@@ -6,17 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import distributed
 
 from mpcore_testing import split_runs
-from mpcore_testing.ranks import found_on, of
+from mpcore_testing.ranks import OF_RANKS, found_on, of
 
-pytestmark = [
-    pytest.mark.ranks,
-    pytest.mark.skipif(
-        not distributed.is_available() or not distributed.is_gloo_available(), reason="no gloo"
-    ),
-]
+pytestmark = OF_RANKS
 
 
 @pytest.fixture(scope="module")

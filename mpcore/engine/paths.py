@@ -257,8 +257,12 @@ class Paths:
         return fused[0][1] if len(fused) == 1 else [param for _, some in fused for param in some]
 
     def step(self, gradients: StepGradients, move: ScaleMove | None) -> bool:
-        """Steps or skips; returns whether the loss scale has moved with it."""
-        split = self._split(gradients.params)
+        """Steps or skips; returns whether the loss scale has moved with it.
+
+        `in_update` of these gradients has chosen the paths.
+        """
+        last, params = self._last, gradients.params
+        split = last[1] if last is not None and last[0] is params else self._split(params)
         if split.only is not None:
             return split.only.step(gradients, move)
         if split.fused:

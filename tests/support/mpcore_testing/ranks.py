@@ -11,7 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import distributed
 
+#: What marks a module of tests that start ranks.
+OF_RANKS = [
+    pytest.mark.ranks,
+    pytest.mark.skipif(
+        not distributed.is_available() or not distributed.is_gloo_available(), reason="no gloo"
+    ),
+]
 #: a fresh interpreter has no threads yet, so that a fork of it is whole
 PROGRAM = """
 import runpy, sys

@@ -12,21 +12,11 @@ import mpcore
 import torch
 from torch import Tensor, nn
 
+from mpcore_testing.faulty import Layer
+
 PLACES = ("first", "second", "third")
 SETTINGS = ("float16", "accumulation", "closure", "clip", "bfloat16")
 _BEFORE = 25  # clean steps before a fault
-
-
-class Layer(nn.Module):
-    """`x @ w.T + b` without a matrix product, which is slow in 16 bits on some CPUs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(4, 4) / 2)
-        self.bias = nn.Parameter(torch.zeros(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x.unsqueeze(-2) * self.weight).sum(-1) + self.bias
 
 
 class Net(nn.Module):
