@@ -126,7 +126,7 @@ def test_tensors_that_lie_in_any_order_and_anywhere():
     masters, weights, *moments = [[part[0][1:]] for part in parts]
     odd = Batch(masters, weights, moments, shifted.steps, [0])
     plan = compiled.plan_update("adam", [odd])
-    assert plan.tables[0].addresses[0] == masters[0].data_ptr()
+    assert plan.parts[0].table.addresses[0] == masters[0].data_ptr()
     both = Twin("adam", [odd], "cpu", placed=[odd], backend=compiled)
     both.step([make_grads(odd, HALF, 3)], Hyper.of(ADAMW))
 

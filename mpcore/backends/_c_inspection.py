@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -14,14 +16,15 @@ from mpcore.backends._c_compiler import declared, passes
 from mpcore.backends._c_scalars import prepare_
 from mpcore.backends._c_statistics import with_statistics
 from mpcore.backends._c_update import Plan
-from mpcore.backends._c_work import Work, by_dtype, cut_chunks, run
+from mpcore.backends._c_work import DTYPES, Cut, Work, by_dtype, cut_chunks, run
 from mpcore.backends._inspection import Inspection
-from mpcore.base import GradientSet
+from mpcore.base import GradientSet, Kinds
 from mpcore.updates import Hyper
 
 _POINTER = ctypes.c_void_p
 _ARGUMENTS = (_POINTER, _POINTER, ctypes.c_int64, ctypes.c_double, _POINTER, _POINTER)
 _BOUNDS = (ctypes.c_double * 4)(*_cpu_inspection.BOUNDS)
+_BOUNDS_AT = ctypes.addressof(_BOUNDS)
 
 
 def inspect(
@@ -41,29 +44,35 @@ def inspect(
     """
     limit = _inspection.rounded_max_norm(max_norm)
     grads = GradientSet.of(grads)
-    _inspection.check_dtypes(grads)
     if plan is not None and hyper is not None:
         prepare_(plan, hyper)
     unscale = coefficient.reciprocal() if inverted else coefficient
-    flat = all_in_memory_order(grads)
-    chunks, sums = _square_sums(flat)
+    alike = None if grads.kinds is None else _alike(grads.kinds)
+    if alike is not None:
+        flat = grads
+        chunks, sums = alike[1].chunks, _sums_of(*alike, flat.pointers)
+    else:
+        _inspection.check_dtypes(grads)
+        flat = all_in_memory_order(grads)
+        chunks, sums = _square_sums(flat)
     found = _summed_up(chunks, sums, len(flat), unscale, limit)
     if found is None:
         found = _cpu_inspection.conclude(flat, chunks, sums, unscale, limit)
     return with_statistics(found, flat, unscale) if statistics else found
 
 
+@lru_cache(maxsize=16)  # of a model they are the same at every step
+def _alike(kinds: Kinds) -> tuple[torch.dtype, Cut] | None:
+    """Returns dtype and cut of gradients of one dtype in the order of memory, None of others."""
+    if len(kinds.dtypes) != 1 or not kinds.dtypes <= DTYPES.keys() or not kinds.are_contiguous:
+        return None
+    return next(iter(kinds.dtypes)), cut_chunks(kinds.sizes)
+
+
 def _square_sums(flat: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Returns chunks, and the sum of squares of each."""
     whole = cut_chunks(GradientSet.of(flat).sizes)
-    parts = []
-    for dtype, cut, addresses in by_dtype(flat, whole):
-        sums = torch.empty(len(cut.chunks), dtype=torch.float64, device="cpu")
-        work = Work()
-        work.take_up(dtype, cut, addresses)
-        work.sums = sums.data_ptr()
-        run(passes().square_sums, work)
-        parts.append((cut.chunks, sums))
+    parts = [(part[1].chunks, _sums_of(*part)) for part in by_dtype(flat, whole)]
     if len(parts) == 1:
         return parts[0]
     none = torch.empty(0, dtype=torch.float64, device="cpu")
@@ -71,17 +80,26 @@ def _square_sums(flat: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return torch.cat(tables), torch.cat(each)
 
 
+def _sums_of(dtype: torch.dtype, cut: Cut, addresses: array[int]) -> Tensor:
+    """Returns the sum of squares of each chunk of gradients of one dtype."""
+    sums = torch.empty(cut.chunks.shape[0], dtype=torch.float64, device="cpu")
+    work = Work(sums=sums.data_ptr())
+    work.take_up(dtype, cut, addresses)
+    run(passes().square_sums, work)
+    return sums
+
+
 def _summed_up(
     chunks: Tensor, sums: Tensor, count: int, coefficient: Tensor, limit: float
 ) -> Inspection | None:
     """Returns what `conclude` would, without its many small operations; None: look again."""
     squares = torch.zeros(count, dtype=torch.float64, device="cpu")
-    unknown = declared("sum_up", ctypes.c_int64, *_ARGUMENTS)(
+    unknown = _sum_up()(
         chunks.data_ptr(),
         sums.data_ptr(),
-        len(sums),
+        sums.shape[0],
         float(coefficient),
-        ctypes.addressof(_BOUNDS),
+        _BOUNDS_AT,
         squares.data_ptr(),
     )
     if unknown:
@@ -89,3 +107,8 @@ def _summed_up(
     kinds = torch.zeros(count, dtype=torch.int32, device="cpu")
     first_bad = torch.full((count,), -1, dtype=torch.int64, device="cpu")
     return _cpu_inspection.inspection_of(squares, kinds, first_bad, False, coefficient, limit)
+
+
+@cache
+def _sum_up() -> Callable[..., int]:
+    return declared("sum_up", ctypes.c_int64, *_ARGUMENTS)

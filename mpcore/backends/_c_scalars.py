@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import ctypes
 from array import array
+from collections.abc import Callable
+from functools import cache
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mpcore.backends._c_compiler import declared
-from mpcore.backends._c_source import STEPS
-from mpcore.backends._c_update import Plan
-from mpcore.updates import Batch, Hyper, UpdateRule
+from mpcore.backends._c_update import Part, Plan
+from mpcore.updates import Hyper
 
 _ARGUMENTS = (ctypes.c_int32, ctypes.c_int64, *[ctypes.c_void_p] * 4)
 
@@ -27,38 +29,39 @@ def prepare_(plan: Plan, hyper: Hyper) -> None:
     Raises:
         BackendError: The compiler refused.
     """
-    rows = [
-        (row[0] if lr is None else float(lr), *row[1:])
-        for row, lr in zip(hyper.numbers, hyper.lrs, strict=True)
-    ]
+    rows = hyper.numbers
+    if any(lr is not None for lr in hyper.lrs):
+        pairs = zip(rows, hyper.lrs, strict=True)
+        rows = tuple(row if lr is None else (float(lr), *row[1:]) for row, lr in pairs)
+    if not 0 <= plan.first_group <= plan.last_group < len(rows):
+        raise IndexError(f"groups: expected some of {len(rows)}, got {plan.last_group}.")
     numbers = array("d", chain.from_iterable(rows))
-    for groups in filter(None, plan.groups):
-        if not 0 <= min(groups) <= max(groups) < len(rows):
-            raise IndexError(f"groups: expected some of {len(rows)}, got {max(groups)}.")
-    parts = zip(plan.batches, plan.counts, plan.groups, strict=True)
-    plan.scalars = [_scalars(plan.rule, *part, numbers) for part in parts]
+    plan.scalars = [_scalars(part, numbers) for part in plan.parts]
     plan.hyper = hyper
 
 
-def _scalars(
-    rule: UpdateRule,
-    batch: Batch,
-    counts: Tensor | None,
-    groups: array[int],
-    numbers: array[float],
-) -> Tensor:
-    if counts is None and batch.steps:
-        counts = torch.stack(list(batch.steps))
-    wide = None if counts is None else counts.double()
-    shape = (len(groups), len(rule.columns))
-    # whatever torch.set_default_device says: C writes there
-    scalars = torch.empty(shape, dtype=torch.float32, device="cpu")
-    declared("fill_scalars", None, *_ARGUMENTS)(
-        STEPS.index((rule.name, len(batch.moments))),
-        len(groups),
-        groups.buffer_info()[0],
+def _scalars(part: Part, numbers: array[float]) -> Tensor:
+    """Returns the scalars of a batch, where they always lie.
+
+    Args:
+        part: Whose they are.
+        numbers: The hyper-parameters of all param groups.
+    """
+    counts = part.counts
+    if counts is None and part.batch.steps:
+        counts = torch.stack(list(part.batch.steps))
+    counts = None if counts is None else counts.float()
+    _fill_scalars()(
+        part.step,
+        len(part.groups),
+        part.groups.buffer_info()[0],
         numbers.buffer_info()[0],
-        None if wide is None else wide.data_ptr(),
-        scalars.data_ptr(),
+        None if counts is None else counts.data_ptr(),
+        part.scalars.data_ptr(),
     )
-    return scalars
+    return part.scalars
+
+
+@cache
+def _fill_scalars() -> Callable[..., Any]:
+    return declared("fill_scalars", None, *_ARGUMENTS)

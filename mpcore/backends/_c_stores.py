@@ -62,28 +62,29 @@ class Held:
         """Returns where weights are that are their own masters; None: there are none of 16 bits."""
         return masters if self.stores.master.dtype is None else None
 
-    def put_into(
-        self, work: Work, batch: Batch, counts: Tensor | None
-    ) -> tuple[Tensor | array[int], ...]:
-        """Tells C of the stores; returns memory that has to stay alive.
-
-        Args:
-            work: Is told.
-            batch: Whose steps count this update already.
-            counts: Its steps as one tensor, if they lie in one.
-        """
+    def put_into(self, work: Work) -> tuple[array[int], ...]:
+        """Tells C of the stores; returns memory that has to stay alive."""
         work.store = _MASTERS[self.stores.master.name]
         for index, store in enumerate(self.stores.moments):
             work.moment_stores[index] = _MOMENTS[store.name]
         work.scales = self.scales.buffer_info()[0]
         work.rows = self.rows.buffer_info()[0] if self.rows else None
         work.offsets = self.offsets.buffer_info()[0]
-        memory = (self.scales, self.rows, self.offsets, self.keys)
-        if not self.keys:
-            return memory
         sites = [index for index, store in enumerate(self.stores.moments) if store.is_random]
         sites += [3] if self.stores.master.is_random else []
         work.words = sum({1 << site // 2 for site in sites})
+        return (self.scales, self.rows, self.offsets)
+
+    def draw_into(self, work: Work, batch: Batch, counts: Tensor | None) -> Tensor | None:
+        """Tells C of the random bits of an update; returns memory that has to stay alive.
+
+        Args:
+            work: Is told.
+            batch: Whose steps count this update already.
+            counts: Its steps as one tensor, if they lie in one.
+        """
+        if not self.keys:
+            return None
         if counts is None:
             counts = torch.stack(list(batch.steps or ()))
         wide = counts.double()
@@ -91,4 +92,4 @@ class Held:
         fill = declared("fill_draws", None, ctypes.c_int64, *[ctypes.c_void_p] * 3)
         fill(len(self.keys), self.keys.buffer_info()[0], wide.data_ptr(), draws.data_ptr())
         work.draws = draws.data_ptr()
-        return (*memory, draws)
+        return draws

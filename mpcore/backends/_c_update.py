@@ -17,7 +17,7 @@ from mpcore.backends._c_scale import update_scale_
 from mpcore.backends._c_source import STEPS
 from mpcore.backends._c_stores import Held
 from mpcore.backends._c_work import DTYPES, Table, Work, by_dtype, run
-from mpcore.base import SIXTEEN_BIT, GradientSet
+from mpcore.base import SIXTEEN_BIT, GradientSet, Kinds
 from mpcore.errors import ArgumentError
 from mpcore.loss_scale import ScaleMove
 from mpcore.updates import Batch
@@ -27,45 +27,115 @@ _STREAMING = 2**24
 
 
 @dataclass(kw_only=True)
+class Part:
+    """A batch as C knows it: what stays the same from step to step.
+
+    Attributes:
+        batch: The tensors.
+        table: Where masters lie, then weights if there are any, then moments.
+        held: What C has to know of its stores.
+        counters: What counts its steps.
+        counts: Its steps as one tensor, if they lie in one in this order.
+        shapes: Those of its masters.
+        groups: The param group of each tensor, as C has an array of integers.
+        scalars: Room for those of the next update.
+        step: What C calls its update.
+        work: What threads share, but for gradients, coefficient and counts.
+    """
+
+    batch: Batch
+    table: Table
+    held: Held
+    counters: list[Tensor]
+    counts: Tensor | None
+    shapes: list[torch.Size]
+    groups: array[int]
+    scalars: Tensor
+    step: int
+    work: Work
+    _fitting: Kinds | None = None  # of gradients that were found to be right
+
+    @staticmethod
+    def of(plan: _update.Plan, index: int, *, streaming: bool) -> Part:
+        """Returns a batch of a plan; `streaming` as in C."""
+        batch, stores = plan.batches[index], plan.stores[index]
+        held = Held.of(batch, stores)
+        table = _table(batch, held.rows)
+        shape = (len(batch.masters), len(plan.rule.columns))
+        part = Part(
+            batch=batch,
+            table=table,
+            held=held,
+            counters=_update.step_counters(batch),
+            counts=plan.counts[index],
+            shapes=[master.shape for master in batch.masters],
+            groups=array("q", batch.groups),
+            # whatever torch.set_default_device says: C writes there
+            scalars=torch.empty(shape, dtype=torch.float32, device="cpu"),
+            step=STEPS.index((plan.rule.name, len(batch.moments))),
+            work=Work(tensors=len(batch.masters), streaming=streaming and batch.store == "float32"),
+        )
+        part._fill_work()
+        return part
+
+    def _fill_work(self) -> None:
+        batch, held, work, table = self.batch, self.held, self.work, self.table
+        masters, role = table.addresses.buffer_info()[0], 8 * table.count  # bytes of addresses
+        work.masters = masters
+        work.moments = masters + role * (2 if batch.weights else 1)
+        work.weights = masters + role if batch.weights else held.own_weights(masters)
+        work.weight_dtype = DTYPES[batch.weights[0].dtype] if batch.weights else held.own_dtype
+        work.step = self.step
+        work.scalars = self.scalars.data_ptr()
+        memory = held.put_into(work)
+        work.keep(table.addresses, self.scalars, *memory)
+
+    def checked(self, grads: Sequence[Tensor]) -> GradientSet:
+        """Returns gradients as they lie in memory; raises if C would read behind their ends."""
+        grads = GradientSet.of(grads)
+        if grads.kinds is not None and grads.kinds is self._fitting:
+            return grads
+        if len(grads) != len(self.shapes):
+            raise ArgumentError(
+                f"grads: expected one for each of {len(self.shapes)} masters, got {len(grads)}."
+            )
+        if grads.shapes == self.shapes and grads.dtypes <= DTYPES.keys():
+            if grads.kinds is not None and grads.are_contiguous and len(grads.dtypes) == 1:
+                self._fitting = grads.kinds
+            return all_in_memory_order(grads)
+        for index, (grad, shape) in enumerate(zip(grads, self.shapes, strict=True)):
+            if grad.shape != shape or grad.dtype not in (*SIXTEEN_BIT, torch.float32):
+                raise ArgumentError(
+                    f"grads[{index}]: expected {list(shape)} in float16, bfloat16 or float32, "
+                    f"got {list(grad.shape)} in {grad.dtype}."
+                )
+        return all_in_memory_order(grads)
+
+
+@dataclass(kw_only=True)
 class Plan(_update.Plan):
     """A plan of the reference backend, with the addresses of its tensors.
 
     Attributes:
-        tables: Per batch masters, then weights if there are any, then moments.
-        counters: Per batch what counts its steps.
-        shapes: Per batch those of its masters.
-        held: Per batch what C has to know of its stores.
-        groups: Per batch the param group of each tensor, as C has an array of integers.
-        elements: Of all masters together.
+        parts: The batches as C knows them.
     """
 
-    tables: list[Table]
-    counters: list[list[Tensor]]
-    shapes: list[list[torch.Size]]
-    held: list[Held]
-    groups: list[array[int]]
-    elements: int
+    parts: list[Part]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        groups = [group for batch in self.batches for group in batch.groups]
+        self.first_group, self.last_group = min(groups, default=0), max(groups, default=0)
 
 
 @torch.no_grad()
 def plan_update(rule: str, batches: Sequence[Batch]) -> Plan:
     """Returns what `update_` needs to know about its tensors; see the reference backend."""
     plan = _update.plan_update(rule, batches)
-    held = [Held.of(*part) for part in zip(plan.batches, plan.stores, strict=True)]
-    tables = [_table(batch, kept.rows) for batch, kept in zip(plan.batches, held, strict=True)]
-    counters = [_update.step_counters(batch) for batch in plan.batches]
     elements = sum(master.numel() for batch in plan.batches for master in batch.masters)
-    shapes = [[master.shape for master in batch.masters] for batch in plan.batches]
-    return Plan(
-        rule=plan.rule,
-        batches=plan.batches,
-        tables=tables,
-        counters=counters,
-        shapes=shapes,
-        held=held,
-        groups=[array("q", batch.groups) for batch in plan.batches],
-        elements=elements,
-    )
+    many = range(len(plan.batches))
+    parts = [Part.of(plan, index, streaming=elements >= _STREAMING) for index in many]
+    return Plan(rule=plan.rule, batches=plan.batches, parts=parts)
 
 
 def _table(batch: Batch, rows: Sequence[int]) -> Table:
@@ -92,80 +162,24 @@ def update_(
         BackendError: The compiler refused.
         StageError: The plan is not prepared.
     """
-    checked = zip(plan.batches, plan.shapes, grads, strict=True)
-    flat = [_checked(batch, shapes, here) for batch, shapes, here in checked]
+    flat = [part.checked(here) for part, here in zip(plan.parts, grads, strict=True)]
     rows_of_edits = _update.split_edits(plan.batches, edits)
     pass_over = passes().update  # before anything is written: a compiler may refuse
-    scalars = _update.take_scalars(plan)
+    _update.take_scalars(plan)
     if bool(found_inf):
         _update.adopt_all(plan.batches, rows_of_edits, adopt_)
     else:
-        for index, here in enumerate(flat):
-            if plan.counters[index]:
-                torch._foreach_add_(plan.counters[index], 1)
-            work = _shared_work(
-                plan,
-                index,
-                tensors=len(here),
-                scalars=scalars[index],
-                coefficient=coefficient,
-                saturated=saturated,
-                edits=rows_of_edits[index],
-            )
-            for dtype, cut, addresses in by_dtype(here, plan.tables[index].cut):
+        factor = float(coefficient)
+        for part, here, rows in zip(plan.parts, flat, rows_of_edits, strict=True):
+            if part.counters:
+                torch._foreach_add_(part.counters, 1)
+            work = part.work
+            work.coefficient, work.saturated = factor, saturated.data_ptr()
+            work.edits = None if rows is None else rows.data_ptr()
+            drawn = part.held.draw_into(work, part.batch, part.counts)
+            for dtype, cut, addresses in by_dtype(here, part.table.cut):
                 work.take_up(dtype, cut, addresses)
                 run(pass_over, work)
+            del drawn
     if then is not None:
         update_scale_(then, found_inf)
-
-
-def _checked(batch: Batch, shapes: list[torch.Size], grads: Sequence[Tensor]) -> GradientSet:
-    """Returns gradients as they lie in memory; raises if C would read behind their ends."""
-    if len(grads) != len(batch.masters):
-        raise ArgumentError(
-            f"grads: expected one for each of {len(batch.masters)} masters, got {len(grads)}."
-        )
-    grads = GradientSet.of(grads)
-    if grads.shapes == shapes and grads.dtypes <= DTYPES.keys():
-        return all_in_memory_order(grads)
-    for index, (grad, shape) in enumerate(zip(grads, shapes, strict=True)):
-        if grad.shape != shape or grad.dtype not in (*SIXTEEN_BIT, torch.float32):
-            raise ArgumentError(
-                f"grads[{index}]: expected {list(shape)} in float16, bfloat16 or float32, "
-                f"got {list(grad.shape)} in {grad.dtype}."
-            )
-    return all_in_memory_order(grads)
-
-
-def _shared_work(
-    plan: Plan,
-    index: int,
-    tensors: int,
-    scalars: Tensor,
-    coefficient: Tensor,
-    saturated: Tensor,
-    edits: Tensor | None,
-) -> Work:
-    """Returns what all dtypes of a batch share."""
-    batch, held = plan.batches[index], plan.held[index]
-    weights, count = batch.weights, len(batch.moments)
-    table, scalars = plan.tables[index], scalars.contiguous()
-    masters, role = table.addresses.buffer_info()[0], 8 * table.count  # bytes of a role's addresses
-    work = Work(
-        masters=masters,
-        moments=masters + role * (2 if weights else 1),
-        weights=masters + role if weights else held.own_weights(masters),
-        weight_dtype=DTYPES[weights[0].dtype] if weights else held.own_dtype,
-        step=STEPS.index((plan.rule.name, count)),
-        scalars=scalars.data_ptr(),
-        saturated=saturated.data_ptr(),
-        edits=None if edits is None else edits.data_ptr(),
-        tensors=tensors,
-        coefficient=float(coefficient),
-        # a weight that is read before it is written is in the cache anyhow
-        streaming=plan.elements >= _STREAMING and batch.store == "float32",
-    )
-    memory = [table.addresses, scalars, saturated, *held.put_into(work, batch, plan.counts[index])]
-    memory += [] if edits is None else [edits]
-    work.keep(*memory)
-    return work

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from threading import Thread
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -171,7 +171,7 @@ class Work(ctypes.Structure):
             grads: The gradients' addresses; what they point to has to stay alive.
         """
         self.grad_dtype = DTYPES[dtype]
-        self.next, self.count = 0, len(cut.chunks)
+        self.next, self.count = 0, cut.chunks.shape[0]
         self.chunks, self.grads = cut.chunks.data_ptr(), grads.buffer_info()[0]
         self.elements = cut.elements
         self._chunks_and_grads = (cut.chunks, grads)
@@ -189,10 +189,13 @@ class Shared(Protocol):
 
 def run(function: Any, work: Shared) -> None:
     """Runs a pass on as many threads as torch uses: its own, if they can be had."""
+    argument = ctypes.byref(work)  # type: ignore[arg-type]
     threads = torch.get_num_threads() if work.elements >= _WORTH_A_THREAD else 1
-    argument = ctypes.byref(cast(ctypes.Structure, work))
+    if threads == 1:
+        function(argument)
+        return
     team = _openmp()
-    if threads > 1 and team is not None:
+    if team is not None:
         team(function, argument, threads, 0)
         return
     others = [Thread(target=function, args=(argument,)) for _ in range(threads - 1)]

@@ -174,14 +174,14 @@ static double power(double base, double exponent) {
  * `numbers` holds the hyper-parameters of each param group, `counts` the updates that each tensor has
  * had; NULL: nobody counts. Neighbours that share both share what is computed. */
 void fill_scalars(int32_t step, int64_t tensors, const int64_t *groups, const double *numbers,
-                  const double *counts, float *scalars) {
+                  const float *counts, float *scalars) {
     const int columns = COLUMNS[step];
     for (int64_t i = 0; i < tensors; i++, scalars += columns) {
         const int same = i > 0 && groups[i] == groups[i - 1] && (!counts || counts[i] == counts[i - 1]);
         if (same)
             memcpy(scalars, scalars - columns, columns * sizeof *scalars);
         else
-            SCALARS[step](numbers + NUMBERS[step] * groups[i], counts ? counts[i] + 1 : 1, scalars);
+            SCALARS[step](numbers + NUMBERS[step] * groups[i], counts ? (double)counts[i] + 1 : 1, scalars);
     }
 }
 
