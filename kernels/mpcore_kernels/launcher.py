@@ -39,6 +39,9 @@ class Launcher:
         0.25
     """
 
+    #: Whether `inspect` saves a launch where it prepares the plan of the update to come.
+    prepares_on_the_way = True
+
     def __init__(self, capacity: int = 32) -> None:
         self._tables = TableCache(capacity)
 

@@ -46,6 +46,10 @@ NAMES = ("auto", "cpu", "compiled", "reference", "triton")
 class Backend(Protocol):
     """What a backend computes. Every argument is documented in `mpcore.backends.reference`."""
 
+    @property
+    def prepares_on_the_way(self) -> bool:
+        """Whether a launch is saved where `inspect` prepares the plan of the update to come."""
+
     def unscale_(self, grads: Sequence[Tensor], coefficient: Tensor, nonfinite: Tensor) -> None:
         """Multiplies in place and flags."""
 

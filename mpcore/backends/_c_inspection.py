@@ -22,7 +22,10 @@ from mpcore.base import GradientSet, Kinds
 from mpcore.updates import Hyper
 
 _POINTER = ctypes.c_void_p
-_ARGUMENTS = (_POINTER, _POINTER, ctypes.c_int64, ctypes.c_double, _POINTER, _POINTER)
+_ARGUMENTS = (
+    *(_POINTER, _POINTER, ctypes.c_int64, ctypes.c_double, _POINTER),
+    *(ctypes.c_int64, _POINTER, _POINTER, _POINTER),
+)
 _BOUNDS = (ctypes.c_double * 4)(*_cpu_inspection.BOUNDS)
 _BOUNDS_AT = ctypes.addressof(_BOUNDS)
 
@@ -93,19 +96,22 @@ def _summed_up(
     chunks: Tensor, sums: Tensor, count: int, coefficient: Tensor, limit: float
 ) -> Inspection | None:
     """Returns what `conclude` would, without its many small operations; None: look again."""
-    squares = torch.zeros(count, dtype=torch.float64, device="cpu")
+    squares = torch.empty(count, dtype=torch.float64, device="cpu")
+    kinds = torch.empty(count, dtype=torch.int32, device="cpu")
+    first_bad = torch.empty(count, dtype=torch.int64, device="cpu")
     unknown = _sum_up()(
         chunks.data_ptr(),
         sums.data_ptr(),
         sums.shape[0],
         float(coefficient),
         _BOUNDS_AT,
+        count,
         squares.data_ptr(),
+        first_bad.data_ptr(),
+        kinds.data_ptr(),
     )
     if unknown:
         return None
-    kinds = torch.zeros(count, dtype=torch.int32, device="cpu")
-    first_bad = torch.full((count,), -1, dtype=torch.int64, device="cpu")
     return _cpu_inspection.inspection_of(squares, kinds, first_bad, False, coefficient, limit)
 
 

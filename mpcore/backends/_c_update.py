@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from torch import Tensor
 from mpcore.backends import _update
 from mpcore.backends._blocks import all_in_memory_order
 from mpcore.backends._c_adopt import adopt_
-from mpcore.backends._c_compiler import passes
+from mpcore.backends._c_compiler import declared, passes
 from mpcore.backends._c_scale import update_scale_
 from mpcore.backends._c_source import STEPS
 from mpcore.backends._c_stores import Held
@@ -62,12 +64,13 @@ class Part:
         held = Held.of(batch, stores)
         table = _table(batch, held.rows)
         shape = (len(batch.masters), len(plan.rule.columns))
+        counts = plan.counts[index]
         part = Part(
             batch=batch,
             table=table,
             held=held,
             counters=_update.step_counters(batch),
-            counts=plan.counts[index],
+            counts=counts if counts is not None and counts.dtype == torch.float32 else None,
             shapes=[master.shape for master in batch.masters],
             groups=array("q", batch.groups),
             # whatever torch.set_default_device says: C writes there
@@ -90,6 +93,15 @@ class Part:
         memory = held.put_into(work)
         work.keep(table.addresses, self.scalars, *memory)
 
+    def count_step(self) -> None:
+        """Counts an update of each tensor."""
+        if self.counts is None:
+            if self.counters:
+                torch._foreach_add_(self.counters, 1)
+            return
+        _count_steps()(self.counts.data_ptr(), self.counts.shape[0])
+        torch.autograd.graph.increment_version((self.counts,))  # writes by address tell nothing
+
     def checked(self, grads: Sequence[Tensor]) -> GradientSet:
         """Returns gradients as they lie in memory; raises if C would read behind their ends."""
         grads = GradientSet.of(grads)
@@ -110,6 +122,11 @@ class Part:
                     f"got {list(grad.shape)} in {grad.dtype}."
                 )
         return all_in_memory_order(grads)
+
+
+@cache
+def _count_steps() -> Callable[..., None]:
+    return declared("count_steps", None, ctypes.c_void_p, ctypes.c_int64)
 
 
 @dataclass(kw_only=True)
@@ -171,8 +188,7 @@ def update_(
     else:
         factor = float(coefficient)
         for part, here, rows in zip(plan.parts, flat, rows_of_edits, strict=True):
-            if part.counters:
-                torch._foreach_add_(part.counters, 1)
+            part.count_step()
             work = part.work
             work.coefficient, work.saturated = factor, saturated.data_ptr()
             work.edits = None if rows is None else rows.data_ptr()

@@ -107,11 +107,13 @@ void square_sums(work_t *work) {
     }
 }
 
-/* Sums the unscaled squares of each tensor from those of its chunks; `squares` is 0 before. Returns
- * how many chunks have to be looked at again: `conclude` in `_cpu_inspection.py` says why. */
+/* Sums the unscaled squares of each of some tensors from those of its chunks, and says that no value of
+ * theirs is bad. Returns how many chunks have to be looked at again: `conclude` in `_cpu_inspection.py`
+ * says why. */
 int64_t sum_up(const chunk_t *chunks, const double *sums, int64_t count, double coefficient,
-               const double *bounds, double *squares) {
+               const double *bounds, int64_t tensors, double *squares, int64_t *first_bad, int32_t *kinds) {
     int64_t unknown = 0;
+    for (int64_t i = 0; i < tensors; i++) squares[i] = 0, first_bad[i] = -1, kinds[i] = 0;
     for (int64_t k = 0; k < count; k++) {
         const double length = sqrt(sums[k]) * fabs(coefficient);
         const int known = sums[k] > bounds[0] && sums[k] < bounds[1] && length > bounds[2] && length < bounds[3];
@@ -183,6 +185,11 @@ void fill_scalars(int32_t step, int64_t tensors, const int64_t *groups, const do
         else
             SCALARS[step](numbers + NUMBERS[step] * groups[i], counts ? (double)counts[i] + 1 : 1, scalars);
     }
+}
+
+/* Counts an update of each tensor. */
+void count_steps(float *counts, int64_t tensors) {
+    for (int64_t i = 0; i < tensors; i++) counts[i] += 1;
 }
 
 /* What moves a loss scale; `_c_scale.py` has the same fields. */

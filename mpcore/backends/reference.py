@@ -29,11 +29,15 @@ __all__ = [
     "inspect",
     "plan_update",
     "prepare_",
+    "prepares_on_the_way",
     "unscale_",
     "unscale_into",
     "update_",
     "update_scale_",
 ]
+
+#: See `Backend`.
+prepares_on_the_way = False
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from array import array
 from collections.abc import Iterable
 from functools import cached_property
@@ -29,11 +30,10 @@ class GradientSet(tuple[Tensor, ...]):
     kinds: Kinds | None = None  #: of what kinds they are, if somebody knows
 
     @classmethod
-    def alike(cls, grads: Iterable[Tensor], kinds: Kinds | None) -> GradientSet:
-        """Returns a set that takes facts from `kinds`, if that is what the gradients are."""
+    def of_kinds(cls, grads: Iterable[Tensor], kinds: Kinds) -> GradientSet:
+        """Returns a set of gradients that are of these kinds, and takes facts from them."""
         found = cls(grads)
-        if kinds is not None and kinds.fit(found):
-            found.kinds = kinds
+        found.kinds = kinds
         return found
 
     @classmethod
@@ -70,6 +70,11 @@ class GradientSet(tuple[Tensor, ...]):
     def writes(self) -> list[int]:
         """How often each was written to, as far as autograd knows."""
         return writes_to(self)
+
+    @cached_property
+    def refs(self) -> list[weakref.ref[Tensor]]:
+        """A weak reference to each."""
+        return list(map(weakref.ref, self))
 
     @cached_property
     def are_in_memory(self) -> bool:

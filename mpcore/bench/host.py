@@ -57,6 +57,9 @@ class NoKernels:
         inspection: What `inspect` returns.
     """
 
+    #: as the kernels do that it stands for
+    prepares_on_the_way = True
+
     def __init__(self, inspection: Inspection) -> None:
         self._inspection = inspection
 

@@ -48,16 +48,16 @@ class BackwardPasses:
             ArgumentTypeError: Something else.
             StageError: Gradients of this step are already unscaled; more would get lost.
         """
-        self._stage.check_open("scale()")
-        self._stage.begin_pass()
-        if self._stage.watcher is not None:
-            self._stage.watcher.see_loss(outputs)
+        stage = self._stage
+        stage.begin_pass("scale()")
+        if stage.watcher is not None:
+            stage.watcher.see_loss(outputs)
         if not self.loss_scaling.scales:
-            self._stage.scaled, self._stage.zeroed = True, False
-            self._stage.flush_watch.see_loss(outputs)
+            stage.scaled, stage.zeroed = True, False
+            stage.flush_watch.see_loss(outputs)
             return outputs
         scaled: Outputs = scale_outputs(outputs, self._scale.scale)
-        self._stage.note_scaled(scaled)
+        stage.note_scaled(scaled)
         return scaled
 
     @outside_graphs

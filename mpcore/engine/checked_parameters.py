@@ -64,32 +64,32 @@ class CheckedParameters:
         every = [param for group in self._groups for param in group["params"]]
         params, found = with_gradient(every)
         known = self._are_known(params)
-        grads = GradientSet.alike(found, self._grad_kinds if known else None)
+        if known and self._grad_kinds is not None and self._grad_kinds.fit(found):
+            grads = GradientSet.of_kinds(found, self._grad_kinds)
+            if 0 not in grads.addresses:
+                return Collected(self._known, grads)
+        grads = GradientSet(found)
         if not (known and grads.are_in_memory):
             self._masters.take_over_values()  # masters that somebody gave them
             self._check(caller, params, grads)
             grads = GradientSet(with_gradient(params)[1])  # some may have been replaced
             if not known:
                 self._note(params)
-        elif grads.kinds is None and (self._grad_kinds is None or self._grad_kinds.are_known):
+        elif self._grad_kinds is None or self._grad_kinds.are_known:
             self._grad_kinds = Kinds(grads)
-            grads = GradientSet.alike(grads, self._grad_kinds)
+            if self._grad_kinds.are_known:
+                grads = GradientSet.of_kinds(grads, self._grad_kinds)
         known = known or are_same(params, self._known)  # with all that was found out about them
         return Collected(self._known if known else ParameterSet(params), grads)
 
     def _are_known(self, params: Sequence[Tensor]) -> bool:
-        return (
-            self._version == self._masters.version
-            and are_same(params, self._known)
-            and addresses_of(params, sharded=self._known.any_dtensor) == self._known.addresses
-            and self._are_of_known_kinds(params)
-        )
-
-    def _are_of_known_kinds(self, params: Sequence[Tensor]) -> bool:
-        kinds = self._kinds
+        known, kinds = self._known, self._kinds
+        if self._version != self._masters.version or not are_same(params, known):
+            return False
+        if addresses_of(params, sharded=known.any_dtensor) != known.addresses:
+            return False
         if kinds is not None and kinds[0].fit(params) and kinds[1].fit(self._held):
             return True
-        known = self._known
         same = (
             dtypes_in_order(params) == known.dtypes_in_order
             and have_shapes(params, known.shapes)

@@ -145,8 +145,10 @@ class FusedPath:
             if part.device != home:
                 saturated = torch.zeros_like(saturated, device=part.device)
             grads = [gradients.stored_of(params) for params in part.params]
-            here = coefficient.to(part.device, non_blocking=True)
-            found_here = found_inf.to(part.device, non_blocking=True)
+            here, found_here = coefficient, found_inf
+            if part.device != here.device:
+                here = here.to(part.device, non_blocking=True)
+                found_here = found_inf.to(part.device, non_blocking=True)
             edits = self._edits.begin_update(part.params)
             self._writes.begin()
             self._backend.update_(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Sequence
 from operator import eq
 
@@ -25,11 +24,13 @@ class _Left:
     def __init__(self, params: Sequence[Tensor] = (), grads: Iterable[Tensor] = ()) -> None:
         self.params = params
         grads = GradientSet.of(grads)
-        self._grads = list(map(weakref.ref, grads))  # nobody is to keep them alive
+        self._grads = grads.refs  # nobody is to keep them alive
         self._writes = grads.writes
 
     def still_there(self) -> list[Tensor]:
         """Returns the parameters whose gradient is the one that was left, and not written to."""
+        if self is _NONE:
+            return []
         params, grads = with_gradient(self.params)
         if params is self.params and not any(map(eq, writes_to(grads), self._writes)):
             return []  # usually: the next pass has added to all of them
@@ -71,11 +72,11 @@ class Leftovers:
         Args:
             gradients: Those of the step.
             params: The optimizer's.
-            left: What the parameters of `gradients` have, if nobody could change that.
+            left: What all of these have, if nobody could change that.
         """
         self.forget()
         self._unscaled_by = gradients.unscaled_by
-        if left is not None and len(left) == len(params):
+        if left is not None:
             self._scaled = _Left(gradients.params, left)
             return
         in_place = set(map(id, gradients.unscaled_in_place()))
@@ -99,8 +100,15 @@ class Leftovers:
         """Notes the gradients of a step that failed, of these parameters."""
         self._failed = _Left(*with_gradient(params))
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether a step has failed whose gradients may be there, or one goes on."""
+        return self._failed is not _NONE or self.torn or self._expected is not None
+
     def were_replaced(self) -> bool:
         """Whether a step has failed, and another pass has left all its gradients since."""
+        if self._failed is _NONE:
+            return False
         there = any(param.grad is not None for param in self._failed.params)
         return there and not self._failed.still_there()
 

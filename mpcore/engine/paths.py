@@ -95,11 +95,13 @@ def _signature(inner: torch.optim.Optimizer, version: int) -> list[Any]:
     """
     found: list[Any] = [version, _why_step_must_run(inner)]
     for part in parts_of(inner):
-        rule, groups = rule_of(part), part.param_groups
-        found += [[(id(group), len(group["params"])) for group in groups]]
-        if rule is not None:
+        rule = rule_of(part)
+        if rule is not None and part is not inner:
             found.append(_why_step_must_run(part))
-            found += [rule.why_not(_options(part, group)) for group in groups]
+        for group in part.param_groups:
+            found += [id(group), len(group["params"])]
+            if rule is not None:
+                found.append(rule.why_not(_options(part, group)))
     return found
 
 
@@ -129,7 +131,7 @@ def _options(inner: torch.optim.Optimizer, group: dict[str, Any]) -> dict[str, A
 def _why_step_must_run(inner: torch.optim.Optimizer) -> str | None:
     """Returns what would be lost if the wrapped optimizer's own `step` were not called."""
     hooks = [*inner._optimizer_step_pre_hooks.values(), *inner._optimizer_step_post_hooks.values()]
-    if not all(isinstance(hook, DirectStepGuard) for hook in hooks):
+    if not set(map(type, hooks)) <= {DirectStepGuard}:
         return "the wrapped optimizer has step hooks"
     step: Any = inner.__dict__.get("step")
     if step is not None and not hasattr(step, "_wrapped_by_lr_sched"):
@@ -237,7 +239,9 @@ class Paths:
 
     def plan(self, params: Sequence[Tensor]) -> StepPlan | None:
         """Returns how a fused path is likely to update some of `params`; None: there is none."""
-        for path, some in self._split(params).fused:
+        last = self._last  # the paths of now are chosen by the step
+        split = last[1] if last is not None and last[0] is params else self._split(params)
+        for path, some in split.fused:
             if some:
                 return path.likely_plan(some)
         return None
@@ -263,8 +267,9 @@ class Paths:
         """
         last, params = self._last, gradients.params
         split = last[1] if last is not None and last[0] is params else self._split(params)
-        if split.only is not None:
-            return split.only.step(gradients, move)
+        only = split.only
+        if only is not None:
+            return only.step(gradients, move)
         if split.fused:
             return self._mixed.step(gradients, split, move)
         self._hand_over()

@@ -38,7 +38,8 @@ class ScaleMoves:
             return
         if not moved:
             self.advance(gradients, external)
-        self.count(gradients.found_inf())
+        if self._losses.totals is not None:
+            self.count(gradients.found_inf())
 
     def advance(self, gradients: StepGradients, external: External | None) -> None:
         """Moves the scale of each loss that took part; no host sync."""

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 from torch import Tensor
 
-from mpcore.base import GradientSet, are_same, with_gradient
+from mpcore.base import GradientSet, addresses_of, are_same, with_gradient, writes_to
 
 
 class SeenGradients:
@@ -22,6 +22,7 @@ class SeenGradients:
         self._grads = grads
         self._writes = grads.writes
         _ = grads.are_in_memory  # where they are, now
+        _ = grads.refs  # which are wanted after the step: later each object has to be fetched again
 
     def differ_from(self, grads: GradientSet) -> bool:
         """Whether anybody wrote to them, moved or reshaped them, or put others in their place.
@@ -50,7 +51,16 @@ class SeenGradients:
             params: All there are.
         """
         owners, grads = with_gradient(params)
-        return are_same(owners, self._params) and not self.differ_from(GradientSet(grads))
+        if not are_same(owners, self._params):
+            return False
+        seen = self._grads
+        if seen.kinds is None or not seen.kinds.fit(grads):
+            return not self.differ_from(GradientSet(grads))
+        return (
+            are_same(grads, seen)
+            and writes_to(grads) == self._writes
+            and addresses_of(grads, sharded=False) == seen.addresses
+        )
 
     def keep(self, params: Collection[Tensor]) -> None:
         """Forgets those of parameters that are not among these."""

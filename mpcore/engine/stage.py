@@ -96,6 +96,17 @@ class Stage:
         return self.gradients is not None or self._sums.exist
 
     @property
+    def _is_between_steps(self) -> bool:
+        """Whether all of the last step is over, and of the next one nothing but backward passes."""
+        return not (
+            self.gradients is not None
+            or self._writes.begun
+            or self._sums.exist
+            or self._leftovers.has_failed
+            or self.waiting.exist
+        )
+
+    @property
     def is_untouched(self) -> bool:
         """Whether nothing of a step was scaled, collected or added up."""
         return not self.scaled and not self._holds_any
@@ -118,6 +129,10 @@ class Stage:
             caller: The method that asks, for messages.
             external: The outside scaler that drives this step, if one does.
         """
+        if self._is_between_steps:
+            found = self.parameters.with_gradient(caller)
+            self._edits.check(caller)
+            return self._begin(caller, found, external)
         self.check_whole(caller)
         seen = self.gradients
         if external is None and seen is not None and seen.are_as_seen(self._params()):
@@ -139,6 +154,11 @@ class Stage:
         if self._sums.exist:
             self.gradients = self._summed(caller, external)
             return self.gradients
+        return self._begin(caller, found, external)
+
+    def _begin(self, caller: str, found: Collected, external: External | None) -> StepGradients:
+        """Returns gradients that were found as those of this step."""
+        params = found.params
         if self._loss_scaling.scales:
             twice = self.scaled and not self._thrown
             # with ranks, the last stage of a pipeline may be the only one that has a loss
@@ -173,9 +193,11 @@ class Stage:
             self.gradients.collected = None  # which would keep them alive
             self._leftovers.note_failed(self.gradients.params)
 
-    def begin_pass(self) -> None:
+    def begin_pass(self, caller: str) -> None:
         """Readies what the last step left in `p.grad`, if nobody cleared it; no host sync."""
-        self.waiting.check()
+        if not self._is_between_steps:
+            self.check_open(caller)
+            self.waiting.check()
         moves = self._loss_scaling.moves
         self._leftovers.rescale_(self._tensors.scale, self._backend, moves=moves)
 
@@ -187,7 +209,9 @@ class Stage:
     def check_whole(self, caller: str) -> None:
         """Raises if an exception has left half of a step, of a load or of gradients."""
         self._writes.check(caller)
-        checks.check_not_torn(caller, self.gradients, self._sums, self._leftovers)
+        collected = self.gradients is not None and self.gradients.torn
+        if collected or self._leftovers.torn or self._sums.torn:
+            checks.raise_torn(caller)
 
     def check_open(self, caller: str) -> None:
         """Raises if gradients of this step were collected: those of another pass would get lost."""
@@ -270,7 +294,7 @@ class Stage:
             coefficient,
             inverted=external is None,
             external_found_inf=None if external is None else external.found_inf,
-            plan=self._plan(params) if params else None,
+            plan=self._plan(params) if self._backend.prepares_on_the_way and params else None,
             finds_largest=external is None and self._loss_scaling.wants_largest,
             statistics=None if self.watcher is None else self.watcher.begin_step(params),
             collected=grads,
@@ -282,18 +306,21 @@ class Stage:
         self, gradients: StepGradients, external: External | None, *, moved: bool = False
     ) -> None:
         """Records the step and, last of all, moves the scale unless it has moved; no host sync."""
-        found_inf = gradients.found_inf()
         name = partial(name_of, groups=self._groups)
-        result = StepResult(found_inf, gradients, name, self._outside_scale)
+        result = StepResult(gradients.found_inf(), gradients, name, self._outside_scale)
         self._writes.begin()
         self.moves.end_step(gradients, external, moved=moved)
         left = gradients.left_as_they_were()
+        if self.gradients is not gradients:  # those of a closure
+            gradients.release()
         self.drop_gradients()
-        gradients.release()
         self.scaled = False
-        self._leftovers.forget()
         if external is None:
-            self._leftovers.note(gradients, self._params(), left)
+            params = self._params()
+            whole = left is not None and len(left) == len(params)
+            self._leftovers.note(gradients, params, left if whole else None)
+        else:
+            self._leftovers.forget()
         self.result = result
         self._writes.end()
         # last: they may raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NoReturn
 
 from torch import Tensor
 
@@ -14,21 +14,12 @@ from mpcore.errors import StageError
 from mpcore.masters import Groups, Masters, name_of
 
 
-class Tearable(Protocol):
-    """Something that an exception may leave half changed."""
-
-    @property
-    def torn(self) -> bool:
-        """Whether one did."""
-
-
-def check_not_torn(caller: str, *parts: Tearable | None) -> None:
-    """Raises if an exception has left half of some gradients."""
-    if any(part is not None and part.torn for part in parts):
-        raise StageError(
-            f"{caller}: expected whole gradients, got some that an exception left half "
-            "unscaled. Call zero_grad() of this optimizer and run the backward passes again."
-        )
+def raise_torn(caller: str) -> NoReturn:
+    """Raises: an exception has left half of some gradients."""
+    raise StageError(
+        f"{caller}: expected whole gradients, got some that an exception left half "
+        "unscaled. Call zero_grad() of this optimizer and run the backward passes again."
+    )
 
 
 def any_gradient(groups: Groups) -> bool:

@@ -84,9 +84,12 @@ class StepRanks:
                 self._warned = True
                 warn_scaler()
             return None
-        if several_ranks():
+        several = several_ranks()
+        if not several and self._agreement is None:
+            return None
+        if several:
             self._choose()
-        if self._agreement is None and not self._warned and several_ranks():
+        if self._agreement is None and not self._warned:
             self._warned = True
             if self._of_sums is None:
                 warn_alone()

@@ -18,6 +18,11 @@ class WaitingGradients:
     def __init__(self) -> None:
         self.forget()
 
+    @property
+    def exist(self) -> bool:
+        """Whether any may be waiting."""
+        return self._any or self._whole
+
     def forget(self) -> None:
         """Forgets them: they were dropped on purpose, or the step is over."""
         self._whole = self._any = False
@@ -50,7 +55,7 @@ class WaitingGradients:
 
     def check(self) -> None:
         """Warns if others (`model.zero_grad()`) have dropped them, whom sums do not mind."""
-        if not self._whole and any(param.grad is not grad for param, grad in self._grads):
+        if not self._whole and self._grads and any(param.grad is not grad for param, grad in self._grads):
             self.warn_if_any()
         self.forget()
 

@@ -28,6 +28,11 @@ class WrappedPasses:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
 
+    @property
+    def prepares_on_the_way(self) -> bool:
+        """Whether a launch is saved where `inspect` prepares the plan of the update to come."""
+        return self._backend.prepares_on_the_way
+
     def _for(self, *lists: Sequence[Tensor], device: torch.device) -> Backend:
         if all(map(all_in_memory, lists)):
             return self._backend

@@ -21,8 +21,11 @@ def scale_outputs(outputs: Any, scale: Tensor) -> Any:
         ArgumentTypeError: Something else is in there.
     """
     if isinstance(outputs, Tensor) and outputs.is_floating_point():
-        wide = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-        return wide * scale.to(outputs.device, non_blocking=True)
+        wide = outputs
+        if wide.dtype != torch.float32:
+            wide = wide.to(torch.promote_types(wide.dtype, torch.float32))
+        here = scale.device == wide.device
+        return wide * (scale if here else scale.to(wide.device, non_blocking=True))
     if isinstance(outputs, (list, tuple)):
         scaled = [scale_outputs(output, scale) for output in outputs]
         is_named = hasattr(outputs, "_fields")  # a named tuple takes its fields one by one

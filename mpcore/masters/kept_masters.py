@@ -99,7 +99,8 @@ class KeptMasters:
 
         What bumps no version counter (`.data`, NumPy) is not seen.
         """
-        return list(filter(self.held.is_whole, self._written()))
+        written = self._written()
+        return list(filter(self.held.is_whole, written)) if written else written
 
     def _written(self) -> list[Tensor]:
         writes = writes_to(self._master_of)
@@ -114,7 +115,7 @@ class KeptMasters:
 
     def never_fitted(self) -> list[Tensor]:
         """Returns the weights of which nobody knows whether they go with their masters."""
-        found = self.sharing.suspects(NEVER)
+        found = self.sharing.suspects(NEVER) if self.sharing.links else []
         if NEVER in self._seen:
             mine = [p for p, then in zip(self._master_of, self._seen, strict=True) if then == NEVER]
             found = list(dict.fromkeys([*mine, *found]))

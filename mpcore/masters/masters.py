@@ -137,7 +137,8 @@ class Masters(KeptMasters):
         Raises:
             StageError: Likewise.
         """
-        check_shared_groups(self._shared_groups, groups, self._groups)
+        if not (groups is self._shared_groups is self._inner.param_groups):
+            check_shared_groups(self._shared_groups, groups, self._groups)
         self._outer_state = shown
         if self._inner.state is not self._inner_state:
             self._take_inner_state()

@@ -33,7 +33,7 @@ class DevicePlan:
     """
 
     device: torch.device
-    params: list[list[Tensor]]
+    params: list[Sequence[Tensor]]
     plan: Any
     rule: UpdateRule
     groups: Groups
@@ -42,12 +42,14 @@ class DevicePlan:
 
     def read_hyper(self) -> Hyper:
         """Returns the hyper-parameters as they are now; no host sync."""
-        rates = [_learning_rate(group["lr"], self.device) for group in self.groups]
-        numbers = tuple(
-            self.rule.numbers(group, rate if isinstance(rate, float) else 0.0)
-            for group, rate in zip(self.groups, rates, strict=True)
-        )
-        return Hyper(numbers, tuple(rate if isinstance(rate, Tensor) else None for rate in rates))
+        numbers: list[tuple[float, ...]] = []
+        tensors: list[Tensor | None] = []
+        for group in self.groups:
+            rate = _learning_rate(group["lr"], self.device)
+            known = isinstance(rate, float)
+            numbers.append(self.rule.numbers(group, rate if known else 0.0))
+            tensors.append(None if known else rate)
+        return Hyper(tuple(numbers), tuple(tensors))
 
     def note_prepared(self, hyper: Hyper) -> None:
         """Notes what the backend's plan has been prepared for."""
@@ -89,13 +91,15 @@ class StepPlan:
         self, params: Sequence[Tensor], groups: Groups, rule: UpdateRule, masters: Masters
     ) -> bool:
         """Whether this is what `make_plan` would return; no host sync."""
+        written = self.written
+        if self.version != masters.version or len(groups) != len(self.members):
+            return False
+        for group, members, moments in zip(groups, self.members, self.moments, strict=True):
+            if rule.moments(group) != moments or not are_same(group["params"], members):
+                return False
         return (
-            self.version == masters.version
-            and self.is_of(params)
-            and addresses_of(params, sharded=self.written.any_dtensor) == self.written.addresses
-            and len(groups) == len(self.members)
-            and all(are_same(g["params"], m) for g, m in zip(groups, self.members, strict=True))
-            and [rule.moments(group) for group in groups] == self.moments
+            self.is_of(params)
+            and addresses_of(params, sharded=written.any_dtensor) == written.addresses
             and self.held.is_current
         )
 
@@ -105,8 +109,10 @@ class StepPlan:
 
     def on(self, device: torch.device) -> DevicePlan | None:
         """Returns the part of one device; None: nothing is there, or groups came or went since."""
-        part = next((part for part in self.devices if part.device == device), None)
-        return part if part is not None and len(part.groups) == len(self.members) else None
+        for part in self.devices:
+            if part.device == device and len(part.groups) == len(self.members):
+                return part
+        return None
 
 
 def make_plan(
@@ -130,7 +136,7 @@ def make_plan(
     group_of = {param: i for i, group in enumerate(groups) for param in group["params"]}
     names_of = [rule.moments(group) for group in groups]
     sorted_params = _sorted(params, lambda param: names_of[group_of[param]], masters)
-    devices = []
+    devices, written = [], ParameterSet.as_now(params)
     everything = HeldState(inner_state)
     for device, by_key in sorted_params.items():
         batches = []
@@ -158,11 +164,13 @@ def make_plan(
                 )
             )
         plan = backend.plan_update(rule.name, batches)
-        devices.append(DevicePlan(device, list(by_key.values()), plan, rule, groups))
+        # the same object where it can be: to find that out at each step takes longer
+        updated = [written if are_same(some, written) else some for some in by_key.values()]
+        devices.append(DevicePlan(device, updated, plan, rule, groups))
     masters.link_state(params)
     return StepPlan(
         devices=tuple(devices),
-        written=ParameterSet.as_now(params),
+        written=written,
         members=tuple(list(group["params"]) for group in groups),
         moments=names_of,
         version=masters.version,
@@ -251,6 +259,8 @@ def _gather_steps(states: list[dict[str, Any]]) -> None:
 
 def _learning_rate(lr: float | Tensor, device: torch.device) -> float | Tensor:
     """Returns a learning rate that the host knows as a number, another one as its tensor."""
+    if type(lr) is float:
+        return lr
     if isinstance(lr, Tensor) and lr.device.type != "cpu":
         return lr.to(device, non_blocking=True)
     return float(lr)

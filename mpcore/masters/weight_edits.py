@@ -180,23 +180,22 @@ class WeightEdits:
         self._masters.pack(self._saturated)
 
     def _adopt(self, *, began: bool, later: Sequence[Tensor]) -> None:
-        self.hear()
         masters = self._masters
+        if self._counts or self._of_updates:
+            self.hear()
         if self._just_loaded and self._looks_at_all:
             for param in self._just_loaded:
                 round_ties(param, masters.of(param))
             masters.note(self._just_loaded)
         self._just_loaded.clear()
-        if self._rule == "adopt":
-            self._round(masters.edited())
+        if self._rule == "adopt" and (edited := masters.edited()):
+            self._round(edited)
         # of a DTensor each rank adopts what it holds, and all of it
-        written = [] if began else [p for p in masters.written() if not any_dtensor([p])]
-        if written and several_ranks():
-            self._check_fit(
-                written,
-                "step()",
-                "sync_masters_from_model(exact=True) on every rank, so that all start alike",
-            )
+        if not began and several_ranks():
+            written = [p for p in masters.written() if not any_dtensor([p])]
+            remedy = "sync_masters_from_model(exact=True) on every rank, so that all start alike"
+            if written:
+                self._check_fit(written, "step()", remedy)
         params = self._to_look_at(later)
         if not params:
             return

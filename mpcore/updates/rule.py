@@ -23,6 +23,9 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from mpcore.updates.square_root import SquareRoot, sqrt32
 
+# of most options, and none of them a tensor
+_NUMBERS = (float, bool, int, type(None))
+
 
 class UpdateRule(ABC):
     """How one optimizer updates.
@@ -121,7 +124,7 @@ class UpdateRule(ABC):
         if group.get("differentiable"):
             return "differentiable=True"
         for name, value in group.items():
-            if name in ("params", "param_names"):
+            if type(value) in _NUMBERS or name in ("params", "param_names"):
                 continue
             if name == "lr" and isinstance(value, Tensor):
                 if value.numel() != 1 or value.dtype != torch.float32:
