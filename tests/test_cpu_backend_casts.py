@@ -65,7 +65,10 @@ def assert_cast(masters, dtypes):
     assert count.item() == 5 + sum(clamps)
 
 
-@pytest.mark.parametrize("name", [name for name in vars(Backend) if not name.startswith("_")])
+FUNCTIONS = [name for name, value in vars(Backend).items() if inspect.isfunction(value)]
+
+
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if not name.startswith("_")])
 def test_the_cpu_backend_has_the_signatures_of_the_reference_backend(name):
     actual, expected = (inspect.signature(getattr(b, name)) for b in (cpu, reference))
     assert list(actual.parameters) == list(expected.parameters)

@@ -21,13 +21,17 @@ from mpcore.backends._inspection import Inspection
 from mpcore.base import GradientSet, Kinds
 from mpcore.updates import Hyper
 
-_POINTER = ctypes.c_void_p
-_ARGUMENTS = (
-    *(_POINTER, _POINTER, ctypes.c_int64, ctypes.c_double, _POINTER),
-    *(ctypes.c_int64, _POINTER, _POINTER, _POINTER),
-)
-_BOUNDS = (ctypes.c_double * 4)(*_cpu_inspection.BOUNDS)
-_BOUNDS_AT = ctypes.addressof(_BOUNDS)
+
+class _Totals(ctypes.Structure):
+    """`totals_t` of `_passes.c`."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("chunks", "sums")),
+        *((name, ctypes.c_int64) for name in ("count", "tensors")),
+        ("coefficient", ctypes.c_double),
+        ("bounds", ctypes.c_double * 4),
+        *((name, ctypes.c_void_p) for name in ("squares", "first_bad", "kinds")),
+    ]
 
 
 def inspect(
@@ -99,22 +103,22 @@ def _summed_up(
     squares = torch.empty(count, dtype=torch.float64, device="cpu")
     kinds = torch.empty(count, dtype=torch.int32, device="cpu")
     first_bad = torch.empty(count, dtype=torch.int64, device="cpu")
-    unknown = _sum_up()(
-        chunks.data_ptr(),
-        sums.data_ptr(),
-        sums.shape[0],
-        float(coefficient),
-        _BOUNDS_AT,
-        count,
-        squares.data_ptr(),
-        first_bad.data_ptr(),
-        kinds.data_ptr(),
+    totals = _Totals(
+        chunks=chunks.data_ptr(),
+        sums=sums.data_ptr(),
+        count=sums.shape[0],
+        tensors=count,
+        coefficient=float(coefficient),
+        bounds=_cpu_inspection.BOUNDS,
+        squares=squares.data_ptr(),
+        first_bad=first_bad.data_ptr(),
+        kinds=kinds.data_ptr(),
     )
-    if unknown:
+    if _sum_up()(ctypes.addressof(totals)):  # chunks that tell too little
         return None
     return _cpu_inspection.inspection_of(squares, kinds, first_bad, False, coefficient, limit)
 
 
 @cache
 def _sum_up() -> Callable[..., int]:
-    return declared("sum_up", ctypes.c_int64, *_ARGUMENTS)
+    return declared("sum_up", ctypes.c_int64, ctypes.c_void_p)

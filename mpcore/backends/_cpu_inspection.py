@@ -10,6 +10,7 @@ within 1e-6 of the exact ones, the same in every run with the same number of thr
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -126,14 +127,17 @@ def inspection_of(
     """
     norm = math.sqrt(math.fsum(square_sum.tolist()))
     clip = 1.0 if overflow else min(limit / (norm + 1e-6), 1.0)
-    numbers = torch.tensor([norm, float(coefficient) * clip], dtype=torch.float32, device="cpu")
-    grad_norm, clipped = numbers.unbind()
+    numbers = array("f", (norm, float(coefficient) * clip))
+    grad_norm, clipped = torch.frombuffer(numbers, dtype=torch.float32).unbind()
+    found_inf = torch.zeros((), dtype=torch.int32, device="cpu")
+    if overflow:
+        found_inf.fill_(1)
     return Inspection(
         kinds=kinds,
         first_bad=first_bad,
         square_sum=square_sum,
         largest=None,
-        found_inf=torch.tensor(int(overflow), dtype=torch.int32, device="cpu"),
+        found_inf=found_inf,
         grad_norm=grad_norm,
         coefficient=clipped,
         unscale=coefficient,

@@ -107,18 +107,27 @@ void square_sums(work_t *work) {
     }
 }
 
-/* Sums the unscaled squares of each of some tensors from those of its chunks, and says that no value of
- * theirs is bad. Returns how many chunks have to be looked at again: `conclude` in `_cpu_inspection.py`
- * says why. */
-int64_t sum_up(const chunk_t *chunks, const double *sums, int64_t count, double coefficient,
-               const double *bounds, int64_t tensors, double *squares, int64_t *first_bad, int32_t *kinds) {
+/* What `sum_up` reads and writes; `_c_inspection.py` has the same fields. */
+typedef struct {
+    const chunk_t *chunks;
+    const double *sums; /* [count], of the chunks */
+    int64_t count, tensors;
+    double coefficient, bounds[4];
+    double *squares;    /* from here on [tensors] */
+    int64_t *first_bad;
+    int32_t *kinds;
+} totals_t;
+
+/* Sums the unscaled squares of each tensor from those of its chunks, and says that none of its values is
+ * bad. Returns how many chunks have to be looked at again: `conclude` in `_cpu_inspection.py` says why. */
+int64_t sum_up(const totals_t *of) {
+    const double coefficient = of->coefficient, *bounds = of->bounds;
     int64_t unknown = 0;
-    for (int64_t i = 0; i < tensors; i++) squares[i] = 0, first_bad[i] = -1, kinds[i] = 0;
-    for (int64_t k = 0; k < count; k++) {
-        const double length = sqrt(sums[k]) * fabs(coefficient);
-        const int known = sums[k] > bounds[0] && sums[k] < bounds[1] && length > bounds[2] && length < bounds[3];
-        unknown += !known;
-        squares[chunks[k].tensor] += sums[k] * coefficient * coefficient;
+    for (int64_t i = 0; i < of->tensors; i++) of->squares[i] = 0, of->first_bad[i] = -1, of->kinds[i] = 0;
+    for (int64_t k = 0; k < of->count; k++) {
+        const double sum = of->sums[k], length = sqrt(sum) * fabs(coefficient);
+        unknown += !(sum > bounds[0] && sum < bounds[1] && length > bounds[2] && length < bounds[3]);
+        of->squares[of->chunks[k].tensor] += sum * coefficient * coefficient;
     }
     return unknown;
 }

@@ -18,6 +18,7 @@ from mpcore.engine.flush_watch import FlushWatch
 from mpcore.engine.gradients import StepGradients
 from mpcore.engine.leftovers import Leftovers
 from mpcore.engine.scale_moves import ScaleMoves
+from mpcore.engine.stage_questions import StageQuestions
 from mpcore.engine.step_ranks import StepRanks
 from mpcore.engine.step_result import StepResult
 from mpcore.engine.step_sums import StepSums
@@ -33,7 +34,7 @@ from mpcore.loss_scale import (
 from mpcore.masters import Accumulated, Groups, Masters, StepPlan, WeightEdits, Writes, name_of
 
 
-class Stage:
+class Stage(StageQuestions):
     """The course of one step: scale -> backward -> collect -> (unscale, clip) -> finish.
 
     Args:
@@ -89,38 +90,6 @@ class Stage:
         self.parameters = CheckedParameters(groups, device_of, masters)
         self.waiting = WaitingGradients()
         self.watcher: Watcher | None = None
-
-    @property
-    def _holds_any(self) -> bool:
-        """Whether gradients were collected or added up for the next step."""
-        return self.gradients is not None or self._sums.exist
-
-    @property
-    def _is_between_steps(self) -> bool:
-        """Whether all of the last step is over, and of the next one nothing but backward passes."""
-        return not (
-            self.gradients is not None
-            or self._writes.begun
-            or self._sums.exist
-            or self._leftovers.has_failed
-            or self.waiting.exist
-        )
-
-    @property
-    def is_untouched(self) -> bool:
-        """Whether nothing of a step was scaled, collected or added up."""
-        return not self.scaled and not self._holds_any
-
-    @property
-    def unscaled(self) -> bool:
-        """Whether `unscale_` was called in this step."""
-        return self.gradients is not None and self.gradients.exposure is not None
-
-    @property
-    def waits(self) -> bool:
-        """Whether gradients of a scaled loss wait for a step."""
-        waits = self.scaled and not self.zeroed and checks.any_gradient(self._groups)
-        return waits or self._holds_any
 
     def collect(self, caller: str, external: External | None) -> StepGradients:
         """Returns this step's gradients, checked, with masters made; there may be none at all.
@@ -205,13 +174,6 @@ class Stage:
         """Notes that a scaled backward pass is to come."""
         self.scaled, self.zeroed, self._thrown = True, False, False
         self.clip_watch.watch(outputs)
-
-    def check_whole(self, caller: str) -> None:
-        """Raises if an exception has left half of a step, of a load or of gradients."""
-        self._writes.check(caller)
-        collected = self.gradients is not None and self.gradients.torn
-        if collected or self._leftovers.torn or self._sums.torn:
-            checks.raise_torn(caller)
 
     def check_open(self, caller: str) -> None:
         """Raises if gradients of this step were collected: those of another pass would get lost."""

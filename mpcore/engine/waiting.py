@@ -55,7 +55,7 @@ class WaitingGradients:
 
     def check(self) -> None:
         """Warns if others (`model.zero_grad()`) have dropped them, whom sums do not mind."""
-        if not self._whole and self._grads and any(param.grad is not grad for param, grad in self._grads):
+        if not self._whole and any(param.grad is not grad for param, grad in self._grads):
             self.warn_if_any()
         self.forget()
 

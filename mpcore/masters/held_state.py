@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 from torch import Tensor
@@ -45,10 +46,13 @@ class HeldState:
     @property
     def is_current(self) -> bool:
         """Whether these are still the state, and where they were: `.data = other` moves them."""
+        states = self._inner_state.values()
         return (
-            addresses_of(self._tensors, sharded=self._sharded) == self._addresses
-            # loops in C, and no hash of a tensor: this is asked at every step
-            and are_same(map(dict.get, self._holders, self._names), self._moments)
-            and are_same(self._inner_state, self._keys)
-            and are_same(self._inner_state.values(), self._states)
+            len(states) == len(self._states)
+            and addresses_of(self._tensors, sharded=self._sharded) == self._addresses
+            # a loop in C, and no hash of a tensor: this is asked at every step
+            and are_same(
+                chain(map(dict.get, self._holders, self._names), self._inner_state, states),
+                chain(self._moments, self._keys, self._states),
+            )
         )

@@ -23,15 +23,14 @@ class ShownState:
         self._is_noted = True  # False: something was added meanwhile
         self._entries: list[tuple[Any, Any]] = []
         #: what was shown: whose states, their values and the names of these, one after the other
-        self._parts: tuple[list[Any], list[Any], list[Any]] = [], [], []
+        self._parts: list[Any] = []
 
     def note(self, shown: dict[Tensor, State]) -> None:
         """Notes what is shown now."""
         self._entries = [
             (key, dict(state) if isinstance(state, dict) else state) for key, state in shown.items()
         ]
-        keys, values, names = _parts(shown)
-        self._parts = list(keys), list(values), list(names)
+        self._parts = list(_parts(shown))
         self._is_noted = True
 
     def note_one(self) -> None:
@@ -45,7 +44,9 @@ class ShownState:
 
     def is_changed(self, shown: dict[Tensor, State]) -> bool:
         """Whether values were put in, replaced or taken out."""
-        return self._is_noted and not all(map(are_same, _parts(shown), self._parts))
+        if not self._is_noted:
+            return False
+        return len(shown) != len(self._entries) or not are_same(_parts(shown), self._parts)
 
     def take_over(
         self,
@@ -87,7 +88,7 @@ class ShownState:
                 inner_state[new] = state
 
 
-def _parts(shown: Mapping[Any, Any]) -> tuple[Iterable[Any], Iterable[Any], Iterable[Any]]:
+def _parts(shown: Mapping[Any, Any]) -> Iterable[Any]:
     """Returns what tells one state from another: whose it is, and each value with its name.
 
     Values alone would not: a state that is moved to another parameter has the same ones.
@@ -97,5 +98,5 @@ def _parts(shown: Mapping[Any, Any]) -> tuple[Iterable[Any], Iterable[Any], Iter
     if set(map(type, states)) - {dict}:  # somebody keeps what is no dictionary
         others = [state for state in states if not isinstance(state, dict)]
         states = [state for state in states if isinstance(state, dict)]
-    values = chain(chain.from_iterable(map(dict.values, states)), others)
-    return shown, values, chain.from_iterable(states)
+    values = chain.from_iterable(map(dict.values, states))
+    return chain(shown, values, others, chain.from_iterable(states))

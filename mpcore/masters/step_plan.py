@@ -46,9 +46,8 @@ class DevicePlan:
         tensors: list[Tensor | None] = []
         for group in self.groups:
             rate = _learning_rate(group["lr"], self.device)
-            known = isinstance(rate, float)
-            numbers.append(self.rule.numbers(group, rate if known else 0.0))
-            tensors.append(None if known else rate)
+            numbers.append(self.rule.numbers(group, rate if isinstance(rate, float) else 0.0))
+            tensors.append(rate if isinstance(rate, Tensor) else None)
         return Hyper(tuple(numbers), tuple(tensors))
 
     def note_prepared(self, hyper: Hyper) -> None:
@@ -135,10 +134,10 @@ def make_plan(
     """
     group_of = {param: i for i, group in enumerate(groups) for param in group["params"]}
     names_of = [rule.moments(group) for group in groups]
-    sorted_params = _sorted(params, lambda param: names_of[group_of[param]], masters)
+    by_device = _sorted(params, lambda param: names_of[group_of[param]], masters)
     devices, written = [], ParameterSet.as_now(params)
     everything = HeldState(inner_state)
-    for device, by_key in sorted_params.items():
+    for device, by_key in by_device.items():
         batches = []
         for (names, half, store), members in by_key.items():
             held = [masters.of(param) for param in members]
@@ -149,8 +148,7 @@ def make_plan(
                 _complete(inner_state, (master, one), dict(zip(names, values, strict=True)), rule)
                 for master, one, values in zip(held, like, first, strict=True)
             ]
-            counts = rule.counts_steps(names)
-            if counts:
+            if counts := rule.counts_steps(names):
                 _gather_steps(states)
             everything.add(lying, states, names)
             batches.append(
@@ -164,8 +162,7 @@ def make_plan(
                 )
             )
         plan = backend.plan_update(rule.name, batches)
-        # the same object where it can be: to find that out at each step takes longer
-        updated = [written if are_same(some, written) else some for some in by_key.values()]
+        updated = [_the_same(members, written) for members in by_key.values()]
         devices.append(DevicePlan(device, updated, plan, rule, groups))
     masters.link_state(params)
     return StepPlan(
@@ -176,6 +173,11 @@ def make_plan(
         version=masters.version,
         held=everything,
     )
+
+
+def _the_same(params: Sequence[Tensor], written: ParameterSet) -> Sequence[Tensor]:
+    """Returns `written` for the same parameters: each step then sees at once that they are."""
+    return written if are_same(params, written) else params
 
 
 def _sorted(

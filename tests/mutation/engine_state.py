@@ -19,7 +19,7 @@ INTERRUPTIONS = [
         ("a failed step keeps what a scaler handed over", "External.leave(self)", "pass"),
     ),
     *engine_mutants(
-        "engine/stage.py",
+        "engine/stage_questions.py",
         ("test_interruptions_of_others.py",),
         (
             "half a step is clipped and added to",
@@ -96,13 +96,13 @@ INNER = [
         ),
     ),
     *engine_mutants(
-        "engine/stage.py",
+        "engine/stage_questions.py",
         ("test_inner_methods.py",),
         ("gradients that wait are passed by", "return waits or self", "return self"),
         (
             "sums that wait are passed by",
-            "self.gradients is not None or self._sums.exist",
-            "self.gradients is not None",
+            "return self.gradients is not None or self._sums.exist",
+            "return self.gradients is not None",
         ),
     ),
     *engine_mutants(
@@ -341,7 +341,8 @@ GRAPHS = engine_mutants(
     "base/graphs.py",
     ("test_compiled_training.py",),
     ("methods are traced", "return _disable_dynamo(method)", "return method"),
-    ("hooks run twice", "    hooked.hooked = True  # type: ignore[attr-defined]\n", ""),
+    ("hooks run twice", "    step.hooked = True  # type: ignore[attr-defined]\n", ""),
+    ("hooks of a step are forgotten", "if any(hooks) or", "if"),
 )
 
 STATE = [*INTERRUPTIONS, *INNER, *MEMORY, *ANY_STATE, *SCALERS, *GRAPHS]

@@ -94,8 +94,8 @@ EDITS = [
         ("counts are told again", "        self._known = now\n", ""),
         (
             "ranks may start from different masters",
-            "if written and several_ranks():",
-            "if not written and several_ranks():",
+            "if not began and several_ranks():",
+            "if began and several_ranks():",
         ),
         (
             "refused elements are not told of",
@@ -214,8 +214,8 @@ SHARED = [
         ),
         (
             "masters from elsewhere fit for the other one",
-            "found = self.sharing.suspects(NEVER)\n",
-            "found = []\n",
+            "self.sharing.suspects(NEVER) if self.sharing.links else []",
+            "[]",
         ),
         ("a doubt is told to nobody", "            self.sharing.doubt(param)", "            pass"),
     ),
@@ -282,13 +282,13 @@ REPLACED = [
         ("test_state_of_any_kind.py",),
         (
             "a state that changed its parameter is not seen",
-            "return shown, values, chain.from_iterable(states)",
-            "return (), values, chain.from_iterable(states)",
+            "return chain(shown, values,",
+            "return chain(values,",
         ),
         (
             "a value that changed its name is not seen",
-            "return shown, values, chain.from_iterable(states)",
-            "return shown, values, ()",
+            "others, chain.from_iterable(states))",
+            "others)",
         ),
     ),
     *engine_mutants(

@@ -32,6 +32,7 @@ import torch._dynamo  # noqa: F401 - which an optimizer of torch imports
 import triton.language  # noqa: F401
 from adopting import ADOPT
 from casting import CASTING
+from course import COURSE
 from drivers import DRIVERS
 from elementwise import ELEMENTWISE
 from engine_gradients import GRADIENTS
@@ -45,7 +46,7 @@ from mixed_paths import MIXED
 from reductions import REDUCTIONS
 
 OF_KERNELS = [*ELEMENTWISE, *REDUCTIONS, *ADOPT, *LAUNCHES, *UPDATES, *MACHINE_CODE]
-OF_THE_ENGINE = [*GRADIENTS, *WEIGHTS, *STATE, *STORES, *MIXED, *DRIVERS, *RANKS, *CASTING]
+OF_THE_ENGINE = [*GRADIENTS, *WEIGHTS, *STATE, *STORES, *MIXED, *COURSE, *DRIVERS, *RANKS, *CASTING]
 MUTANTS = [*OF_KERNELS, *OF_THE_ENGINE]
 ROOT = Path(__file__).resolve().parents[2]
 PROCESSES = 2

@@ -138,7 +138,7 @@ OUT_OF_TURN = [
     *(
         Row(
             f"half unscaled{where}: {remedy}",
-            *("stage_checks.py check_not_torn 1", settings),
+            *("stage_checks.py raise_torn 1", settings),
             then(passed, interrupted("unscale_")(look), World.finish),
             *("Call zero_grad() of this optimizer and run the backward passes again", follow),
             general_only=look is World.finish,
