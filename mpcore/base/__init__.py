@@ -36,6 +36,7 @@ from mpcore.base.gradient_set import GradientSet
 from mpcore.base.graphs import outside_graphs, outside_graphs_step
 from mpcore.base.host_copy import HostCopy, comes_late, is_capturing
 from mpcore.base.kinds import Kinds
+from mpcore.base.labels import label
 from mpcore.base.layouts import laid_out_like, own_memory
 from mpcore.base.machine import (
     Cpu,
@@ -85,6 +86,7 @@ __all__ = [
     "held_here",
     "is_capturing",
     "is_placed_otherwise",
+    "label",
     "laid_out_like",
     "map_tensors",
     "outside_graphs",

@@ -13,8 +13,8 @@ import torch
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-# private to torch, and as old as 2.2
-_CHEAP_LABEL: Any = getattr(torch._C._profiler, "_RecordFunctionFast", None)
+from mpcore.base.labels import CHEAP_LABEL
+
 _is_profiling: Callable[[], bool] = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
 _GLOBAL_HOOKS = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
 
@@ -38,7 +38,7 @@ def outside_graphs_step(step: Callable[_P, _R]) -> Callable[_P, _R]:
     for profilers costs some 20 us: while none runs, whoever else listens gets a cheaper one.
     """
     hooked = torch.optim.Optimizer.profile_hook_step(step)
-    if _CHEAP_LABEL is None:
+    if CHEAP_LABEL is None:
         return _marked(outside_graphs(hooked))
 
     @wraps(step)
@@ -47,7 +47,7 @@ def outside_graphs_step(step: Callable[_P, _R]) -> Callable[_P, _R]:
         hooks = (self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks, *_GLOBAL_HOOKS)
         if any(hooks) or _is_profiling():
             return hooked(*args, **options)
-        with _CHEAP_LABEL(f"Optimizer.step#{type(self).__name__}.step"):
+        with CHEAP_LABEL(f"Optimizer.step#{type(self).__name__}.step"):
             result = step(*args, **options)
             self._optimizer_step_code()
             return result

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from mpcore.base import outside_graphs
+from mpcore.engine.passes import Passes
 from mpcore.engine.stage import Stage
 from mpcore.loss_scale import (
     Losses,
@@ -53,7 +54,7 @@ class BackwardPasses:
         if stage.watcher is not None:
             stage.watcher.see_loss(outputs)
         if not self.loss_scaling.scales:
-            stage.scaled, stage.zeroed = True, False
+            stage.passes = Passes.begun()
             stage.flush_watch.see_loss(outputs)
             return outputs
         scaled: Outputs = scale_outputs(outputs, self._scale.scale)

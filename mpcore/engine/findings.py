@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mpcore.backends import Backend, Inspection, rounded_max_norm
-from mpcore.base import ParameterSet, held_here
+from mpcore.base import ParameterSet, held_here, label
 from mpcore.engine.coefficient import Coefficient
 from mpcore.engine.gradient_buckets import (
     Bucket,
@@ -152,15 +152,16 @@ class Findings:
         hyper = None if here is None else here.read_hyper()
         if here is not None:
             here.used()
-        found = self._backend.inspect(
-            grads,
-            coefficient,
-            max_norm,
-            inverted=inverted,
-            statistics=bool(self._statistics) and bucket.found is None,
-            plan=None if here is None else here.plan,
-            hyper=hyper,
-        )
+        with label("mpcore.inspect"):
+            found = self._backend.inspect(
+                grads,
+                coefficient,
+                max_norm,
+                inverted=inverted,
+                statistics=bool(self._statistics) and bucket.found is None,
+                plan=None if here is None else here.plan,
+                hyper=hyper,
+            )
         if here is not None and hyper is not None:
             here.note_prepared(hyper)
         self.coefficient.note_look(found, inverted)

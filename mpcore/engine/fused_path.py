@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mpcore.backends import Backend, ScaleMove
+from mpcore.base import label
 from mpcore.engine.gradients import StepGradients
 from mpcore.masters import Groups, Masters, StepPlan, WeightEdits, Writes, make_plan
 from mpcore.updates import UpdateRule
@@ -151,15 +152,16 @@ class FusedPath:
                 found_here = found_inf.to(part.device, non_blocking=True)
             edits = self._edits.begin_update(part.params)
             self._writes.begin()
-            self._backend.update_(
-                part.plan,
-                grads,
-                here,
-                found_here,
-                saturated,
-                then=move if alone else None,
-                edits=edits,
-            )
+            with label("mpcore.update"):
+                self._backend.update_(
+                    part.plan,
+                    grads,
+                    here,
+                    found_here,
+                    saturated,
+                    then=move if alone else None,
+                    edits=edits,
+                )
             part.used()
             moved = moved or (alone and move is not None)
             if part.device != home:

@@ -13,6 +13,7 @@ from mpcore.base import (
     ParameterSet,
     are_same,
     grads_of,
+    label,
     laid_out_like,
     own_memory,
 )
@@ -120,7 +121,8 @@ class StepGradients:
                     grad = own_memory(param, grad)
                     if grad.stride() != param.stride():
                         param.grad = laid_out_like(param, grad)
-                self._backend.unscale_into(grads, buffers, coefficient, first)
+                with label("mpcore.unscale"):
+                    self._backend.unscale_into(grads, buffers, coefficient, first)
                 self.torn, self._handed_over = in_place, True
                 for param, buffer in zip(bucket.with_master, buffers, strict=True):
                     self._masters.of(param).grad = buffer

@@ -250,7 +250,7 @@ class MixedPrecisionOptimizer(
             raise
         finally:
             self._stage.drop_gradients()
-            self._stage.scaled = False
+            self._stage.passes = self._stage.passes.stepped()
         if any_gradient or first is not None or gradients.has_ranks:
             self._finish(gradients, moved)
         else:

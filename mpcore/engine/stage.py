@@ -17,6 +17,7 @@ from mpcore.engine.external import External
 from mpcore.engine.flush_watch import FlushWatch
 from mpcore.engine.gradients import StepGradients
 from mpcore.engine.leftovers import Leftovers
+from mpcore.engine.passes import Passes
 from mpcore.engine.scale_moves import ScaleMoves
 from mpcore.engine.stage_questions import StageQuestions
 from mpcore.engine.step_ranks import StepRanks
@@ -66,9 +67,7 @@ class Stage(StageQuestions):
         ranks: StepRanks,
     ) -> None:
         self.gradients: StepGradients | None = None
-        self.scaled = False  # whether scale() was called since the last step
-        self._thrown = False  # whether what it scaled was thrown away since
-        self.zeroed = False  # whether gradients are zeros that zero_grad() left
+        self.passes = Passes()
         self.result: StepResult | None = None
         self._groups = groups
         self._masters = masters
@@ -129,10 +128,10 @@ class Stage(StageQuestions):
         """Returns gradients that were found as those of this step."""
         params = found.params
         if self._loss_scaling.scales:
-            twice = self.scaled and not self._thrown
+            twice = self.passes.scaled and not self.passes.thrown
             # with ranks, the last stage of a pipeline may be the only one that has a loss
             asked = bool(params) and (external is not None or not self.ranks.agree)
-            checks.check_scaled(caller, external, asked, self.scaled, twice)
+            checks.check_scaled(caller, external, asked, self.passes.scaled, twice)
         elif external is None:
             self.flush_watch.see(params, self._backend, self._tensors.scale.device)
         self.clip_watch.check()
@@ -172,7 +171,7 @@ class Stage(StageQuestions):
 
     def note_scaled(self, outputs: Any) -> None:
         """Notes that a scaled backward pass is to come."""
-        self.scaled, self.zeroed, self._thrown = True, False, False
+        self.passes = Passes.begun()
         self.clip_watch.watch(outputs)
 
     def check_open(self, caller: str) -> None:
@@ -193,8 +192,8 @@ class Stage(StageQuestions):
         params, _ = self.parameters.with_gradient(caller)
         if not params:
             return
-        if loss is None and not self.zeroed and self._loss_scaling.scales:
-            checks.check_scaled(caller, None, True, self.scaled, False)
+        if loss is None and not self.passes.zeroed and self._loss_scaling.scales:
+            checks.check_scaled(caller, None, True, self.passes.scaled, False)
         self.clip_watch.check()
         scaling = self._loss_scaling if loss is None else loss.scaling
         scale = self._tensors.scale if loss is None else loss.tensors.scale
@@ -225,7 +224,7 @@ class Stage(StageQuestions):
 
     def begin_closure(self) -> None:
         """Notes which gradients wait for the step that a closure comes to; no host sync."""
-        scaled = self.scaled and not self.zeroed
+        scaled = self.passes.wait
         may_wait = scaled or not self._loss_scaling.scales
         params = self._leftovers.others(self._params()) if may_wait else []
         self.waiting.note(params, whole=self._holds_any, scaled=scaled)
@@ -234,7 +233,7 @@ class Stage(StageQuestions):
         """Returns the gradients of one of several passes of a step, and readies the next."""
         gradients = self.collect(caller, external)
         gradients.conceal()
-        self.gradients, self.scaled = None, False
+        self.gradients, self.passes = None, self.passes.stepped()
         self._leftovers.expect(gradients, self._params())
         self.waiting.forget()
         return gradients
@@ -261,7 +260,7 @@ class Stage(StageQuestions):
             statistics=None if self.watcher is None else self.watcher.begin_step(params),
             collected=grads,
             agreement=self.ranks.of_pass(external),
-            scaled=self.scaled or grads is None or not self._loss_scaling.scales,
+            scaled=self.passes.scaled or grads is None or not self._loss_scaling.scales,
         )
 
     def finish(
@@ -276,7 +275,7 @@ class Stage(StageQuestions):
         if self.gradients is not gradients:  # those of a closure
             gradients.release()
         self.drop_gradients()
-        self.scaled = False
+        self.passes = self.passes.stepped()
         if external is None:
             params = self._params()
             whole = left is not None and len(left) == len(params)
@@ -294,7 +293,7 @@ class Stage(StageQuestions):
 
     def note_cleared(self, set_to_none: bool) -> None:
         """Notes that `p.grad` is None everywhere, or zeros."""
-        self.zeroed = not set_to_none
+        self.passes = self.passes.cleared(zeros=not set_to_none)
         if set_to_none:
             self._leftovers.forget()
 
@@ -311,7 +310,7 @@ class Stage(StageQuestions):
             last_step: Whether the last step is none any more, either.
         """
         if last_step:
-            self.result, self.scaled = None, False
+            self.result, self.passes = None, self.passes.stepped()
         self.drop_gradients()
         self.clip_watch.forget()
         self._leftovers.forget_failed()
@@ -321,7 +320,8 @@ class Stage(StageQuestions):
     def throw_away(self, *, last_step: bool = False) -> None:
         """Ends a step that nobody took, as skipped if a look found overflow; may raise; no sync."""
         self.waiting.warn_if_any()
-        gradients, self._thrown = self.gradients, self.clip_watch.has_begun
+        gradients = self.gradients
+        self.passes = self.passes.thrown_away(begun=self.clip_watch.has_begun)
         counts = gradients is not None and gradients.counts and self._outside_scale is None
         # first: if it fails, what was found is not forgotten
         if gradients is not None and counts and not gradients.torn:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mpcore.engine import stage_checks as checks
 from mpcore.engine.gradients import StepGradients
 from mpcore.engine.leftovers import Leftovers
+from mpcore.engine.passes import Passes
 from mpcore.engine.step_sums import StepSums
 from mpcore.engine.waiting import WaitingGradients
 from mpcore.masters import Groups, Writes
@@ -14,8 +15,7 @@ class StageQuestions:
     """Where within a step an optimizer is, as its `Stage` knows it."""
 
     gradients: StepGradients | None
-    scaled: bool
-    zeroed: bool
+    passes: Passes
     waiting: WaitingGradients
     _groups: Groups
     _leftovers: Leftovers
@@ -41,7 +41,7 @@ class StageQuestions:
     @property
     def is_untouched(self) -> bool:
         """Whether nothing of a step was scaled, collected or added up."""
-        return not self.scaled and not self._holds_any
+        return not self.passes.scaled and not self._holds_any
 
     @property
     def unscaled(self) -> bool:
@@ -51,7 +51,7 @@ class StageQuestions:
     @property
     def waits(self) -> bool:
         """Whether gradients of a scaled loss wait for a step."""
-        waits = self.scaled and not self.zeroed and checks.any_gradient(self._groups)
+        waits = self.passes.wait and checks.any_gradient(self._groups)
         return waits or self._holds_any
 
     def check_whole(self, caller: str) -> None:

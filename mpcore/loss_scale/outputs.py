@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpcore.base import label
 from mpcore.errors import ArgumentTypeError
 
 
@@ -25,7 +26,8 @@ def scale_outputs(outputs: Any, scale: Tensor) -> Any:
         if wide.dtype != torch.float32:
             wide = wide.to(torch.promote_types(wide.dtype, torch.float32))
         here = scale.device == wide.device
-        return wide * (scale if here else scale.to(wide.device, non_blocking=True))
+        with label("mpcore.scale"):
+            return wide * (scale if here else scale.to(wide.device, non_blocking=True))
     if isinstance(outputs, (list, tuple)):
         scaled = [scale_outputs(output, scale) for output in outputs]
         is_named = hasattr(outputs, "_fields")  # a named tuple takes its fields one by one
