@@ -28,8 +28,8 @@ class UpdateSample:
     def __init__(self, params: Sequence[Tensor], masters: Masters) -> None:
         #: whether there is one of each parameter
         self.is_of_all = all(param.dtype in SIXTEEN_BIT for param in params)
-        #: masters that have changed, as far as `lost` has looked
-        self.moved = 0
+        #: how many masters of each parameter have changed, as far as `lost` has looked
+        self.moved: list[tuple[Tensor, int]] = []
         self._params: dict[tuple[torch.device, torch.dtype], Sequence[Tensor]] = {}
         self._before: dict[tuple[torch.device, torch.dtype], MasterSample] = {}
         kinds = [(param.device, param.dtype) for param in params]
@@ -49,13 +49,16 @@ class UpdateSample:
         is the update added to that, rounded. Syncs with the host, once for each device.
         """
         counts: dict[torch.device, list[Tensor]] = {}
+        looked_at: dict[torch.device, list[Tensor]] = {}
         for (device, dtype), before in self._before.items():
-            held = _held(self._params[device, dtype], masters)
-            counts.setdefault(device, []).append(before.lost(held))
-        read = [torch.stack(some).sum(0).tolist() for some in counts.values()]
-        lost, moved = sum(one[0] for one in read), sum(one[1] for one in read)
-        self.moved = moved
-        return lost / moved if moved else None
+            params = self._params[device, dtype]
+            counts.setdefault(device, []).append(before.lost(_held(params, masters)))
+            looked_at.setdefault(device, []).extend(params)
+        rows = [row for some in counts.values() for row in torch.cat(some).tolist()]
+        params = [param for some in looked_at.values() for param in some]
+        self.moved = [(param, moved) for param, (_, moved) in zip(params, rows, strict=True)]
+        lost, changed = sum(row[0] for row in rows), sum(row[1] for row in rows)
+        return lost / changed if changed else None
 
 
 def _held(params: Sequence[Tensor], masters: Masters) -> list[Tensor]:
