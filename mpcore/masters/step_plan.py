@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from mpcore.backends import Backend
-from mpcore.base import SIXTEEN_BIT, ParameterSet, addresses_of, are_same, held_here, sharded_like
-from mpcore.errors import ArgumentError
+from mpcore.base import SIXTEEN_BIT, ParameterSet, addresses_of, are_same, held_here
+from mpcore.masters.held_moments import complete
 from mpcore.masters.held_state import HeldState
 from mpcore.masters.masters import Groups, Masters
 from mpcore.updates import Batch, Hyper, UpdateRule, shared_base
 
-#: What the tensors of a batch have in common: names of moments, 16-bit dtype, store of masters.
-_Key = tuple[tuple[str, ...], torch.dtype | None, str]
+#: What the tensors of a batch have in common: names of moments, 16-bit dtype, store of masters,
+#: and those of moments.
+_Key = tuple[tuple[str, ...], torch.dtype | None, str, tuple[str, ...]]
 
 
 @dataclass
@@ -129,34 +130,40 @@ def make_plan(
     """
     group_of = {param: i for i, group in enumerate(groups) for param in group["params"]}
     names_of = [rule.moments(group) for group in groups]
-    sorted_params = _sorted(params, lambda param: names_of[group_of[param]], masters)
+    number_of = masters.numbers()
+    sorted_params = _sorted(params, lambda param: names_of[group_of[param]], masters, rule)
     devices = []
     everything = HeldState(inner_state)
     for device, by_key in sorted_params.items():
         batches = []
-        for (names, half, store), members in by_key.items():
+        for (names, half, store, kept), members in by_key.items():
             held = [masters.of(param) for param in members]
             lying = held if half is None else _laid_out(masters, members)
             first = [rule.first_moments(groups[group_of[param]]) for param in members]
             like = map(masters.layout_of, members)
+            draws = masters.moments.are_random(store, kept)
+            counts = draws or rule.counts_steps(names)
             states = [
-                _complete(inner_state, (master, one), dict(zip(names, values, strict=True)), rule)
+                _complete(
+                    inner_state, (master, one), list(zip(names, values, kept, strict=True)), counts
+                )
                 for master, one, values in zip(held, like, first, strict=True)
             ]
-            counts = rule.counts_steps(names)
+            if draws:
+                for param, state in zip(members, states, strict=True):
+                    masters.moments.give_key(state, number_of[param])
             if counts:
                 _gather_steps(states)
-            everything.add(lying, states, names)
-            batches.append(
-                Batch(
-                    masters=lying,
-                    store=store,
-                    weights=None if half is None else members,
-                    moments=[[state[name] for state in states] for name in names],
-                    steps=[state["step"] for state in states] if counts else None,
-                    groups=[group_of[param] for param in members],
-                )
+            everything.add(lying, states, masters.moments.names_in(names, kept))
+            batch = Batch(
+                masters=lying,
+                store=store,
+                weights=None if half is None or store == "none" else members,
+                moments=[[state[name] for state in states] for name in names],
+                steps=[state["step"] for state in states] if counts else None,
+                groups=[group_of[param] for param in members],
             )
+            batches.append(masters.moments.told(batch, states, kept, names))
         plan = backend.plan_update(rule.name, batches)
         devices.append(DevicePlan(device, list(by_key.values()), plan, rule, groups))
     masters.link_state(params)
@@ -171,7 +178,10 @@ def make_plan(
 
 
 def _sorted(
-    params: Sequence[Tensor], names: Callable[[Tensor], tuple[str, ...]], masters: Masters
+    params: Sequence[Tensor],
+    names: Callable[[Tensor], tuple[str, ...]],
+    masters: Masters,
+    rule: UpdateRule,
 ) -> dict[torch.device, dict[_Key, list[Tensor]]]:
     """Returns parameters by device, then by what a batch has one of."""
     by_device: dict[torch.device, Any] = {}
@@ -179,7 +189,8 @@ def _sorted(
         half = param.dtype if param.dtype in SIXTEEN_BIT else None
         store = "float32" if half is None else masters.held.store_of(param)
         by_key = by_device.setdefault(param.device, {})
-        by_key.setdefault((names(param), half, store), []).append(param)
+        kept = masters.moments.stores(masters.layout_of(param), names(param), rule)
+        by_key.setdefault((names(param), half, store, kept), []).append(param)
     return by_device
 
 
@@ -200,36 +211,23 @@ def _laid_out(masters: Masters, params: Sequence[Tensor]) -> list[Tensor]:
 def _complete(
     inner_state: dict[Tensor, dict[str, Any]],
     of: tuple[Tensor, Tensor],
-    first: dict[str, float],
-    rule: UpdateRule,
+    first: Sequence[tuple[str, float, str]],
+    counts: bool,
 ) -> dict[str, Any]:
     """Returns the state of a master with every moment and the step count in it, as kernels want.
 
     Args:
         inner_state: The wrapped optimizer's state, by master.
         of: A master, and a tensor that has its shape and strides.
-        first: The names of its moments, and what they start from.
-        rule: What computes the update.
+        first: The names of its moments, what they start from, and their stores.
+        counts: Whether steps are counted.
     """
-    names, (master, like) = tuple(first), of
-    state = inner_state[master] if names or rule.counts_steps(names) else {}
-    had_moments = bool(names) and state.get(names[0]) is not None
-    for name, value in first.items():
-        moment = state.get(name)
-        if moment is None:
-            state[name] = torch.full_like(like, value, dtype=torch.float32)
-        elif moment.shape != master.shape:
-            raise ArgumentError(
-                f"state[{name!r}]: expected {list(master.shape)} like the parameter, got "
-                f"{list(moment.shape)}. Put a tensor of its shape there, or delete the entry of "
-                "the parameter from optimizer.state to begin anew."
-            )
-        else:
-            state[name] = moment = sharded_like(like, moment)
-            laid_out = held_here(moment).stride() == held_here(like).stride()
-            if moment.dtype != torch.float32 or not laid_out:
-                state[name] = torch.empty_like(like, dtype=torch.float32).copy_(moment)
-    if rule.counts_steps(names):
+    master, like = of
+    state = inner_state[master] if first or counts else {}
+    had_moments = bool(first) and state.get(first[0][0]) is not None
+    for name, value, store in first:
+        complete(state, name, like, value, store)
+    if counts:
         step = state.get("step")
         # torch.optim.SGD counts nothing: a velocity that exists has had its first step
         value = float(had_moments) if step is None else step
