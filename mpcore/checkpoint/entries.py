@@ -141,7 +141,8 @@ def _check_tensor(where: str, value: Any, param: Tensor, dtypes: set[torch.dtype
     if isinstance(value, Tensor) and value.dtype in dtypes and value.shape == param.shape:
         return
     got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
-    wanted = next(iter(dtypes - {param.dtype}), param.dtype)
+    float32 = {torch.float32} & dtypes
+    wanted = next(iter(float32 or dtypes - {param.dtype}), param.dtype)
     raise ArgumentError(
         f"{where}: expected a {wanted} tensor of shape {list(param.shape)}, got {got}."
     )
