@@ -3,6 +3,7 @@
 import mpcore
 import pytest
 import torch
+from mpcore.engine.fused_only import check_fused
 from mpcore.updates import rule_of
 
 from mpcore_testing.bits import same_bits
@@ -256,6 +257,12 @@ def test_what_cannot_be_combined(options, message):
     with pytest.raises(mpcore.ArgumentError, match=message):
         mpcore.MixedPrecisionOptimizer(ADAMW(params), mpcore.NoLossScale(), **options)
     mpcore.MixedPrecisionOptimizer(ADAMW(params))  # what was refused is as it was
+
+
+@pytest.mark.parametrize("backend", ["triton", "cpu"])
+def test_backends_without_compact_moments_are_named(backend):
+    with pytest.raises(mpcore.ArgumentError, match=f"one of the backends .* got '{backend}'"):
+        check_fused('moments="int8"', "auto", backend, [None])
 
 
 def test_the_reference_backend_fuses_by_itself_where_only_that_works():

@@ -11,7 +11,7 @@ updates read compact moments: there is no general path for them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -89,40 +89,35 @@ class HeldMoments:
         return MASTER_STORES[master].is_random or any(MOMENT_STORES[m].is_random for m in kept)
 
     def told(
-        self, batch: Batch, states: Sequence[State], kept: Sequence[str], names: Sequence[str]
+        self,
+        batch: Batch,
+        states: Iterable[tuple[State, int]],
+        names: Sequence[str],
+        kept: Sequence[str],
     ) -> Batch:
         """Returns a batch that says how its moments are kept, and which random bits it draws.
 
         Args:
             batch: Without that.
-            states: Of its tensors, with a key each if it is random.
-            kept: The stores of its moments.
-            names: Of these.
+            states: Of its tensors, and the place of each in the param groups; a state that has no
+                key gets one if the batch is random.
+            names: Of its moments.
+            kept: The stores of these.
         """
         if set(kept) <= {"float32"} and not self.are_random(batch.store, kept):
             return batch
+        pairs = list(states)
         scales = [
-            [state[scales_of(name)] for state in states]
-            if MOMENT_STORES[store].has_scales
-            else None
-            for name, store in zip(names, kept, strict=True)
+            [state[scales_of(n)] for state, _ in pairs] if MOMENT_STORES[store].has_scales else None
+            for n, store in zip(names, kept, strict=True)
         ]
         return replace(
             batch,
             moment_stores=tuple(kept),
             scales=scales,
-            keys=[state[RANDOM_KEY] for state in states],
+            keys=[state.setdefault(RANDOM_KEY, key_of(self.seed, n)) for state, n in pairs],
             offsets=list(map(first_offset, batch.masters)),
         )
-
-    def give_key(self, state: State, number: int) -> None:
-        """Gives a state its key, unless it has one.
-
-        Args:
-            state: Of a parameter.
-            number: Its place in the param groups.
-        """
-        state.setdefault(RANDOM_KEY, key_of(self.seed, number))
 
     def names_in(self, names: Sequence[str], kept: Sequence[str]) -> tuple[str, ...]:
         """Returns the names of all tensors that hold moments of these names and stores."""

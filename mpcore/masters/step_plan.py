@@ -139,19 +139,14 @@ def make_plan(
         for (names, half, store, kept), members in by_key.items():
             held = [masters.of(param) for param in members]
             lying = held if half is None else _laid_out(masters, members)
-            first = [rule.first_moments(groups[group_of[param]]) for param in members]
             like = map(masters.layout_of, members)
-            draws = masters.moments.are_random(store, kept)
-            counts = draws or rule.counts_steps(names)
+            values = [rule.first_moments(groups[group_of[param]]) for param in members]
+            first = [list(zip(names, one, kept, strict=True)) for one in values]
+            counts = masters.moments.are_random(store, kept) or rule.counts_steps(names)
             states = [
-                _complete(
-                    inner_state, (master, one), list(zip(names, values, kept, strict=True)), counts
-                )
-                for master, one, values in zip(held, like, first, strict=True)
+                _complete(inner_state, of, one, counts)
+                for *of, one in zip(held, like, first, strict=True)
             ]
-            if draws:
-                for param, state in zip(members, states, strict=True):
-                    masters.moments.give_key(state, number_of[param])
             if counts:
                 _gather_steps(states)
             everything.add(lying, states, masters.moments.names_in(names, kept))
@@ -163,7 +158,8 @@ def make_plan(
                 steps=[state["step"] for state in states] if counts else None,
                 groups=[group_of[param] for param in members],
             )
-            batches.append(masters.moments.told(batch, states, kept, names))
+            numbered = zip(states, map(number_of.__getitem__, members), strict=True)
+            batches.append(masters.moments.told(batch, numbered, names, kept))
         plan = backend.plan_update(rule.name, batches)
         devices.append(DevicePlan(device, list(by_key.values()), plan, rule, groups))
     masters.link_state(params)
@@ -210,7 +206,7 @@ def _laid_out(masters: Masters, params: Sequence[Tensor]) -> list[Tensor]:
 
 def _complete(
     inner_state: dict[Tensor, dict[str, Any]],
-    of: tuple[Tensor, Tensor],
+    of: Sequence[Tensor],
     first: Sequence[tuple[str, float, str]],
     counts: bool,
 ) -> dict[str, Any]:
