@@ -31,6 +31,10 @@ def test_a_storage_saved_twice_counts_once_and_parameters_do_not_count():
         (training.BF16_MASTERS, 24, 48 + 96, 5 * 4 * 2 + 5 * 3 * 2),
         (training.FP16_SPLIT, 24, 24 + 96, 5 * 4 * 2 + 5 * 3 * 2),
         (training.BF16_SPLIT, 24, 24 + 96, 5 * 4 * 2 + 5 * 3 * 2),
+        (training.BF16_SPLIT_BF16, 24, 24 + 48, 5 * 4 * 2 + 5 * 3 * 2),
+        (training.BF16_NONE_BF16, 24, 48, 5 * 4 * 2 + 5 * 3 * 2),
+        # rows of 4 numbers fill no block of 8 bits
+        (training.BF16_SPLIT_INT8, 24, 24 + 48, 5 * 4 * 2 + 5 * 3 * 2),
     ],
     ids=lambda value: getattr(value, "key", None),
 )
@@ -54,8 +58,12 @@ def test_training_table_shows_shares_of_fp32_and_no_time_on_a_cpu():
     assert table.rows[0][5:] == ("100.0%", "100.0%")
     assert "ms" not in table.header
     assert any("No times" in note for note in table.notes)
-    fp32, fp16, fp16_split, bf16, bf16_split, autocast = measured
+    fp32, fp16, fp16_split, bf16, bf16_split, *compact, autocast = measured
     assert fp16.activations == bf16.activations < autocast.activations < fp32.activations
+    split_half, split_codes, none_half, none_codes = (row.state for row in compact)
+    assert none_half < split_half < bf16_split.state
+    assert (split_half, none_half) == (split_codes, none_codes)  # rows of 32 at most: no 8 bits
+    assert {row.activations for row in compact} == {bf16.activations}
     for split, whole in ((fp16_split, fp16), (bf16_split, bf16)):
         assert split.activations == whole.activations
         assert 0 < whole.state - split.state < whole.weights  # of weights that are 16-bit

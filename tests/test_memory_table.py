@@ -11,6 +11,15 @@ from mpcore.monitoring.memory import resident_bytes
 from torch import nn
 from typer.testing import CliRunner
 
+WAYS = [
+    ("float32", "float32"),
+    ("split", "float32"),
+    ("split", "bfloat16"),
+    ("split", "int8"),
+    ("none", "bfloat16"),
+    ("none", "int8"),
+]
+
 
 def run(*arguments):
     runner = CliRunner(env={"COLUMNS": "200"})
@@ -26,10 +35,14 @@ def test_rows_are_what_optimizers_keep(moments):
         3: lambda params: torch.optim.AdamW(params, amsgrad=True),
     }
     _, *rows = memory_rows(moments)
-    for masters, row in zip(("float32", "split"), rows, strict=True):
-        weight = nn.Parameter(torch.ones(64, 32).half())
+    for (masters, kept), row in zip(WAYS, rows, strict=True):
+        weight = nn.Parameter(torch.ones(64, 512).bfloat16())
         optimizer = mpcore.MixedPrecisionOptimizer(
-            builds[moments]([weight]), mpcore.NoLossScale(), backend="compiled", masters=masters
+            builds[moments]([weight]),
+            mpcore.NoLossScale(),
+            backend="compiled",
+            masters=masters,
+            moments=kept,
         )
         optimizer.backward(weight.float().sum())
         optimizer.step()
@@ -39,7 +52,8 @@ def test_rows_are_what_optimizers_keep(moments):
         assert (found.masters, found.moments) == (row.master * size, row.moments * size)
         for compact in (False, True):
             state = optimizer.state_dict(compact=compact)["state"].get(0, {})
-            saved = sum(t.nbytes for name, t in state.items() if name != "step")
+            of_it = [t for name, t in state.items() if name not in ("step", "random_key")]
+            saved = sum(t.nbytes for t in of_it)
             assert row.file(compact=compact) * size == saved + weight.nbytes
 
 
@@ -52,7 +66,7 @@ def test_a_size_is_shared_by_ranks():
 def test_the_command_prints_the_table():
     found = run("1G", "--ranks", 8, "--moments", 1)
     assert found.exit_code == 0, found.output
-    assert 'masters="split"' in found.output
+    assert 'masters="split", moments="int8"' in found.output
     assert "on each of 8 ranks" in found.output
     assert "…" not in found.output
 

@@ -309,7 +309,7 @@ def wrap(**options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"masters": "half"}, "masters: expected one of float32, split, got 'half'"),
+        ({"masters": "half"}, "masters: expected one of float32, split, none, got 'half'"),
         ({"masters": "split", "backend": "cpu"}, 'Pass backend="reference"'),
         ({"masters": "split", "on_weight_edit": "raise"}, 'expected "adopt" or "always"'),
     ],

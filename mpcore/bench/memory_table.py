@@ -10,10 +10,17 @@ from typing import NamedTuple
 
 from mpcore.base import Table
 from mpcore.errors import ArgumentError
-from mpcore.stores import MASTER_STORES
+from mpcore.stores import BLOCK, MASTER_STORES
 
 _GIB = 2**30
-_MOMENT = 4
+#: Of a moment in each store; 8-bit ones in rows that fill their blocks.
+_MOMENTS = {"float32": 4.0, "bfloat16": 2.0, "int8": 1 + 4 / BLOCK}
+#: The ways to keep masters and moments.
+_WAYS = (
+    ("float32", "float32"),
+    *(("split", moments) for moments in _MOMENTS),
+    *(("none", moments) for moments in ("bfloat16", "int8")),
+)
 
 
 class Bytes(NamedTuple):
@@ -25,26 +32,24 @@ class Bytes(NamedTuple):
         gradient: Of its gradient.
         master: Of what lies beside the weight.
         moments: Of the optimizer's state.
-        compact: Of what lies beside the weight in `state_dict(compact=True)`.
-        saved: Of the master in `state_dict()`.
+        saved: Of the master and the moments in `state_dict()`.
     """
 
     label: str
     weight: int
     gradient: int
     master: int
-    moments: int
-    compact: int
+    moments: float
     saved: int
 
     @property
-    def held(self) -> int:
+    def held(self) -> float:
         """All that stays in memory."""
         return self.weight + self.gradient + self.master + self.moments
 
-    def file(self, *, compact: bool) -> int:
+    def file(self, *, compact: bool) -> float:
         """Of a checkpoint: weights, masters and moments."""
-        return self.weight + self.moments + (self.compact if compact else self.saved)
+        return self.weight + (self.master + self.moments if compact else self.saved)
 
 
 def memory_rows(moments: int) -> tuple[Bytes, ...]:
@@ -54,15 +59,16 @@ def memory_rows(moments: int) -> tuple[Bytes, ...]:
         moments: How many the optimizer has.
 
     Example:
-        >>> [(row.label, row.held) for row in memory_rows(2)]
-        [('FP32', 16), ('16 bits, masters="float32"', 16), ('16 bits, masters="split"', 14)]
+        >>> [row.held for row in memory_rows(2)]
+        [16, 16.0, 14.0, 10.0, 8.03125, 8.0, 6.03125]
     """
-    state = _MOMENT * moments
-    rows = [Bytes("FP32", 4, 4, 0, state, compact=0, saved=0)]
-    for name in ("float32", "split"):
-        beside = MASTER_STORES[name].bytes_per_element
-        label = f'16 bits, masters="{name}"'
-        rows.append(Bytes(label, 2, 2, beside, state, compact=beside, saved=4))
+    wide = 4 * moments
+    rows = [Bytes("FP32", 4, 4, 0, wide, saved=wide)]
+    for masters, kept in _WAYS:
+        beside, state = MASTER_STORES[masters].bytes_per_element, _MOMENTS[kept] * moments
+        label = f'16 bits, masters="{masters}"'
+        label += "" if kept == "float32" else f', moments="{kept}"'
+        rows.append(Bytes(label, 2, 2, beside, state, saved=4 + wide))
     return tuple(rows)
 
 
@@ -87,7 +93,11 @@ def memory_table(parameters: int, *, ranks: int = 1, moments: int = 2) -> Table:
         parts = (row.weight, row.gradient, row.master, row.moments, row.held)
         files = [row.file(compact=compact) for compact in (False, True)]
         sizes = (row.held * here, files[0] * parameters, files[1] * parameters)
-        return (row.label, *map(str, parts), *(f"{size / _GIB:.2f}" for size in sizes))
+        return (
+            row.label,
+            *(f"{part:.4g}" for part in parts),
+            *(f"{size / _GIB:.2f}" for size in sizes),
+        )
 
     shared = "" if ranks == 1 else f", held on each of {ranks} ranks"
     return Table(
@@ -98,8 +108,10 @@ def memory_table(parameters: int, *, ranks: int = 1, moments: int = 2) -> Table:
         ),
         rows=tuple(map(cells, memory_rows(moments))),
         notes=(
-            "Master: what lies beside the 16-bit weight, float32 or an int16 remainder. Saved: "
-            "weights, masters and moments of all ranks; compact: state_dict(compact=True).",
+            "Master: what lies beside the 16-bit weight: float32, an int16 remainder, or nothing. "
+            "Saved: weights, masters and moments of all ranks; compact: state_dict(compact=True).",
+            "8-bit moments: 4 bytes of scales for 256 numbers of a row; rows of fewer numbers, and "
+            'parameters of one dimension, keep bfloat16 moments. masters="none" is for bfloat16.',
             "Activations, buffers and what a step needs besides are not in here. The general path "
             "gives split masters 4 more bytes a parameter while the wrapped optimizer steps.",
         ),

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from mpcore.base import SIXTEEN_BIT, is_placed_otherwise
 from mpcore.errors import ArgumentError
-from mpcore.masters import MASTER_KEYS, HeldMasters
+from mpcore.masters import MASTER_KEYS, RANDOM_KEY, HeldMasters, Masters, scales_of
+from mpcore.stores import scales_shape
 from mpcore.updates import UpdateRule
 
 State = dict[str, Any]
@@ -36,14 +37,16 @@ def kind(value: Any) -> Any:
     return None
 
 
-def known_names(rule: UpdateRule, group: State, held: HeldMasters) -> dict[str, bool]:
+def known_names(rule: UpdateRule, group: State, masters: Masters) -> dict[str, bool]:
     """Returns what a state may hold under an update rule: name -> whether it is a moment."""
-    others = dict.fromkeys(("step", *held.names), False)
-    return {**dict.fromkeys(rule.moments(group), True), **others}
+    moments, others = rule.moments(group), ["step", *masters.held.names]
+    others += [] if masters.fused_only is None else [RANDOM_KEY]
+    others += map(scales_of, moments) if masters.moments.kept == "int8" else []
+    return {**dict.fromkeys(moments, True), **dict.fromkeys(others, False)}
 
 
 def check_state(
-    where: str, saved: State, param: Tensor, names: dict[str, bool] | None, held: HeldMasters
+    where: str, saved: State, param: Tensor, names: dict[str, bool] | None, masters: Masters
 ) -> None:
     """Raises, naming the key, unless a state is one of `param`.
 
@@ -52,8 +55,9 @@ def check_state(
         saved: The state.
         param: Whose it shall be.
         names: From `known_names`; None: of an optimizer of its own, nobody knows what it keeps.
-        held: How masters are kept.
+        masters: Say how masters and moments are kept.
     """
+    held = masters.held
     _check_parts(where, saved, param, held)
     wide = torch.float64 if param.dtype == torch.float64 else torch.float32
     # one that was never stepped has no master, and the moments that its optimizer made
@@ -64,7 +68,9 @@ def check_state(
             continue
         if names is not None and key not in names:
             raise ArgumentError(f"{where}: expected the keys {list(names)}, got {key!r} too.")
-        if key == "step":
+        if key == RANDOM_KEY or key in map(scales_of, saved):
+            _check_beside(f"{where}[{key!r}]", key, value)
+        elif key == "step":
             if kind(value) != "number":
                 raise ArgumentError(f"{where}[{key!r}]: expected a number, got {value!r}.")
         elif hasattr(value, "placements") and not hasattr(param, "placements"):
@@ -73,9 +79,7 @@ def check_state(
                 "torch.distributed.checkpoint loads what was saved sharded into any layout."
             )
         elif (
-            is_placed_otherwise(param, value, f"{where}[{key!r}]")
-            and is_part
-            and held.dtype_of(key) != torch.float32
+            is_placed_otherwise(param, value, f"{where}[{key!r}]") and not value.is_floating_point()
         ):
             raise ArgumentError(
                 f"{where}[{key!r}]: expected the placements of the parameter, got others, and no "
@@ -85,7 +89,33 @@ def check_state(
         elif is_part:
             _check_tensor(f"{where}[{key!r}]", value, param, {held.dtype_of(key)})
         elif value is not None:
-            _check_tensor(f"{where}[{key!r}]", value, param, dtypes)
+            compact = masters.moments.dtypes if names is not None and names[key] else ()
+            _check_tensor(f"{where}[{key!r}]", value, param, {*dtypes, *compact})
+            _check_scales(f"{where}[{scales_of(key)!r}]", value, saved.get(scales_of(key)))
+
+
+def _check_beside(where: str, key: str, value: Any) -> None:
+    """Raises unless what is beside moments can be that: a key of random bits, or scales."""
+    if key == RANDOM_KEY and not (type(value) is int and 0 <= value < 2**64):
+        raise ArgumentError(f"{where}: expected an integer below 2^64, got {value!r}.")
+    if key != RANDOM_KEY and not isinstance(value, Tensor):
+        raise ArgumentError(f"{where}: expected a float32 tensor, got {value!r}.")
+
+
+def _check_scales(where: str, value: Tensor, scales: Any) -> None:
+    """Raises unless there are scales beside codes, and none beside what are none."""
+    if value.is_floating_point():
+        wanted, shape = scales is None, None
+    else:
+        shape = scales_shape(value.shape)
+        fits = isinstance(scales, Tensor) and tuple(scales.shape) == shape
+        wanted = fits and scales.dtype == torch.float32
+    if not wanted:
+        got = f"{scales.dtype} {list(scales.shape)}" if isinstance(scales, Tensor) else scales
+        raise ArgumentError(
+            f"{where}: expected {'none' if shape is None else f'float32 {list(shape)}'} beside a "
+            f"moment of {value.dtype}, got {got}."
+        )
 
 
 def _check_parts(where: str, saved: State, param: Tensor, held: HeldMasters) -> None:
@@ -111,7 +141,8 @@ def _check_tensor(where: str, value: Any, param: Tensor, dtypes: set[torch.dtype
     if isinstance(value, Tensor) and value.dtype in dtypes and value.shape == param.shape:
         return
     got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
-    wanted = next(iter(dtypes - {param.dtype}), param.dtype)
+    float32 = {torch.float32} & dtypes
+    wanted = next(iter(float32 or dtypes - {param.dtype}), param.dtype)
     raise ArgumentError(
         f"{where}: expected a {wanted} tensor of shape {list(param.shape)}, got {got}."
     )

@@ -14,7 +14,7 @@ from mpcore.base import SIXTEEN_BIT, any_dtensor, map_tensors, sharded_like
 from mpcore.checkpoint.entries import check_complete, check_kinds, check_state, known_names
 from mpcore.checkpoint.section import SECTION
 from mpcore.errors import ArgumentError
-from mpcore.masters import Groups, HeldMasters
+from mpcore.masters import Groups, Masters
 from mpcore.updates import UpdateRule, rules_of
 
 State = dict[str, Any]
@@ -38,7 +38,7 @@ class Saved(NamedTuple):
 
 
 def read_states(
-    state_dict: State, inner: torch.optim.Optimizer, held: HeldMasters, *, stepped: bool = False
+    state_dict: State, inner: torch.optim.Optimizer, masters: Masters, *, stepped: bool = False
 ) -> Saved:
     """Returns the states and options of a state_dict, checked; no host sync.
 
@@ -48,14 +48,14 @@ def read_states(
     Args:
         state_dict: As from `MixedPrecisionOptimizer.state_dict()`.
         inner: The wrapped optimizer. States of one that has an update rule are checked key by key.
-        held: How masters are kept: they may be saved so, or in float32.
+        masters: Say how masters and moments are kept: they may be saved so, or in float32.
         stepped: Whether steps were taken, so that somewhere there have to be moments.
 
     Raises:
         ArgumentError: Something is missing, foreign, or of another shape or dtype; the message
             names the key.
     """
-    groups, rules = inner.param_groups, rules_of(inner)
+    groups, rules, held = inner.param_groups, rules_of(inner), masters.held
     saved_groups, saved_states = _checked_layout(state_dict)
     matches = _matched(groups, saved_groups)
     sources = [(f'state_dict["param_groups"][{n}]', saved_groups[n]) for _, n in matches]
@@ -67,8 +67,8 @@ def read_states(
             if index in saved_states:
                 where = f'state_dict["state"][{index}]'
                 saved_group = {**group, **saved_groups[source]}
-                names = None if rule is None else known_names(rule, saved_group, held)
-                check_state(where, saved_states[index], param, names, held)
+                names = None if rule is None else known_names(rule, saved_group, masters)
+                check_state(where, saved_states[index], param, names, masters)
                 check_complete(where, saved_states[index], rule, names)
                 on_device = bool(group.get("capturable") or group.get("fused"))
                 states[param] = _for(param, saved_states[index], on_device)
@@ -87,11 +87,11 @@ def read_states(
             'state_dict["state"]: expected states of the parameters of its groups, got '
             f"{foreign - others}."
         )
-    options = _filled(inner, sources, states, held)
+    options = _filled(inner, sources, states, masters)
     home = groups[0]["params"][0].device if groups and groups[0]["params"] else torch.device("cpu")
     kept = {key: _moved(saved_states[key], home, True) for key in others}
     if stepped:
-        _check_not_left_out(states, groups, rules, held)
+        _check_not_left_out(states, groups, rules, masters)
     param_of = {
         index: param
         for group, (indices, _) in zip(groups, matches, strict=True)
@@ -172,7 +172,7 @@ def _filled(
     inner: torch.optim.Optimizer,
     sources: list[tuple[str, State]],
     states: dict[Tensor, State],
-    held: HeldMasters,
+    masters: Masters,
 ) -> list[State]:
     """Returns the options of each group; they and `states` as this version of torch wants them.
 
@@ -189,7 +189,7 @@ def _filled(
         for (where, saved), group in zip(sources, groups, strict=True)
     ]
     given = [{**own, "params": group["params"]} for own, group in zip(options, groups, strict=True)]
-    plain = {param: held.without_parts(state) for param, state in states.items()}
+    plain = {param: masters.held.without_parts(state) for param, state in states.items()}
     state = defaultdict(dict, {param: values for param, values in plain.items() if values})
     stand_in: Any = type(inner).__new__(type(inner))
     stand_in.__dict__.update(inner.__dict__, defaults=dict(inner.defaults))
@@ -225,7 +225,7 @@ def _check_not_left_out(
     states: dict[Tensor, State],
     groups: Sequence[State],
     rules: Sequence[UpdateRule | None],
-    held: HeldMasters,
+    masters: Masters,
 ) -> None:
     """Raises if no parameter has masters or moments that there must be after a step.
 
@@ -235,14 +235,15 @@ def _check_not_left_out(
     found = {name for state in states.values() for name, v in state.items() if v is not None}
     stepped = list(states) or [param for group in groups for param in group["params"]]
     moments: set[str] = set()
-    begun = False
+    begun, held = False, masters.held
     for group, rule in zip(groups, rules, strict=True):
         if rule is not None:
             moments.update(rule.moments(group))
         else:
             begun |= any(set(states.get(p, ())) - set(held.names) for p in group["params"])
     any_half = any(param.dtype in SIXTEEN_BIT for param in stepped)
-    wanted = {"master"} if any_half and found.isdisjoint(held.names) else set()
+    needs_master = any_half and held.store != "none" and found.isdisjoint(held.names)
+    wanted = {"master"} if needs_master else set()
     if not (begun or moments & found):
         wanted |= moments
     missing = sorted(wanted - found)

@@ -33,6 +33,7 @@ class Regime:
         autocast: Dtype that FP32 weights are cast to where they are used; None for no autocast.
         own_scale: Its loss scale; None for the one that all scaled regimes share.
         store: How masters lie in memory.
+        moments: How moments do.
     """
 
     key: str
@@ -42,12 +43,18 @@ class Regime:
     scaled: bool
     autocast: torch.dtype | None = None
     own_scale: LossScale | None = None
-    store: Literal["float32", "split"] = "float32"
+    store: Literal["float32", "split", "none"] = "float32"
+    moments: Literal["float32", "bfloat16", "int8"] = "float32"
 
     @property
     def keeps_masters(self) -> bool:
         """Whether a 16-bit weight has an FP32 master."""
         return self.masters and self.weights != torch.float32
+
+    @property
+    def is_compact(self) -> bool:
+        """Whether only fused updates know how its state is kept."""
+        return self.store == "none" or self.moments != "float32"
 
     def arithmetic(self) -> AbstractContextManager[object]:
         """Returns the context in which the model's forward pass runs.
@@ -85,6 +92,42 @@ FP16_SPLIT = Regime(
 )
 BF16_SPLIT = Regime(
     "bf16-split", "BF16 + split masters", torch.bfloat16, masters=True, scaled=False, store="split"
+)
+BF16_SPLIT_BF16 = Regime(
+    "bf16-split-bf16",
+    "BF16 + split masters, BF16 moments",
+    torch.bfloat16,
+    masters=True,
+    scaled=False,
+    store="split",
+    moments="bfloat16",
+)
+BF16_SPLIT_INT8 = Regime(
+    "bf16-split-int8",
+    "BF16 + split masters, 8-bit moments",
+    torch.bfloat16,
+    masters=True,
+    scaled=False,
+    store="split",
+    moments="int8",
+)
+BF16_NONE_BF16 = Regime(
+    "bf16-none-bf16",
+    "BF16 rounded at random, BF16 moments",
+    torch.bfloat16,
+    masters=True,
+    scaled=False,
+    store="none",
+    moments="bfloat16",
+)
+BF16_NONE_INT8 = Regime(
+    "bf16-none-int8",
+    "BF16 rounded at random, 8-bit moments",
+    torch.bfloat16,
+    masters=True,
+    scaled=False,
+    store="none",
+    moments="int8",
 )
 AUTOCAST = Regime(
     "autocast",
@@ -205,16 +248,20 @@ def prepare(
             adamw.weight_decay,
             loss_scale,
         )
-    plain = PlainAdamW(
+    # a subclass has no fused update; the backend is one that every machine has
+    kind = torch.optim.AdamW if regime.is_compact else PlainAdamW
+    backend: Literal["auto", "reference"] = "reference" if regime.is_compact else "auto"
+    plain = kind(
         model.parameters(),
         lr=adamw.lr,
         betas=adamw.betas,
         eps=adamw.eps,
         weight_decay=adamw.weight_decay,
     )
-    if regime == FP32:  # not the same object in another process
+    if isinstance(plain, PlainAdamW) and regime == FP32:  # not the same object elsewhere
         return model, plain
-    optimizer = MixedPrecisionOptimizer(plain, loss_scale, masters=regime.store)
+    kept: dict[str, Any] = {"masters": regime.store, "moments": regime.moments}
+    optimizer = MixedPrecisionOptimizer(plain, loss_scale, backend=backend, **kept)
     if regime.keeps_masters:
         model = cast_model(model, regime.weights, optimizer)
     return model, optimizer

@@ -31,7 +31,7 @@ from mpcore.loss_scale import (
     check_loss_scale,
     initial_state,
 )
-from mpcore.masters import WeightEdits, Writes, check_inner
+from mpcore.masters import WeightEdits, Writes, check_inner, check_moments
 from mpcore.ranks import Ranks, check_ranks
 
 
@@ -60,7 +60,12 @@ class MixedPrecisionOptimizer(
             those of the meshes of DTensors; without any, this process decides alone.
         masters: How masters lie in memory. "float32": as tensors. "split": the weight is the upper
             half of its master, an int16 `state[p]["remainder"]` the lower one, 2 bytes a parameter
-            less; the same bits but for float16 below 2^-16. See docs/memory.md.
+            less; the same bits but for float16 below 2^-16. "none": nothing beside a bfloat16
+            weight, which is rounded at random. See docs/memory.md.
+        moments: How moments lie in memory. "float32", "bfloat16" (rounded at random), or "int8"
+            (8 bits and a scale for each 256 numbers of a row; short rows get bfloat16). What is not
+            "float32" needs a fused step, as `masters="none"` does.
+        seed: Of what is rounded at random.
 
     Raises:
         ArgumentTypeError: `optimizer` or `loss_scale` is something else.
@@ -101,13 +106,16 @@ class MixedPrecisionOptimizer(
         path: Literal["auto", "fused", "general"] = "auto",
         on_weight_edit: Literal["adopt", "always", "raise"] = "adopt",
         ranks: Ranks | None = None,
-        masters: Literal["float32", "split"] = "float32",
+        masters: Literal["float32", "split", "none"] = "float32",
+        moments: Literal["float32", "bfloat16", "int8"] = "float32",
+        seed: int = 0,
     ) -> None:
         check_inner(optimizer, MixedPrecisionOptimizer)
         check_loss_scale(loss_scale)
         check_path(path)
         self.ranks = check_ranks(ranks)
-        super().__init__(optimizer, backend, masters, on_weight_edit)
+        held = check_moments(moments, seed)
+        super().__init__(optimizer, backend, masters, held, on_weight_edit)
         self.loss_scaling = loss_scale
         self._path = path
         home = next((param.device for param in self._params()), torch.device("cpu"))

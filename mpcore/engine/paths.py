@@ -11,6 +11,7 @@ from torch import Tensor
 from mpcore.backends import Backend, ScaleMove
 from mpcore.base import held_here, why_no_memory
 from mpcore.engine.device_skips import is_torchs
+from mpcore.engine.fused_only import PACKING, check_fused, check_no_call
 from mpcore.engine.fused_path import FusedPath
 from mpcore.engine.general_path import GeneralPath
 from mpcore.engine.gradients import StepGradients
@@ -47,12 +48,8 @@ class GroupPath(NamedTuple):
         return f"{self.path}: {self.reason}"
 
 
-#: The backends that fuse updates of masters that are no float32 tensors.
-PACKING = ("reference", "compiled")
-
-
 def choose_paths(
-    asked: str, inner: torch.optim.Optimizer, backend: str, store: str
+    asked: str, inner: torch.optim.Optimizer, backend: str, masters: Masters
 ) -> tuple[GroupPath, ...]:
     """Returns the path of each param group, which does not depend on the others; no host sync.
 
@@ -60,12 +57,15 @@ def choose_paths(
         asked: "auto", "fused" or "general".
         inner: The wrapped optimizer.
         backend: Its name. The reference backend is an oracle and fuses only when asked to.
-        store: How masters are kept.
+        masters: Say how masters and moments are kept.
 
     Raises:
-        ArgumentError: "fused" was asked for and cannot be taken.
+        ArgumentError: "fused" was asked for, or is needed, and cannot be taken.
     """
-    groups = inner.param_groups
+    groups, store = inner.param_groups, masters.held.store
+    if masters.fused_only is not None:
+        check_fused(masters.fused_only, asked, backend, _reasons(inner, backend, store))
+        asked = "fused"
     if asked == "general":
         return tuple(GroupPath("general", "it was asked for") for _ in groups)
     if asked == "auto" and backend == "reference":
@@ -211,9 +211,7 @@ class Paths:
         """Returns the path of each param group, as options and hooks are now."""
         signature = _signature(self._inner, self._masters.version)
         if signature != self._signature:
-            self._chosen = choose_paths(
-                self._asked, self._inner, self._backend, self._masters.held.store
-            )
+            self._chosen = choose_paths(self._asked, self._inner, self._backend, self._masters)
             self._signature, self._last = signature, None
             for path in self._fused.values():
                 groups = path.inner.param_groups
@@ -306,12 +304,14 @@ class Paths:
             adopt: Makes weights that others wrote to the masters, which are there by then.
             method: A method of the wrapped optimizer.
         """
+        check_no_call(self._masters.fused_only)
         self._hand_over()
         return self.general.call_inner(adopt, method)
 
     def initialise_state(self, gradients: StepGradients) -> None:
         """Makes the optimizer's state and changes no weight."""
-        self.general.initialise_state(gradients)
+        if self._masters.fused_only is None:
+            self.general.initialise_state(gradients)
         for path, some in self._split(gradients.params).fused:
             path.plan(some)  # makes what only its steps need
 

@@ -52,10 +52,10 @@ class Saving:
         """Returns masters, moments, options, loss scale and counters; syncs with the host.
 
         Args:
-            compact: Masters and moments as they lie in memory: fewer bytes with
-                `masters="split"`, to be loaded by an optimizer that keeps them so, together with
-                the model's weights, which are a part of the masters. By default they are float32,
-                in memory of their own where they lie otherwise, and any optimizer loads them.
+            compact: Masters and moments as they lie in memory: fewer bytes with `masters=` or
+                `moments=`, to be loaded by an optimizer that keeps them so, together with the
+                model's weights, which are a part of the masters. By default they are float32, in
+                memory of their own where they lie otherwise, and any optimizer loads them.
 
         Raises:
             StageError: An exception has left half a step, a step in two calls has only had its
@@ -90,7 +90,7 @@ class Saving:
         saved = read_section(state_dict, self._losses)
         stepped = saved.loss_scale.steps > saved.loss_scale.skipped_steps
         options, states, param_of = read_states(
-            state_dict, self.inner, self._masters.held, stepped=stepped
+            state_dict, self.inner, self._masters, stepped=stepped
         )
         sums = section_in(state_dict).get("accumulated")
         accumulated = read_sums(sums, param_of, self._losses.each, self._scale.scale.device)
@@ -179,7 +179,7 @@ class Saving:
         with torch.no_grad():
             for name, value in values.items():
                 if name != "master":
-                    self.state[param][name].copy_(value)
+                    self._masters.moments.write(self.state[param], name, value)
         if "master" in values:
             overwrite(self._masters, [(param, values["master"])], self._module)
 
@@ -223,5 +223,5 @@ def add_section(optimizer: Any, saved: dict[str, Any]) -> None:
     saved[SECTION] = section
     if not optimizer._saves_compact:
         masters = optimizer._masters
-        packed = [(n, p) for n, p in enumerate(optimizer._params()) if masters.is_packed(p)]
+        packed = [(n, p) for n, p in enumerate(optimizer._params()) if masters.is_compact(p)]
         saved["state"].update((number, masters.float32_state(param)) for number, param in packed)

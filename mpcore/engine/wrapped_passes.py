@@ -124,7 +124,7 @@ class WrappedPasses:
 
 def _held(batch: Batch) -> Batch:
     """Returns a batch of what this rank holds."""
-    masters = list(map(held_here, batch.masters))
+    masters = [held_here(master.detach()) for master in batch.masters]
     weights = None if batch.weights is None else [held_here(w.detach()) for w in batch.weights]
     moments = [list(map(held_here, moment)) for moment in batch.moments]
     for others in (*([] if weights is None else [weights]), *moments):
@@ -136,7 +136,8 @@ def _held(batch: Batch) -> Batch:
                     f"{other.stride()}. Place masters and moments as their parameter is: "
                     "value.redistribute(placements=param.placements)."
                 )
-    return replace(batch, masters=masters, weights=weights, moments=moments)
+    scales = [None if one is None else list(map(held_here, one)) for one in batch.scales]
+    return replace(batch, masters=masters, weights=weights, moments=moments, scales=scales)
 
 
 def _laid_out_like(held: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:

@@ -14,6 +14,7 @@ from mpcore.checkpoint import SECTION
 from mpcore.engine.wrapped_passes import WrappedPasses
 from mpcore.errors import ArgumentError, BackendError
 from mpcore.masters import (
+    HeldMoments,
     Masters,
     check_group,
     check_original,
@@ -38,6 +39,7 @@ class OptimizerWrapper(torch.optim.Optimizer):
         optimizer: The wrapped optimizer, checked.
         backend: The name that was asked for.
         masters: How masters are kept.
+        moments: How moments are.
         on_weight_edit: What a step does about weights that others wrote to.
     """
 
@@ -50,7 +52,12 @@ class OptimizerWrapper(torch.optim.Optimizer):
     _check_between_steps: Callable[[str], None]
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, backend: str, masters: str, on_weight_edit: str
+        self,
+        optimizer: torch.optim.Optimizer,
+        backend: str,
+        masters: str,
+        moments: HeldMoments,
+        on_weight_edit: str,
     ) -> None:
         # torch's constructor copies the groups it is given; the shared ones replace them
         super().__init__([{"params": []}], {})
@@ -61,12 +68,17 @@ class OptimizerWrapper(torch.optim.Optimizer):
         self._choose_backend(backend)
         self.on_weight_edit = check_rule(on_weight_edit)
         check_store(masters, self.backend, on_weight_edit, self._params())
-        self._masters = Masters(optimizer, self.state, hold_masters(masters))
+        self._masters = Masters(optimizer, self.state, hold_masters(masters), moments)
 
     @property
     def masters(self) -> str:
-        """How masters lie in memory: "float32" or "split"."""
+        """How masters lie in memory: "float32", "split" or "none"."""
         return self._masters.held.store
+
+    @property
+    def moments(self) -> str:
+        """How moments lie in memory: "float32", "bfloat16" or "int8"."""
+        return self._masters.moments.kept
 
     def _mark_groups(self) -> None:
         for group in self.param_groups:
@@ -103,6 +115,7 @@ class OptimizerWrapper(torch.optim.Optimizer):
         self._check_between_steps("add_param_group()")
         self._masters.take_over_edits(self.state, self.param_groups)
         group, params = check_group(param_group, self._params())
+        check_store(self.masters, self.backend, self.on_weight_edit, params)
         everything = [*self._params(), *params]
         devices, dtypes = {p.device for p in everything}, {p.dtype for p in everything}
         name, _ = resolve(self._backend_asked, devices, dtypes)

@@ -6,6 +6,7 @@ Start with `masters.py`. Its face is what is imported here.
 from __future__ import annotations
 
 from mpcore.masters.held_masters import MASTER_KEYS, HeldMasters
+from mpcore.masters.held_moments import RANDOM_KEY, HeldMoments, check_moments, scales_of
 from mpcore.masters.inner_guards import CheckpointGuard, DirectStepGuard
 from mpcore.masters.masters import Groups, Masters
 from mpcore.masters.packed_masters import check_store, hold_masters
@@ -28,11 +29,13 @@ from mpcore.masters.writes import Writes
 
 __all__ = [
     "MASTER_KEYS",
+    "RANDOM_KEY",
     "Accumulated",
     "CheckpointGuard",
     "DirectStepGuard",
     "Groups",
     "HeldMasters",
+    "HeldMoments",
     "Masters",
     "MicroBatch",
     "Overflow",
@@ -43,6 +46,7 @@ __all__ = [
     "check_can_be_stepped",
     "check_group",
     "check_inner",
+    "check_moments",
     "check_original",
     "check_rule",
     "check_shared",
@@ -52,6 +56,7 @@ __all__ = [
     "name_of",
     "names_of",
     "overwrite",
+    "scales_of",
     "stale_weights",
     "take_weights",
     "upcast",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor
 
 from mpcore.base import any_dtensor, writes_to
 from mpcore.masters.fitted import FittedMasters
 from mpcore.masters.held_masters import HeldMasters
+from mpcore.masters.held_moments import HeldMoments
 from mpcore.masters.shared import NEVER, SUSPECT, Sharing
 
 
@@ -17,10 +19,12 @@ class KeptMasters:
 
     Args:
         held: How they lie in memory.
+        moments: How moments do.
     """
 
-    def __init__(self, held: HeldMasters) -> None:
+    def __init__(self, held: HeldMasters, moments: HeldMoments) -> None:
         self.held = held
+        self.moments = moments
         self._master_of: dict[Tensor, Tensor] = {}
         #: by id of the key, which keeps it valid: its place in the order of creation
         self._place: dict[int, int] = {}
@@ -76,6 +80,18 @@ class KeptMasters:
         """Returns the values of the master of a parameter that another optimizer holds."""
         held = self.sharing.held_by_others(param, self.held.store)
         return self.held.value_of_shared(param, held)
+
+    def shared_in(self, states: dict[Tensor, dict[str, Any]]) -> dict[Tensor, Tensor]:
+        """Returns the values of saved masters of parameters whose masters others hold as well.
+
+        Raises:
+            ArgumentError: Another optimizer keeps one otherwise.
+        """
+        saved = {p: self.held.parts(s) for p, s in states.items() if isinstance(p, Tensor)}
+        shared = [p for p, s in saved.items() if s and self.sharing.others(p) is not None]
+        for param in shared:
+            self.sharing.held_by_others(param, self.held.store)
+        return {param: self.held.value_in(param, saved[param]) for param in shared}
 
     def _hold(self, param: Tensor, master: Tensor) -> None:
         self.sharing.hold(param, master, self.held.shared(param, master), self.held.store)

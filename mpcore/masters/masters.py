@@ -16,6 +16,7 @@ from torch import Tensor
 from mpcore.backends import Backend
 from mpcore.base import SIXTEEN_BIT, writes_to
 from mpcore.masters.held_masters import HeldMasters
+from mpcore.masters.held_moments import HeldMoments
 from mpcore.masters.inner_guards import check_shared_groups
 from mpcore.masters.kept_masters import KeptMasters
 from mpcore.masters.shared import NEVER, SUSPECT, Sharing
@@ -36,12 +37,17 @@ class Masters(KeptMasters):
         inner: The wrapped optimizer.
         outer_state: The wrapper's `state`, keyed by the model's parameters.
         held: How they lie in memory.
+        moments: How moments do.
     """
 
     def __init__(
-        self, inner: torch.optim.Optimizer, outer_state: dict[Tensor, Any], held: HeldMasters
+        self,
+        inner: torch.optim.Optimizer,
+        outer_state: dict[Tensor, Any],
+        held: HeldMasters,
+        moments: HeldMoments,
     ) -> None:
-        super().__init__(held)
+        super().__init__(held, moments)
         self._inner = inner
         self._shared_groups = inner.param_groups
         self._inner_state = inner.state
@@ -242,29 +248,18 @@ class Masters(KeptMasters):
         self._seen = [NEVER] * len(self._place)
         self.link_state(key for key in states if isinstance(key, Tensor))
 
-    def shared_in(self, states: dict[Tensor, dict[str, Any]]) -> dict[Tensor, Tensor]:
-        """Returns the values of saved masters of parameters whose masters others hold as well.
-
-        Raises:
-            ArgumentError: Another optimizer keeps one otherwise.
-        """
-        saved = {p: self.held.parts(s) for p, s in states.items() if isinstance(p, Tensor)}
-        shared = [p for p, s in saved.items() if s and self.sharing.others(p) is not None]
-        for param in shared:
-            self.sharing.held_by_others(param, self.held.store)
-        return {param: self.held.value_in(param, saved[param]) for param in shared}
-
-    def is_packed(self, param: Tensor) -> bool:
-        """Whether `param` has a master that does not lie in memory as float32."""
-        return param in self._master_of and not self.held.is_whole(param)
+    def is_compact(self, param: Tensor) -> bool:
+        """Whether a master or a moment of `param` may not lie in memory as float32."""
+        packed = param in self._master_of and not self.held.is_whole(param)
+        return packed or (self.moments.are_compact and param in self._outer_state)
 
     def float32_state(self, param: Tensor) -> dict[str, Any]:
         """Returns the state of `param` in float32, "master" first if there is one; no copies."""
         master = self._master_of.get(param)
         if master is None:
-            return dict(self._outer_state.get(param, {}))
+            return self.moments.decoded(self._outer_state.get(param, {}))
         value = self.held.value_of(param, master)
-        return {"master": value, **self._inner.state.get(master, {})}
+        return {"master": value, **self.moments.decoded(self._inner.state.get(master, {}))}
 
     def _resumed(self, param: Tensor, parts: dict[str, Tensor]) -> Tensor:
         """Returns a master that was loaded, which one that others hold becomes."""
@@ -338,6 +333,17 @@ class Masters(KeptMasters):
         param_of = {master: param for param, master in self._master_of.items()}
         contents = ([param_of.get(m, m) for m in g["params"]] for g in self._groups)
         return swapped(self._groups, contents)
+
+    @property
+    def fused_only(self) -> str | None:
+        """What of it fused updates alone know, as it was asked for; None: nothing."""
+        if self.held.store == "none":
+            return 'masters="none"'
+        return f'moments="{self.moments.kept}"' if self.moments.are_compact else None
+
+    def numbers(self) -> dict[Tensor, int]:
+        """Returns the place of each parameter in the param groups."""
+        return {p: n for n, p in enumerate(p for group in self._groups for p in group["params"])}
 
     @property
     def _groups(self) -> Groups:

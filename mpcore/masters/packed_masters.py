@@ -2,6 +2,7 @@
 
     split: an int16 remainder      14 bytes a parameter with AdamW: weight 2, gradient 2,
                                    remainder 2, moments 8
+    none: nothing                  12 bytes: the weight, rounded at random, is all there is
 
 A master is *whole* from when it came in float32, from a checkpoint or from `cast_model`, to the
 next step: till then its weight may be loaded, broadcast or edited as beside any float32 master.
@@ -28,37 +29,42 @@ class PackedMaster:
     Args:
         store: Encodes and decodes.
         key: float32, with the weight's shape.
-        beside: What lies beside the weight, likewise; None: the master is whole, its values are
-            those of `key`.
+        beside: What lies beside the weight, likewise, if anything does.
+        is_whole: Whether its values are those of `key`.
     """
 
-    def __init__(self, store: MasterStore, key: Tensor, beside: Tensor | None) -> None:
+    def __init__(
+        self, store: MasterStore, key: Tensor, beside: Tensor | None, *, is_whole: bool
+    ) -> None:
         self.store = store
         self.key = key
         self.beside = beside
-        if beside is not None:
-            self.release()
+        self.is_whole = is_whole
+        self.release()
 
     def value(self, param: Tensor) -> Tensor:
         """Returns it in float32."""
-        if self.beside is None:
+        if self.is_whole:
             return self.key
-        here = self.store.decode(held_here(param.detach()), held_here(self.beside))
-        if type(self.beside) is Tensor:
+        here = self._decoded(param)
+        if held_here(self.key) is self.key:
             return here
-        value = torch.empty_like(self.beside, dtype=torch.float32)  # a DTensor
+        value = torch.empty_like(param.detach(), dtype=torch.float32)  # a DTensor
         held_here(value).copy_(here)
         return value
 
+    def _decoded(self, param: Tensor) -> Tensor:
+        beside = None if self.beside is None else held_here(self.beside)
+        return self.store.decode(held_here(param.detach()), beside)
+
     def decode(self, param: Tensor) -> None:
         """Gives the key its values."""
-        if self.beside is not None:
-            weight, beside = held_here(param.detach()), held_here(self.beside)
-            held_here(self.key).data = self.store.decode(weight, beside)
+        if not self.is_whole:
+            held_here(self.key).data = self._decoded(param)
 
     def release(self) -> None:
         """Takes the values of the key out of memory: who reads it nevertheless finds NaN."""
-        if self.beside is not None:
+        if not self.is_whole:
             here = held_here(self.key)
             nothing = torch.full((), torch.nan, dtype=torch.float32, device=here.device)
             here.data = nothing.expand(here.shape)
@@ -66,13 +72,16 @@ class PackedMaster:
     def encode(self, param: Tensor, found_inf: Tensor, saturated: Tensor) -> None:
         """Writes the values of the key to the weight and beside it unless `found_inf` is set."""
         weight = held_here(param.detach())
-        if self.beside is None:
-            self.beside = torch.zeros_like(param.detach(), dtype=self.store.dtype)
+        if self.is_whole:
+            self.is_whole = False
+            if self.store.dtype is not None:
+                self.beside = torch.zeros_like(param.detach(), dtype=self.store.dtype)
             found_inf = torch.zeros_like(found_inf)  # they wait for it, skipped or not
-        beside, keep = held_here(self.beside), found_inf != 0
+        keep = found_inf != 0
         new = self.store.encode(held_here(self.key.detach()), weight.dtype)
         torch.where(keep, weight, new.weight, out=weight)
-        if new.beside is not None:
+        if new.beside is not None and self.beside is not None:
+            beside = held_here(self.beside)
             torch.where(keep, beside, new.beside, out=beside)
         saturated.add_((new.clamped & keep.logical_not()).sum())
 
@@ -87,34 +96,44 @@ class PackedMasters(HeldMasters):
     def __init__(self, store: str) -> None:
         self.store = store
         self._codec = MASTER_STORES[store]
-        self._beside, self._dtype = str(self._codec.key), self._codec.dtype or torch.float32
-        self.names = (self._beside, "master")
+        #: what lies beside a weight: its name, its dtype; None: nothing does
+        self._beside, self._dtype = self._codec.key, self._codec.dtype
+        self.names = ("master",) if self._beside is None else (self._beside, "master")
         self._of: dict[Tensor, PackedMaster] = {}
 
     def dtype_of(self, name: str) -> torch.dtype:
         """See `HeldMasters.dtype_of`."""
-        return torch.float32 if name == "master" else self._dtype
+        return self._dtype if name == self._beside and self._dtype else torch.float32
 
     def begin(self, param: Tensor, moved: Mapping[str, Any], value: Tensor | None) -> Tensor:
         """See `HeldMasters.begin`; beside a weight that is all there is lie zeros."""
+        if param.dtype not in self._codec.weight_dtypes:
+            raise ArgumentError(_why_not_dtype(self.store, param))
         if value is not None:
-            return self._hold(param, value.detach(), None)
+            return self._hold(param, value.detach(), None, is_whole=True)
         for name, part in moved.items():
             if problem_with(part, self.dtype_of(name), param) is None:
                 return self.resume(param, {name: part})
-        return self.resume(
-            param, {self._beside: torch.zeros_like(param.detach(), dtype=self._dtype)}
-        )
+        beside = None
+        if self._dtype is not None:
+            beside = torch.zeros_like(param.detach(), dtype=self._dtype)
+        return self._begin(param, beside)
 
     def resume(self, param: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
         """See `HeldMasters.resume`."""
-        beside = parts.get(self._beside)
-        if beside is None:
-            return self._hold(param, parts["master"], None)
-        return self._hold(param, torch.empty_like(param.detach(), dtype=torch.float32), beside)
+        if "master" in parts:
+            return self._hold(param, parts["master"], None, is_whole=True)
+        return self._begin(param, self._part_beside(parts))
 
-    def _hold(self, param: Tensor, key: Tensor, beside: Tensor | None) -> Tensor:
-        self._of[param] = PackedMaster(self._codec, key, beside)
+    def _part_beside(self, parts: Mapping[str, Tensor]) -> Tensor | None:
+        return None if self._beside is None else parts.get(self._beside)
+
+    def _begin(self, param: Tensor, beside: Tensor | None) -> Tensor:
+        key = torch.empty_like(param.detach(), dtype=torch.float32)
+        return self._hold(param, key, beside, is_whole=False)
+
+    def _hold(self, param: Tensor, key: Tensor, beside: Tensor | None, *, is_whole: bool) -> Tensor:
+        self._of[param] = PackedMaster(self._codec, key, beside, is_whole=is_whole)
         return key
 
     def shared(self, param: Tensor, key: Tensor) -> Any:
@@ -134,37 +153,41 @@ class PackedMasters(HeldMasters):
 
     def overwrite(self, param: Tensor, key: Tensor, parts: Mapping[str, Tensor]) -> None:
         """See `HeldMasters.overwrite`."""
-        beside = self._of[param].beside = parts.get(self._beside)
-        if beside is None:
-            held_here(key).data = held_here(parts["master"].detach())
-        self._of[param].release()  # what a whole one held
+        held, master = self._of[param], parts.get("master")
+        held.beside, held.is_whole = self._part_beside(parts), master is not None
+        if master is not None:
+            held_here(key).data = held_here(master.detach())
+        held.release()  # what a whole one held
 
     def value_in(self, param: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
         """See `HeldMasters.value_in`."""
-        key = torch.empty_like(param.detach(), dtype=torch.float32)
-        beside = parts.get(self._beside)
-        if beside is None:
+        if "master" in parts:
             return parts["master"]
-        return PackedMaster(self._codec, key, beside).value(param)
+        key = torch.empty_like(param.detach(), dtype=torch.float32)
+        beside = self._part_beside(parts)
+        return PackedMaster(self._codec, key, beside, is_whole=False).value(param)
 
     def is_whole(self, param: Tensor) -> bool:
         """See `HeldMasters.is_whole`."""
-        return self._of[param].beside is None
+        return self._of[param].is_whole
 
     def shown(self, param: Tensor, key: Tensor) -> dict[str, Tensor]:
         """See `HeldMasters.shown`: "remainder", or "master" while it is whole."""
-        beside = self._of[param].beside
-        return {"master": key} if beside is None else {self._beside: beside}
+        held = self._of[param]
+        if held.is_whole:
+            return {"master": key}
+        return {} if self._beside is None or held.beside is None else {self._beside: held.beside}
 
     def take(self, param: Tensor, key: Tensor, state: dict[str, Any]) -> Tensor:
         """See `HeldMasters.take`; a remainder that was taken out stays."""
-        beside: Tensor | None = state.pop(self._beside, None)
+        beside: Tensor | None = state.pop(self._beside, None) if self._beside else None
         master: Tensor = state.pop("master", key)
         if master is not key:
-            return self._hold(param, master, None)
+            return self._hold(param, master, None, is_whole=True)
         if beside is not None:
-            self._of[param].beside = beside
-            self._of[param].release()
+            held = self._of[param]
+            held.beside, held.is_whole = beside, False
+            held.release()
         return key
 
     def check_shown(self, shown: Mapping[Any, Any], pairs: Pairs) -> None:
@@ -189,8 +212,10 @@ class PackedMasters(HeldMasters):
 
     def lies_in(self, param: Tensor, key: Tensor) -> Tensor:
         """See `HeldMasters.lies_in`."""
-        beside = self._of[param].beside
-        return key if beside is None else beside
+        held = self._of[param]
+        if held.is_whole:
+            return key
+        return param if held.beside is None else held.beside
 
     def pack(self, pairs: Pairs, saturated: Tensor) -> bool:
         """See `HeldMasters.pack`; no earlier than a step, which has seen what the weights are."""
@@ -229,12 +254,21 @@ class PackedMasters(HeldMasters):
 
 
 #: What `masters=` may be.
-STORES = ("float32", "split")
+STORES = ("float32", "split", "none")
 
 
 def hold_masters(store: str) -> HeldMasters:
     """Returns what holds masters in one of `STORES`."""
     return HeldMasters() if store == "float32" else PackedMasters(store)
+
+
+def _why_not_dtype(store: str, param: Tensor) -> str:
+    names = ", ".join(str(dtype) for dtype in MASTER_STORES[store].weight_dtypes)
+    return (
+        f"masters: expected weights of {names} with {store!r}, got one of shape "
+        f"{list(param.shape)} in {param.dtype}, whose small numbers are too far apart to be "
+        'trained without masters. Pass masters="split".'
+    )
 
 
 def check_store(store: str, backend: str, on_weight_edit: str, params: Iterable[Tensor]) -> None:
@@ -264,6 +298,8 @@ def check_store(store: str, backend: str, on_weight_edit: str, params: Iterable[
             'masters="float32" to find out where weights are written to.'
         )
     for param in params:
+        if param.dtype in SIXTEEN_BIT and param.dtype not in MASTER_STORES[store].weight_dtypes:
+            raise ArgumentError(_why_not_dtype(store, param))
         reason = why_no_memory(held_here(param.detach()))
         # the reference backend computes with torch's operations, which wrappers know
         if param.dtype in SIXTEEN_BIT and reason is not None and backend != "reference":

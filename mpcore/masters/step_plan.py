@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from mpcore.backends import Backend
-from mpcore.base import SIXTEEN_BIT, ParameterSet, addresses_of, are_same, held_here, sharded_like
-from mpcore.errors import ArgumentError
+from mpcore.base import SIXTEEN_BIT, ParameterSet, addresses_of, are_same, held_here
+from mpcore.masters.held_moments import complete
 from mpcore.masters.held_state import HeldState
 from mpcore.masters.masters import Groups, Masters
 from mpcore.updates import Batch, Hyper, UpdateRule, shared_base
 
-#: What the tensors of a batch have in common: names of moments, 16-bit dtype, store of masters.
-_Key = tuple[tuple[str, ...], torch.dtype | None, str]
+#: What the tensors of a batch have in common: names of moments, 16-bit dtype, store of masters,
+#: and those of moments.
+_Key = tuple[tuple[str, ...], torch.dtype | None, str, tuple[str, ...]]
 
 
 @dataclass
@@ -132,35 +133,10 @@ def make_plan(
         rule: What computes the update.
         backend: Does it.
     """
-    group_of = {param: i for i, group in enumerate(groups) for param in group["params"]}
-    names_of = [rule.moments(group) for group in groups]
-    by_device = _sorted(params, lambda param: names_of[group_of[param]], masters)
+    made = _Batches(groups, inner_state, masters, rule)
     devices, written = [], ParameterSet.as_now(params)
-    everything = HeldState(inner_state)
-    for device, by_key in by_device.items():
-        batches = []
-        for (names, half, store), members in by_key.items():
-            held = [masters.of(param) for param in members]
-            lying = held if half is None else _laid_out(masters, members)
-            first = [rule.first_moments(groups[group_of[param]]) for param in members]
-            like = map(masters.layout_of, members)
-            states = [
-                _complete(inner_state, (master, one), dict(zip(names, values, strict=True)), rule)
-                for master, one, values in zip(held, like, first, strict=True)
-            ]
-            if counts := rule.counts_steps(names):
-                _gather_steps(states)
-            everything.add(lying, states, names)
-            batches.append(
-                Batch(
-                    masters=lying,
-                    store=store,
-                    weights=None if half is None else members,
-                    moments=[[state[name] for state in states] for name in names],
-                    steps=[state["step"] for state in states] if counts else None,
-                    groups=[group_of[param] for param in members],
-                )
-            )
+    for device, by_key in made.sorted(params).items():
+        batches = [made.batch_of(key, members) for key, members in by_key.items()]
         plan = backend.plan_update(rule.name, batches)
         updated = [_the_same(members, written) for members in by_key.values()]
         devices.append(DevicePlan(device, updated, plan, rule, groups))
@@ -169,28 +145,78 @@ def make_plan(
         devices=tuple(devices),
         written=written,
         members=tuple(list(group["params"]) for group in groups),
-        moments=names_of,
+        moments=made.names_of,
         version=masters.version,
-        held=everything,
+        held=made.state,
     )
+
+
+class _Batches:
+    """Makes batches of parameters; see `make_plan`."""
+
+    def __init__(
+        self,
+        groups: Groups,
+        inner_state: dict[Tensor, dict[str, Any]],
+        masters: Masters,
+        rule: UpdateRule,
+    ) -> None:
+        self._groups = groups
+        self._inner_state = inner_state
+        self._masters = masters
+        self._rule = rule
+        self._group_of = {p: n for n, group in enumerate(groups) for p in group["params"]}
+        self._number_of = masters.numbers()
+        #: the names of each group's moments
+        self.names_of = [rule.moments(group) for group in groups]
+        #: what batches were made of
+        self.state = HeldState(inner_state)
+
+    def sorted(self, params: Sequence[Tensor]) -> dict[torch.device, dict[_Key, list[Tensor]]]:
+        """Returns parameters by device, then by what a batch has one of."""
+        by_device: dict[torch.device, Any] = {}
+        masters = self._masters
+        for param in params:
+            half = param.dtype if param.dtype in SIXTEEN_BIT else None
+            store = "float32" if half is None else masters.held.store_of(param)
+            names = self.names_of[self._group_of[param]]
+            kept = masters.moments.stores(masters.layout_of(param), names, self._rule)
+            by_key = by_device.setdefault(param.device, {})
+            by_key.setdefault((names, half, store, kept), []).append(param)
+        return by_device
+
+    def batch_of(self, key: _Key, members: list[Tensor]) -> Batch:
+        """Returns the batch of some parameters that have a key in common, with all their state."""
+        (names, half, store, kept), masters, rule = key, self._masters, self._rule
+        held = [masters.of(param) for param in members]
+        lying = held if half is None else _laid_out(masters, members)
+        like = map(masters.layout_of, members)
+        groups = [self._group_of[param] for param in members]
+        values = [rule.first_moments(self._groups[number]) for number in groups]
+        first = [list(zip(names, one, kept, strict=True)) for one in values]
+        counts = masters.moments.are_random(store, kept) or rule.counts_steps(names)
+        states = [
+            _complete(self._inner_state, of, one, counts)
+            for *of, one in zip(held, like, first, strict=True)
+        ]
+        if counts:
+            _gather_steps(states)
+        self.state.add(lying, states, masters.moments.names_in(names, kept))
+        batch = Batch(
+            masters=lying,
+            store=store,
+            weights=None if half is None or store == "none" else members,
+            moments=[[state[name] for state in states] for name in names],
+            steps=[state["step"] for state in states] if counts else None,
+            groups=groups,
+        )
+        numbered = zip(states, map(self._number_of.__getitem__, members), strict=True)
+        return masters.moments.told(batch, numbered, names, kept)
 
 
 def _the_same(params: Sequence[Tensor], written: ParameterSet) -> Sequence[Tensor]:
     """Returns `written` for the same parameters: each step then sees at once that they are."""
     return written if are_same(params, written) else params
-
-
-def _sorted(
-    params: Sequence[Tensor], names: Callable[[Tensor], tuple[str, ...]], masters: Masters
-) -> dict[torch.device, dict[_Key, list[Tensor]]]:
-    """Returns parameters by device, then by what a batch has one of."""
-    by_device: dict[torch.device, Any] = {}
-    for param in params:
-        half = param.dtype if param.dtype in SIXTEEN_BIT else None
-        store = "float32" if half is None else masters.held.store_of(param)
-        by_key = by_device.setdefault(param.device, {})
-        by_key.setdefault((names(param), half, store), []).append(param)
-    return by_device
 
 
 def _laid_out(masters: Masters, params: Sequence[Tensor]) -> list[Tensor]:
@@ -209,37 +235,24 @@ def _laid_out(masters: Masters, params: Sequence[Tensor]) -> list[Tensor]:
 
 def _complete(
     inner_state: dict[Tensor, dict[str, Any]],
-    of: tuple[Tensor, Tensor],
-    first: dict[str, float],
-    rule: UpdateRule,
+    of: Sequence[Tensor],
+    first: Sequence[tuple[str, float, str]],
+    counts: bool,
 ) -> dict[str, Any]:
     """Returns the state of a master with every moment and the step count in it, as kernels want.
 
     Args:
         inner_state: The wrapped optimizer's state, by master.
         of: A master, and a tensor that has its shape and strides.
-        first: The names of its moments, and what they start from.
-        rule: What computes the update.
+        first: The names of its moments, what they start from, and their stores.
+        counts: Whether steps are counted.
     """
-    names, (master, like) = tuple(first), of
-    state = inner_state[master] if names or rule.counts_steps(names) else {}
-    had_moments = bool(names) and state.get(names[0]) is not None
-    for name, value in first.items():
-        moment = state.get(name)
-        if moment is None:
-            state[name] = torch.full_like(like, value, dtype=torch.float32)
-        elif moment.shape != master.shape:
-            raise ArgumentError(
-                f"state[{name!r}]: expected {list(master.shape)} like the parameter, got "
-                f"{list(moment.shape)}. Put a tensor of its shape there, or delete the entry of "
-                "the parameter from optimizer.state to begin anew."
-            )
-        else:
-            state[name] = moment = sharded_like(like, moment)
-            laid_out = held_here(moment).stride() == held_here(like).stride()
-            if moment.dtype != torch.float32 or not laid_out:
-                state[name] = torch.empty_like(like, dtype=torch.float32).copy_(moment)
-    if rule.counts_steps(names):
+    master, like = of
+    state = inner_state[master] if first or counts else {}
+    had_moments = bool(first) and state.get(first[0][0]) is not None
+    for name, value, store in first:
+        complete(state, name, like, value, store)
+    if counts:
         step = state.get("step")
         # torch.optim.SGD counts nothing: a velocity that exists has had its first step
         value = float(had_moments) if step is None else step

@@ -24,8 +24,9 @@ def take_weights(masters: Masters, *, exact: bool) -> None:
     """
     for param, master in masters.items():
         if not masters.held.is_whole(param):
-            if exact:
-                held_here(masters.held.lies_in(param, master)).zero_()
+            beside = masters.held.lies_in(param, master)
+            if exact and beside is not param:
+                held_here(beside).zero_()
             continue
         held = held_here(master)
         value = held_here(param.detach()).to(held.dtype)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mpcore.masters import MASTER_KEYS
+from mpcore.masters import MASTER_KEYS, scales_of
 
 
 class _Optimizer(Protocol):
@@ -31,7 +31,7 @@ class Resident:
         weights: Bytes of what the model computes with.
         gradients: Of their gradients.
         masters: Of what is kept of masters beside 16-bit weights: FP32 copies, or remainders.
-        moments: Of full-size optimizer state.
+        moments: Of full-size optimizer state, and of the scales of 8-bit moments.
         sums: Of what `accumulate` or several losses have added up for the step.
 
     Example:
@@ -98,12 +98,15 @@ def resident_bytes(optimizer: _Optimizer) -> Resident:
     states = [optimizer.state.get(param, nothing) for param in parameters]
     shapes = list(map(_shape, parameters))
     masters, moments = [], []
+    scales = {scales_of(name) for state in states for name in state}
     for name in dict.fromkeys(chain.from_iterable(states)):  # a column is quicker than its rows
         held = [
             (state[name], at) for at, state in zip(shapes, states, strict=True) if name in state
         ]
         if name in MASTER_KEYS:
             masters += [value for value, _ in held]
+        elif name in scales:
+            moments += [value for value, _ in held if isinstance(value, Tensor)]
         else:
             moments += [v for v, at in held if isinstance(v, Tensor) and _shape(v) == at]
     # an FP32 gradient that an optimizer keeps on its master counts as a gradient

@@ -35,7 +35,8 @@ class Reading:
         histogram: Values by exponent before unscaling, of all 16-bit gradients, from 2^-24 up to
             2^15, the range of float16; what is outside counts at the ends.
         lost_updates: Share of the changed masters whose update a 16-bit weight without one would
-            have lost, from at most 4,096 of each parameter; None if no master changed.
+            have lost, from at most 4,096 of each parameter; None if no master changed, or with
+            masters="none", whose weights are rounded at random and so lose none on average.
         saturated: Weights clamped to the largest finite number so far.
         findings: The gradients one by one, in the order of the parameters.
         memory: Bytes of weights, gradients, sums, masters and moments that were there.

@@ -26,12 +26,16 @@ class UpdateSample:
 
     @torch.no_grad()
     def __init__(self, params: Sequence[Tensor], masters: Masters) -> None:
-        #: whether there is one of each parameter
-        self.is_of_all = all(param.dtype in SIXTEEN_BIT for param in params)
+        #: a weight without a master loses none on average: it is rounded at random
+        self._rounds_randomly = masters.held.store == "none"
+        #: whether there is a master of each parameter
+        self.is_of_all = not self._rounds_randomly and all(p.dtype in SIXTEEN_BIT for p in params)
         #: how many masters of each parameter have changed, as far as `lost` has looked
         self.moved: list[tuple[Tensor, int]] = []
         self._params: dict[tuple[torch.device, torch.dtype], Sequence[Tensor]] = {}
         self._before: dict[tuple[torch.device, torch.dtype], MasterSample] = {}
+        if self._rounds_randomly:
+            return
         kinds = [(param.device, param.dtype) for param in params]
         for key in dict.fromkeys(kind for kind in kinds if kind[1] in SIXTEEN_BIT):
             some = list(compress(params, [kind == key for kind in kinds]))
@@ -44,6 +48,8 @@ class UpdateSample:
     @torch.no_grad()
     def lost(self, masters: Masters) -> float | None:
         """Returns the share of changed masters whose rounded weight stayed; None: none changed.
+
+        None as well with `masters="none"`.
 
         A 16-bit weight that is updated itself starts from its rounded value: what it would become
         is the update added to that, rounded. Syncs with the host, once for each device.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mpcore.stores.blocks import BLOCK, row_of
+from mpcore.stores.blocks import BLOCK, row_of, scales_shape
 from mpcore.stores.random_bits import WEIGHT_SITE, key_of, offsets_in_memory, random_bits
 from mpcore.stores.split import is_clamped, join, split
 from mpcore.stores.store import (
@@ -29,5 +29,6 @@ __all__ = [
     "offsets_in_memory",
     "random_bits",
     "row_of",
+    "scales_shape",
     "split",
 ]

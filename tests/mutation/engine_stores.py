@@ -36,7 +36,7 @@ STORES = [
         ("test_split_edits.py",),
         (
             "originals lose their digits",
-            "            return self._hold(param, value.detach(), None)",
+            "            return self._hold(param, value.detach(), None, is_whole=True)",
             "            pass",
         ),
         (
@@ -46,7 +46,7 @@ STORES = [
         ),
         (
             "a remainder that somebody put there is not taken",
-            "            self._of[param].beside = beside\n",
+            "            held.beside, held.is_whole = beside, False\n",
             "            pass\n",
         ),
         (
@@ -61,8 +61,8 @@ STORES = [
         ("test_split_checkpoints.py",),
         (
             "a remainder is dropped by a load",
-            "dtype=torch.float32), beside)",
-            "dtype=torch.float32), torch.zeros_like(beside))",
+            "return self._begin(param, self._part_beside(parts))",
+            "return self._begin(param, torch.zeros_like(self._part_beside(parts)))",
         ),
     ),
     *engine_mutants(
@@ -86,7 +86,7 @@ STORES = [
     *engine_mutants(
         "masters/weights.py",
         ("test_split_edits.py",),
-        ("exact leaves remainders", ".zero_()", ""),
+        ("exact leaves remainders", "held_here(beside).zero_()", "pass"),
     ),
     *engine_mutants(
         "masters/weights.py",

@@ -292,12 +292,12 @@ REPLACED = [
         ),
     ),
     *engine_mutants(
-        "masters/step_plan.py",
+        "masters/held_moments.py",
         ("test_replaced_parameters.py",),
         (
             "kernels read behind a moment",
-            "elif moment.shape != master.shape:",
-            "elif moment.ndim != master.ndim:",
+            "if moment.shape != like.shape:",
+            "if moment.ndim != like.ndim:",
         ),
     ),
     *engine_mutants(

@@ -36,6 +36,7 @@ from course import COURSE
 from drivers import DRIVERS
 from elementwise import ELEMENTWISE
 from engine_gradients import GRADIENTS
+from engine_moments import MOMENTS
 from engine_ranks import RANKS
 from engine_state import STATE
 from engine_stores import STORES
@@ -46,7 +47,10 @@ from mixed_paths import MIXED
 from reductions import REDUCTIONS
 
 OF_KERNELS = [*ELEMENTWISE, *REDUCTIONS, *ADOPT, *LAUNCHES, *UPDATES, *MACHINE_CODE]
-OF_THE_ENGINE = [*GRADIENTS, *WEIGHTS, *STATE, *STORES, *MIXED, *COURSE, *DRIVERS, *RANKS, *CASTING]
+OF_THE_ENGINE = [
+    *(*GRADIENTS, *WEIGHTS, *STATE, *STORES, *MOMENTS),
+    *(*MIXED, *COURSE, *DRIVERS, *RANKS, *CASTING),
+]
 MUTANTS = [*OF_KERNELS, *OF_THE_ENGINE]
 ROOT = Path(__file__).resolve().parents[2]
 PROCESSES = 2

@@ -49,7 +49,9 @@ class Engine:
         inner: torch.optim.Optimizer,
         loss_scale: Any = mpcore.DynamicLossScale(),  # noqa: B008 - a frozen value
         on_weight_edit: str = "adopt",
-        masters: Literal["float32", "split"] = "float32",
+        masters: Literal["float32", "split", "none"] = "float32",
+        moments: Literal["float32", "bfloat16", "int8"] = "float32",
+        seed: int = 0,
     ) -> mpcore.MixedPrecisionOptimizer:
         """Returns `inner`, wrapped; both are asked for by name, so neither can be another."""
         return mpcore.MixedPrecisionOptimizer(
@@ -59,6 +61,8 @@ class Engine:
             path=self.path,
             on_weight_edit=on_weight_edit,
             masters=masters,
+            moments=moments,
+            seed=seed,
         )
 
     @property
