@@ -11,8 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mpcore_testing.faulty import Layer
-
 
 def train(
     loss_of: Callable[[nn.Module, Tensor, int], Tensor],
@@ -161,37 +159,3 @@ def test_where_warnings_are_errors_sinks_have_every_reading_all_the_same() -> No
             optimizer.zero_grad()
     readings = [one.step for one in records if hasattr(one, "headroom_bits")]
     assert (raised, readings) == (1, list(range(7, 48, 8)))
-
-
-@pytest.mark.parametrize("how", ["plain", "accumulate", "closure", "outside"])
-def test_an_infinite_weight_that_is_hidden_is_told_of_at_a_reading(how: str) -> None:
-    """The step after it is skipped: what multiplied infinity by 0 has made it NaN."""
-    model = nn.Sequential(Layer(), nn.Tanh(), Layer())
-    with torch.no_grad():
-        model[0].weight[1, 2] = torch.inf
-    said = train(square, steps=1, how=how, model=model, every=1)
-    assert ["0.weight" in text for text in said if "weights are not finite" in text] == [True]
-
-
-def test_updates_of_a_large_weight_are_no_alarm_while_small_ones_move() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    with torch.no_grad():
-        model[1].weight.fill_(2.0**6)
-    tiny = lambda *args: square(*args) * 1e-7  # noqa: E731
-    assert train(tiny, lr=1e-3, model=model, scale=mpcore.StaticLossScale(2.0**10)) == []
-
-
-def test_a_bias_that_is_0_and_moves_alone_is_no_training() -> None:
-    model = nn.Linear(4, 4)
-    nn.init.zeros_(model.bias)
-    said = train(square, lr=1e-12, model=model)
-    assert [text.split(":")[0] for text in said] == ["no weight moves"]
-
-
-def test_a_monitor_that_is_closed_looks_at_weights() -> None:
-    weight = nn.Parameter(torch.ones(2).half())
-    optimizer = mpcore.MixedPrecisionOptimizer(torch.optim.SGD([weight], lr=0.1))
-    monitor = mpcore.Monitor(optimizer)
-    weight.data[1] = torch.nan
-    with pytest.warns(UserWarning, match="weights are not finite: group 0, parameter 0"):
-        monitor.close()

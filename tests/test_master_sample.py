@@ -63,12 +63,10 @@ def test_three_ways_to_count_agree_on_any_bits(dtype: torch.dtype, seed: int) ->
     ]
     after[3] = before[3].clone()  # nobody moved
     sample = MasterSample(before, 4096, dtype)
-    found = sample.lost(after)
-    assert torch.equal(found, _sample.lost_updates(torch.cat(before), after, 4096, dtype))
-    pairs = zip(before, after, strict=True)
-    assert found.tolist() == [list(in_numpy(old, new, dtype)) for old, new in pairs]
-    lost, moved = found.sum(0).tolist()
-    assert 0 < lost < moved
+    found = sample.lost(after).tolist()
+    assert found == _sample.lost_updates(torch.cat(before), after, 4096, dtype).tolist()
+    assert tuple(found) == in_numpy(torch.cat(before), torch.cat(after), dtype)
+    assert 0 < found[0] < found[1]
 
 
 @pytest.mark.parametrize("most", [1, 3, 100])
@@ -88,11 +86,11 @@ def test_without_the_library_pytorch_counts(monkeypatch: pytest.MonkeyPatch) -> 
     expected = MasterSample(masters, 8, torch.float16).lost(moved).tolist()
     monkeypatch.setattr(_c_sample, "comes_built", lambda: False)
     assert MasterSample(masters, 8, torch.float16).lost(moved).tolist() == expected
-    assert expected[0][1] == 9  # every sixth of 50
+    assert expected[1] == 9  # every sixth of 50
 
 
 def test_the_sample_is_a_copy() -> None:
     master = torch.ones(4)
     sample = MasterSample([master], 8, torch.float16)
     master += 1
-    assert sample.lost([master]).tolist() == [[0, 4]]
+    assert sample.lost([master]).tolist() == [0, 4]

@@ -39,7 +39,7 @@ class MasterSample:
         >>> sample = MasterSample([master], 8, torch.bfloat16)
         >>> master += torch.tensor([1e-5, 1.0])
         >>> sample.lost([master])
-        tensor([[1, 2]])
+        tensor([1, 2])
     """
 
     def __init__(self, masters: Sequence[Tensor], most: int, dtype: torch.dtype) -> None:
@@ -54,7 +54,7 @@ class MasterSample:
         self._run("take_sample", known, None)
 
     def lost(self, masters: Sequence[Tensor]) -> Tensor:
-        """Returns how many updates would be lost, and masters changed: int64 `[n, 2]`; no sync.
+        """Returns how many updates would be lost, and masters changed: int64 `[2]`; no sync.
 
         Args:
             masters: As they are now.
@@ -62,7 +62,7 @@ class MasterSample:
         known = _for_c(masters)
         if known is None or tuple(map(Tensor.numel, masters)) != self._sizes:
             return _sample.lost_updates(self._before, masters, self._most, self._dtype)
-        found = torch.zeros(len(masters), 2, dtype=torch.int64, device="cpu")
+        found = torch.zeros(2, dtype=torch.int64, device="cpu")
         self._run("count_lost", known, found)
         return found
 

@@ -12,7 +12,7 @@ typedef struct {
     const taken_t *taken;
     const float *const *masters;
     float *before;  /* the sample, one tensor after the other */
-    int64_t *found; /* [tensors][2], of `count_lost`: updates lost, and masters changed */
+    int64_t *found; /* of `count_lost`: updates lost, and masters changed */
     int32_t dtype;  /* of the weights */
 } sample_t;
 
@@ -117,6 +117,6 @@ void count_lost(sample_t *sample) {
             }
             (sample->dtype == FLOAT16 ? lost_of_float16 : lost_of_bfloat16)(before, after, n, counts);
         }
-        for (int i = 0; i < 2; i++) sample->found[2 * taken->tensor + i] = counts[i];
+        for (int i = 0; i < 2; i++) __atomic_fetch_add(sample->found + i, counts[i], __ATOMIC_RELAXED);
     }
 }

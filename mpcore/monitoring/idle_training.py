@@ -9,9 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from mpcore.monitoring.facts import Past
-from mpcore.monitoring.moves import Moves
 from mpcore.monitoring.reading import Reading
-from mpcore.monitoring.verdicts import first_few, scale_text
+from mpcore.monitoring.verdicts import scale_text
 
 #: Steps in a row without a gradient that is not 0; and from the first to the last of some readings
 #: in which no master has moved.
@@ -45,7 +44,7 @@ class IdleTraining:
         past: Sequence[Past],
         groups: Sequence[Mapping[str, Any]],
         *,
-        moves: Moves,
+        moved: int | None,
         own_scale: bool,
     ) -> None:
         """Looks at a reading; no host sync.
@@ -54,7 +53,7 @@ class IdleTraining:
             reading: Of the last step.
             past: The last steps, that one included.
             groups: The param groups, for their learning rates.
-            moves: What became of the weights.
+            moved: Masters of a sample of all parameters that have changed; None: there is none.
             own_scale: Whether the optimizer's own loss scale was used.
         """
         given = [group.get("lr", 0.0) for group in groups]
@@ -62,23 +61,7 @@ class IdleTraining:
         rates = [] if any(there) else list(map(float, given))  # of a device nobody asks
         self._tell("zeros", _all_zero(past[-STEPS:]))
         self._tell("skips", None if own_scale else _only_skips(past[-SKIPS:]))
-        self._tell("lost", self._all_lost(reading, moves.moved, max(rates, key=abs, default=0.0)))
-        if not reading.skipped:  # of a step that was skipped a report says so
-            self.look_at_weights(moves.bad)
-
-    def look_at_weights(self, bad: Sequence[str]) -> None:
-        """Tells of weights that are not finite, although steps go on.
-
-        Args:
-            bad: Their names.
-        """
-        if bad:
-            self._tell(
-                "weights",
-                f"weights are not finite: {first_few(bad)}. An activation function can hide that: "
-                "tanh makes 1 of an infinity, and no gradient shows it. Go back to a checkpoint, "
-                "and look at what wrote to them.",
-            )
+        self._tell("lost", self._all_lost(reading, moved, max(rates, key=abs, default=0.0)))
 
     def _all_lost(self, reading: Reading, moved: int | None, rate: float) -> str | None:
         if reading.skipped:
@@ -93,8 +76,7 @@ class IdleTraining:
             return None
         return (
             f"no weight moves: in each of {len(self._still)} readings from step {first} to "
-            f"{reading.step} no FP32 master of the sample changed but tiny ones, although the "
-            "largest learning "
+            f"{reading.step} no FP32 master of the sample changed, although the largest learning "
             f"rate is {rate:.3g} and the norm of the gradients {reading.grad_norm:.3g}. An update "
             "below 2^-25 of a weight is rounded away: raise the learning rate, or look whether it "
             "is divided twice."

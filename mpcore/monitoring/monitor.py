@@ -18,7 +18,6 @@ from mpcore.monitoring.history import Course, History
 from mpcore.monitoring.idle_training import SKIPS, IdleTraining
 from mpcore.monitoring.memory import bytes_of_sums, resident_bytes
 from mpcore.monitoring.model_state import BufferWatch, large_weights, not_finite
-from mpcore.monitoring.moves import moves_of
 from mpcore.monitoring.names import Names
 from mpcore.monitoring.pass_counts import PassCounts
 from mpcore.monitoring.pass_losses import PassLosses
@@ -119,7 +118,6 @@ class Monitor:
             self._optimizer._stage.watcher = self._optimizer._stage._sums.watcher = None
         self._deliver(wait=True)
         self._emit_course()
-        self._idle.look_at_weights(not_finite(self._parameters()))
 
     def __enter__(self) -> Monitor:
         return self
@@ -222,15 +220,17 @@ class Monitor:
         if late is not None:
             late.add(step)
         if sample is not None:
-            moves = moves_of(sample, self._optimizer, self._names.current())
-            past, groups = self._history.read(SKIPS), self._optimizer.param_groups
-            self.reading = self._made_reading(step, past[-1], counts, moves.lost)
+            lost = sample.lost(self._optimizer._masters)
+            self._averages.look()
+            past = self._history.read(SKIPS)
+            self.reading = self._made_reading(step, past[-1], counts, lost)
+            moved = sample.moved if sample.is_of_all else None
+            groups = self._optimizer.param_groups
             self._emit(self.reading)  # first: a warning may be an error
             if self.reading.skipped:
                 self._tell(step)
             self._emit_course()
-            self._idle.look(self.reading, past, groups, moves=moves, own_scale=own_scale)
-            self._averages.look()
+            self._idle.look(self.reading, past, groups, moved=moved, own_scale=own_scale)
         elif self._pending is None and self._device.type == "cpu" and result.skipped:
             self._tell(step)
 

@@ -30,8 +30,8 @@ class UpdateSample:
         self._rounds_randomly = masters.held.store == "none"
         #: whether there is a master of each parameter
         self.is_of_all = not self._rounds_randomly and all(p.dtype in SIXTEEN_BIT for p in params)
-        #: how many masters of each parameter have changed, as far as `lost` has looked
-        self.moved: list[tuple[Tensor, int]] = []
+        #: masters that have changed, as far as `lost` has looked
+        self.moved = 0
         self._params: dict[tuple[torch.device, torch.dtype], Sequence[Tensor]] = {}
         self._before: dict[tuple[torch.device, torch.dtype], MasterSample] = {}
         if self._rounds_randomly:
@@ -55,16 +55,13 @@ class UpdateSample:
         is the update added to that, rounded. Syncs with the host, once for each device.
         """
         counts: dict[torch.device, list[Tensor]] = {}
-        looked_at: dict[torch.device, list[Tensor]] = {}
         for (device, dtype), before in self._before.items():
-            params = self._params[device, dtype]
-            counts.setdefault(device, []).append(before.lost(_held(params, masters)))
-            looked_at.setdefault(device, []).extend(params)
-        rows = [row for some in counts.values() for row in torch.cat(some).tolist()]
-        params = [param for some in looked_at.values() for param in some]
-        self.moved = [(param, moved) for param, (_, moved) in zip(params, rows, strict=True)]
-        lost, changed = sum(row[0] for row in rows), sum(row[1] for row in rows)
-        return lost / changed if changed else None
+            held = _held(self._params[device, dtype], masters)
+            counts.setdefault(device, []).append(before.lost(held))
+        read = [torch.stack(some).sum(0).tolist() for some in counts.values()]
+        lost, moved = sum(one[0] for one in read), sum(one[1] for one in read)
+        self.moved = moved
+        return lost / moved if moved else None
 
 
 def _held(params: Sequence[Tensor], masters: Masters) -> list[Tensor]:
