@@ -143,10 +143,8 @@ def make_plan(
             values = [rule.first_moments(groups[group_of[param]]) for param in members]
             first = [list(zip(names, one, kept, strict=True)) for one in values]
             counts = masters.moments.are_random(store, kept) or rule.counts_steps(names)
-            states = [
-                _complete(inner_state, of, one, counts)
-                for *of, one in zip(held, like, first, strict=True)
-            ]
+            those = zip(held, like, first, strict=True)
+            states = [_complete(inner_state, of, one, counts) for *of, one in those]
             if counts:
                 _gather_steps(states)
             everything.add(lying, states, masters.moments.names_in(names, kept))
