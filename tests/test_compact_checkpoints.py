@@ -121,7 +121,7 @@ def test_another_store_refuses_a_compact_state_and_nothing_has_changed(moments):
     saved = trained(COMPILED, moments=moments).optimizer.state_dict(compact=True)
     other = trained(COMPILED, moments="float32")
     before = other.bits()
-    with pytest.raises(mpcore.ArgumentError, match=r"random_key|exp_avg"):
+    with pytest.raises(mpcore.ArgumentError, match=r"with the masters= and moments= of|exp_avg"):
         other.optimizer.load_state_dict(saved)
     assert same_bits(other.bits(), before)
 

@@ -276,12 +276,16 @@ def test_the_reference_backend_fuses_by_itself_where_only_that_works():
 @pytest.mark.parametrize("kept", [{"moments": "bfloat16"}, {"masters": "none"}])
 def test_a_group_that_is_not_fused_is_refused_and_never_silently_float32(engine, kept):
     params = weights(torch.bfloat16)
-    with pytest.raises(mpcore.ArgumentError, match=r"got param group 0: no fused update for RMSpr"):
+    with pytest.raises(
+        mpcore.ArgumentError, match=r"expected param groups whose.* 0: no fused update for RMSp"
+    ):
         engine.wrap(torch.optim.RMSprop(params), **kept)
     chain = mpcore.optim.ChainedOptimizer(
         torch.optim.AdamW(params[:2]), torch.optim.Rprop(params[2:])
     )
-    with pytest.raises(mpcore.ArgumentError, match=r"got param group 1: no fused update for Rprop"):
+    with pytest.raises(
+        mpcore.ArgumentError, match=r"expected param groups whose.* 1: no fused update for Rprop"
+    ):
         engine.wrap(chain, **kept)
 
 

@@ -37,6 +37,11 @@ def test_checkpoints_go_on_with_the_same_bits(world: list[Any]) -> None:
         assert ranks == [(True, True)] * 2, case
 
 
+def test_what_one_process_saved_as_it_lies_goes_on_in_shards(world: list[Any]) -> None:
+    for case, ranks in of(world, compact_runs.of_one_process):
+        assert ranks == [True, True], case
+
+
 def test_what_two_ranks_saved_goes_on_with_the_same_bits_on_three(
     world: list[Any], folder: Path
 ) -> None:
@@ -46,4 +51,6 @@ def test_what_two_ranks_saved_goes_on_with_the_same_bits_on_three(
 
 def test_shards_of_columns_keep_bfloat16_and_are_deterministic(world: list[Any]) -> None:
     for _, ranks in of(world, compact_runs.columns):
-        assert ranks == [("torch.bfloat16", True)] * 2
+        for dtype, same, message in ranks:
+            assert (dtype, same) == ("torch.bfloat16", True)
+            assert "expected the placements of the parameter, got others" in message

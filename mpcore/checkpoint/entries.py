@@ -9,7 +9,14 @@ from torch import Tensor
 
 from mpcore.base import SIXTEEN_BIT, is_placed_otherwise
 from mpcore.errors import ArgumentError
-from mpcore.masters import MASTER_KEYS, RANDOM_KEY, HeldMasters, Masters, scales_of
+from mpcore.masters import (
+    MASTER_KEYS,
+    RANDOM_KEY,
+    HeldMasters,
+    Masters,
+    cover_rows,
+    scales_of,
+)
 from mpcore.stores import scales_shape
 from mpcore.updates import UpdateRule
 
@@ -67,7 +74,10 @@ def check_state(
         if not is_part and names is None:
             continue
         if names is not None and key not in names:
-            raise ArgumentError(f"{where}: expected the keys {list(names)}, got {key!r} too.")
+            hint = ""
+            if key == RANDOM_KEY or key in map(scales_of, saved):
+                hint = " Load a state_dict(compact=True) with the masters= and moments= of its run."
+            raise ArgumentError(f"{where}: expected the keys {list(names)}, got {key!r} too.{hint}")
         if key == RANDOM_KEY or key in map(scales_of, saved):
             _check_beside(f"{where}[{key!r}]", key, value)
         elif key == "step":
@@ -78,9 +88,7 @@ def check_state(
                 f"{where}[{key!r}]: expected a tensor, since the parameter is one, got a DTensor. "
                 "torch.distributed.checkpoint loads what was saved sharded into any layout."
             )
-        elif (
-            is_placed_otherwise(param, value, f"{where}[{key!r}]") and not value.is_floating_point()
-        ):
+        elif _cannot_be_placed(f"{where}[{key!r}]", value, param, is_part=is_part):
             raise ArgumentError(
                 f"{where}[{key!r}]: expected the placements of the parameter, got others, and no "
                 f"process group sends {value.dtype}. Save without compact=True, or load through "
@@ -92,6 +100,14 @@ def check_state(
             compact = masters.moments.dtypes if names is not None and names[key] else ()
             _check_tensor(f"{where}[{key!r}]", value, param, {*dtypes, *compact})
             _check_scales(f"{where}[{scales_of(key)!r}]", value, saved.get(scales_of(key)))
+
+
+def _cannot_be_placed(where: str, value: Any, param: Tensor, *, is_part: bool) -> bool:
+    """Whether a value would have to be sent in integers, or codes be shared without their rows."""
+    otherwise = is_placed_otherwise(param, value, where)
+    if not isinstance(value, Tensor) or value.is_floating_point():
+        return False
+    return otherwise or not (is_part or cover_rows(param))
 
 
 def _check_beside(where: str, key: str, value: Any) -> None:
@@ -107,7 +123,7 @@ def _check_scales(where: str, value: Tensor, scales: Any) -> None:
     if value.is_floating_point():
         wanted, shape = scales is None, None
     else:
-        shape = scales_shape(value.shape)
+        shape = scales_shape(value.shape) if value.dim() else (0, 0)
         fits = isinstance(scales, Tensor) and tuple(scales.shape) == shape
         wanted = fits and scales.dtype == torch.float32
     if not wanted:

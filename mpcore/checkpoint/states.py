@@ -14,7 +14,7 @@ from mpcore.base import SIXTEEN_BIT, any_dtensor, map_tensors, sharded_like
 from mpcore.checkpoint.entries import check_complete, check_kinds, check_state, known_names
 from mpcore.checkpoint.section import SECTION
 from mpcore.errors import ArgumentError
-from mpcore.masters import Groups, Masters
+from mpcore.masters import Groups, Masters, scales_of
 from mpcore.updates import UpdateRule, rules_of
 
 State = dict[str, Any]
@@ -274,9 +274,11 @@ def _for(param: Tensor, saved: State, on_device: bool) -> State:
     }
     if not any_dtensor([param]):
         return found
-    shape = param.shape
+    shape, scales = param.shape, {*map(scales_of, found)} & {*found}
     return {
-        key: value
+        key: sharded_like(param, value)
+        if key in scales
+        else value
         if key == "step"
         else map_tensors(value, lambda t: sharded_like(param, t) if t.shape == shape else t)
         for key, value in found.items()

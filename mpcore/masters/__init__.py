@@ -19,6 +19,7 @@ from mpcore.masters.parameters import (
     name_of,
     names_of,
 )
+from mpcore.masters.scales import cover_rows
 from mpcore.masters.snapshot import Snapshot
 from mpcore.masters.step_plan import StepPlan, make_plan
 from mpcore.masters.sums import Accumulated, MicroBatch, Overflow
@@ -51,6 +52,7 @@ __all__ = [
     "check_rule",
     "check_shared",
     "check_store",
+    "cover_rows",
     "hold_masters",
     "make_plan",
     "name_of",

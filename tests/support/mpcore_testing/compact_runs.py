@@ -91,6 +91,22 @@ def as_one_process(rank: int, masters: str, moments: str) -> tuple[bool, set[str
     return same, {f"{type(one).__name__} {one.dtype}" for one in tensors}, skips
 
 
+def of_one_process(rank: int, masters: str, moments: str) -> bool:
+    """What one process saved as it lies, loaded into shards: whether a step more has its bits."""
+    plain = make_model()
+    theirs = _wrapped(plain, masters, moments)
+    for seed in range(2):
+        _step(plain, theirs, seed)
+    model, optimizer = _sharded(masters, moments)
+    optimizer.load_state_dict(theirs.state_dict(compact=True))
+    with torch.no_grad():
+        for mine, its in zip(model.parameters(), plain.parameters(), strict=True):
+            mine.copy_(distribute_tensor(its.detach(), mine.device_mesh, mine.placements))
+    for one in ((model, optimizer), (plain, theirs)):
+        _step(*one, 4)
+    return same_bits(_whole(model, optimizer), _whole(plain, theirs))
+
+
 def checkpoints(rank: int, folder: str, masters: str, moments: str) -> tuple[bool, bool]:
     """Through torch.distributed.checkpoint, and compact: whether a step more has the same bits."""
     model, optimizer = _sharded(masters, moments)
@@ -127,9 +143,16 @@ def resumed(rank: int, folder: str, masters: str, moments: str) -> bool:
     return same_bits(_whole(model, optimizer), torch.load(f"{where}.pt"))
 
 
-def columns(rank: int) -> tuple[str, bool]:
-    """Shards of dimension 1 keep bfloat16 moments, and draw the same twice."""
+def columns(rank: int) -> tuple[str, bool, str]:
+    """Shards of dimension 1 keep bfloat16 moments, draw the same twice, and refuse codes."""
     found = []
+    whole_weight = nn.Parameter(torch.ones(4, 1024).bfloat16())
+    theirs = mpcore.MixedPrecisionOptimizer(
+        torch.optim.AdamW([whole_weight]), backend="reference", moments="int8"
+    )
+    whole_weight.grad = torch.ones_like(whole_weight)
+    theirs.scale(torch.ones(()))
+    theirs.step()
     for _ in range(2):
         values = torch.arange(4 * 1024.0).view(4, 1024).bfloat16() / 1024
         weight = nn.Parameter(distribute_tensor(values, _line(), [Shard(1)]))
@@ -142,7 +165,11 @@ def columns(rank: int) -> tuple[str, bool]:
         moment: Any = optimizer.state[weight]["exp_avg"]
         assert isinstance(moment, DTensor)
         found.append(moment.to_local())
-    return str(found[0].dtype), torch.equal(*found)
+    try:
+        optimizer.load_state_dict(theirs.state_dict(compact=True))
+    except mpcore.ArgumentError as error:
+        return str(found[0].dtype), torch.equal(*found), str(error)
+    return str(found[0].dtype), torch.equal(*found), "loaded"
 
 
 def work(rank: int, folder: str, size: str) -> None:
@@ -152,6 +179,7 @@ def work(rank: int, folder: str, size: str) -> None:
     )
     if size == "2":
         cases: list[Any] = [(as_one_process, *way) for way in WAYS]
+        cases += [(of_one_process, *way) for way in WAYS]
         cases += [(checkpoints, folder, *way) for way in WAYS]
         cases.append((columns,))
     else:
