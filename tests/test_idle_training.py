@@ -9,7 +9,10 @@ from typing import Any
 import mpcore
 import pytest
 import torch
+from mpcore.monitoring.history import Course
+from mpcore.monitoring.reading import Reading
 from torch import Tensor, nn
+from torch.optim import swa_utils
 
 
 def train(
@@ -22,13 +25,14 @@ def train(
     how: str = "plain",
     model: Any = None,
     every: int = 8,
+    inner: Any = torch.optim.SGD,
 ) -> list[str]:
     """Trains and returns what was warned of."""
     torch.manual_seed(0)
     model = nn.Linear(4, 4) if model is None else model
     model = model.to(dtype)
-    inner = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
-    optimizer = mpcore.MixedPrecisionOptimizer(inner, scale or mpcore.StaticLossScale(2.0**4))
+    wrapped = inner([p for p in model.parameters() if p.requires_grad], lr=lr)
+    optimizer = mpcore.MixedPrecisionOptimizer(wrapped, scale or mpcore.StaticLossScale(2.0**4))
     outside = torch.amp.GradScaler("cpu", init_scale=2.0**4) if how == "outside" else None
     monitor = mpcore.Monitor(optimizer, model, every=every)
     with warnings.catch_warnings(record=True) as caught:
@@ -127,6 +131,122 @@ class Frozen(nn.Module):
 def test_what_is_healthy_is_not_told_of(loss_of: Any, settings: Any, how: str) -> None:
     model = settings["model"]() if "model" in settings else None
     assert train(loss_of, how=how, **{**settings, "model": model}) == []
+
+
+def test_an_average_that_is_told_of_as_an_error_loses_no_reading() -> None:
+    model = nn.Linear(4, 4, bias=False).half()
+    nn.init.ones_(model.weight)
+    optimizer = mpcore.MixedPrecisionOptimizer(
+        torch.optim.SGD(model.parameters(), lr=2.5e-3), mpcore.NoLossScale()
+    )
+    average = swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.9995))
+    records: list[Any] = []
+    raised: list[str] = []
+    with mpcore.Monitor(optimizer, model, every=20, sinks=[records.append]):
+        for _ in range(160):
+            optimizer.backward(model.weight.float().sum())
+            try:
+                optimizer.step()
+            except UserWarning as error:
+                raised.append(str(error))
+            optimizer.zero_grad()
+            average.update_parameters(model)
+    assert len(raised) == 1
+    assert "stands still" in raised[0]
+    assert [one.step for one in records if isinstance(one, Reading)] == [*range(19, 160, 20)]
+    told = [step for one in records if isinstance(one, Course) for step in range(len(one.skipped))]
+    assert len(told) == 160
+
+
+def test_a_warning_behind_one_that_is_an_error_comes_at_the_next_reading() -> None:
+    """An infinite weight that a clamp hides, and gradients that are all 0."""
+    weight = nn.Parameter(torch.ones(4).half())
+    optimizer = mpcore.MixedPrecisionOptimizer(
+        torch.optim.SGD([weight], lr=1e-2), mpcore.StaticLossScale(2.0**4)
+    )
+    raised: list[tuple[int, str]] = []
+    with mpcore.Monitor(optimizer, every=20):
+        for step in range(100):
+            if step == 30:
+                with torch.no_grad():
+                    weight[0] = torch.inf
+                optimizer.sync_masters_from_model()
+            optimizer.backward(weight.nan_to_num().float().sum() * 0 + 0.5)
+            try:
+                optimizer.step()
+            except UserWarning as error:
+                raised.append((step, str(error)))
+            optimizer.zero_grad()
+    assert [step for step, _ in raised] == [39, 59]
+    assert "all gradients were 0" in raised[0][1]
+    assert "Weights are not finite after step 59: " in raised[1][1]
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_weight_that_is_not_finite_is_told_of_where_no_step_is_skipped(
+    dtype: torch.dtype, value: float
+) -> None:
+    model = nn.Linear(100, 100, bias=False).to(dtype)  # more than a sample holds
+    inner = torch.optim.SGD(model.parameters(), lr=1e-2)
+    optimizer = mpcore.MixedPrecisionOptimizer(inner, mpcore.NoLossScale())
+    with torch.no_grad():
+        model.weight[99, 98] = value
+    with mpcore.Monitor(optimizer, model, every=2), warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for _ in range(8):
+            optimizer.backward(model.weight.nan_to_num(1.0, 2.0, 2.0).float().square().mean())
+            optimizer.step()
+            optimizer.zero_grad()
+    (text,) = [str(one.message) for one in found]
+    assert text.startswith("Weights are not finite after step 1: weight. No gradient shows it")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_biases_from_0_do_not_hide_that_no_weight_moves(dtype: torch.dtype) -> None:
+    def zeros(lr: float) -> list[str]:
+        model = nn.Linear(4, 4)
+        nn.init.zeros_(model.bias)
+        return train(square, model=model, dtype=dtype, lr=lr, scale=mpcore.StaticLossScale(1.0))
+
+    (text,) = zeros(1e-13)
+    assert "no FP32 master of the sample changed but for those near 0" in text
+    assert zeros(1e-6) == []
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop])
+def test_updates_that_are_lost_are_told_of_with_any_optimizer(optimizer: Any) -> None:
+    """Adam's updates are as large as the learning rate, whatever the gradients."""
+    (text,) = train(square, inner=optimizer, lr=1e-12)
+    assert "no weight moves" in text
+    assert train(square, inner=optimizer, lr=1e-5) == []
+
+
+def test_each_of_two_optimizers_is_judged_by_itself() -> None:
+    models = [nn.Linear(4, 4).half() for _ in range(2)]
+    rates = (1e-13, 1e-3)
+    optimizers = [
+        mpcore.MixedPrecisionOptimizer(
+            torch.optim.SGD(model.parameters(), lr=lr), mpcore.StaticLossScale(2.0**4)
+        )
+        for model, lr in zip(models, rates, strict=True)
+    ]
+    said: list[list[str]] = [[], []]
+    for optimizer, model in zip(optimizers, models, strict=True):
+        mpcore.Monitor(optimizer, model, every=8)
+    for step in range(70):
+        batch = torch.randn(8, 4).half()
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.backward(square(model, batch, step))
+        for texts, optimizer in zip(said, optimizers, strict=True):
+            with warnings.catch_warnings(record=True) as found:
+                warnings.simplefilter("always")
+                optimizer.step()
+            texts += [str(one.message) for one in found]
+            optimizer.zero_grad()
+    assert len(said[0]) == 1
+    assert "learning rate is 1e-13" in said[0][0]
+    assert said[1] == []
 
 
 def test_readings_before_a_load_do_not_count() -> None:

@@ -94,3 +94,26 @@ def test_the_sample_is_a_copy() -> None:
     sample = MasterSample([master], 8, torch.float16)
     master += 1
     assert sample.lost([master]).tolist() == [0, 4]
+
+
+@pytest.mark.parametrize("sizes", [(5,), (3, 400), (7, 100, 1)])
+def test_the_largest_move_and_what_stood_are_those_of_numpy(sizes: tuple[int, ...]) -> None:
+    before = [torch.randn(size) for size in sizes]
+    sample = MasterSample(before, 50, torch.float16)
+    taken = [old.numpy()[:: max(1, len(old) // 50)].copy() for old in before]
+    for master in before:
+        master[::3] += 0.25 * torch.randn(len(master[::3]))
+    now = [new.numpy()[:: max(1, len(new) // 50)] for new in before]
+    old, new = np.concatenate(taken), np.concatenate(now)
+    most, usual = sample.sizes_of_moves(before)
+    assert sample.count == len(old)
+    assert most == np.abs(new - old).max()
+    stood = np.sort(np.abs(old[old == new]))
+    assert usual == stood[(len(stood) - 1) // 2]  # of an even number the lower, as in torch
+
+
+def test_where_all_moved_nothing_stood() -> None:
+    master = torch.ones(4)
+    sample = MasterSample([master], 8, torch.float16)
+    master += 1
+    assert sample.sizes_of_moves([master]) == (1.0, 0.0)

@@ -14,6 +14,9 @@ from mpcore.backends._c_compiler import comes_built, passes
 from mpcore.backends._c_work import DTYPES, run
 from mpcore.base import GradientSet
 
+#: Values that a median is taken of.
+_OF_MEDIAN = 2**16
+
 
 class _Sample(ctypes.Structure):
     """`sample_t` of `_sample.h`: what the threads of a pass share."""
@@ -45,12 +48,12 @@ class MasterSample:
     def __init__(self, masters: Sequence[Tensor], most: int, dtype: torch.dtype) -> None:
         self._most, self._dtype = most, dtype
         self._sizes = tuple(map(Tensor.numel, masters))
+        _, self.count = _taken(self._sizes, most)  #: of the values that are looked at
         known = _for_c(masters)
         if known is None:
             self._before = _sample.sampled(masters, most)
             return
-        _, count = _taken(self._sizes, most)
-        self._before = torch.empty(count, dtype=torch.float32, device="cpu")
+        self._before = torch.empty(self.count, dtype=torch.float32, device="cpu")
         self._run("take_sample", known, None)
 
     def lost(self, masters: Sequence[Tensor]) -> Tensor:
@@ -65,6 +68,24 @@ class MasterSample:
         found = torch.zeros(2, dtype=torch.int64, device="cpu")
         self._run("count_lost", known, found)
         return found
+
+    def sizes_of_moves(self, masters: Sequence[Tensor]) -> tuple[float, float]:
+        """Returns the largest change of a master, and the usual size of those that stood.
+
+        Syncs; for readings in which hardly any moved.
+
+        Args:
+            masters: As they are now.
+
+        Returns:
+            The largest change, and the median of the magnitudes of masters that did not change: 0.0
+            if there are none; of many, that of about 65,536 of them.
+        """
+        away = (_sample.sampled(masters, self._most) - self._before).abs()
+        stood = self._before[away == 0]
+        some = stood[:: _sample.step_of(len(stood), _OF_MEDIAN)].abs()
+        usual = float(some.median()) if len(some) else 0.0
+        return float(away.amax()), usual
 
     def _run(self, name: str, masters: GradientSet, found: Tensor | None) -> None:
         taken, count = _taken(self._sizes, self._most)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,15 +23,14 @@ _MOST_ZEROS = 0.5
 
 
 class IdleTraining:
-    """Judges the steps before a reading by what was read anyway; warns once of each kind.
+    """Judges the steps before a reading by what was read anyway.
 
     Example:
         >>> idle = IdleTraining()
     """
 
     def __init__(self) -> None:
-        self._told: set[str] = set()
-        self._still: list[int] = []  # readings in a row in which no master has moved
+        self._still: list[int] = []  # readings in a row in which no usual master has moved
 
     def restart(self) -> None:
         """Forgets readings: a checkpoint was loaded."""
@@ -44,30 +42,32 @@ class IdleTraining:
         past: Sequence[Past],
         groups: Sequence[Mapping[str, Any]],
         *,
-        moved: int | None,
+        moved: bool | None,
         own_scale: bool,
-    ) -> None:
-        """Looks at a reading; no host sync.
+    ) -> dict[str, str | None]:
+        """Returns by kind what to say at a reading, None for nothing; no host sync.
 
         Args:
             reading: Of the last step.
             past: The last steps, that one included.
             groups: The param groups, for their learning rates.
-            moved: Masters of a sample of all parameters that have changed; None: there is none.
+            moved: Whether a usual master has, see `Moves.usual`; None: nobody knows.
             own_scale: Whether the optimizer's own loss scale was used.
         """
         given = [group.get("lr", 0.0) for group in groups]
         there = [isinstance(rate, Tensor) and rate.device.type != "cpu" for rate in given]
         rates = [] if any(there) else list(map(float, given))  # of a device nobody asks
-        self._tell("zeros", _all_zero(past[-STEPS:]))
-        self._tell("skips", None if own_scale else _only_skips(past[-SKIPS:]))
-        self._tell("lost", self._all_lost(reading, moved, max(rates, key=abs, default=0.0)))
+        return {
+            "zeros": _all_zero(past[-STEPS:]),
+            "skips": None if own_scale else _only_skips(past[-SKIPS:]),
+            "lost": self._all_lost(reading, moved, max(rates, key=abs, default=0.0)),
+        }
 
-    def _all_lost(self, reading: Reading, moved: int | None, rate: float) -> str | None:
+    def _all_lost(self, reading: Reading, moved: bool | None, rate: float) -> str | None:
         if reading.skipped:
             return None
         small = reading.zeros is not None and reading.zeros <= _MOST_ZEROS
-        if moved != 0 or not rate or not reading.grad_norm or not small:
+        if moved is not False or not rate or not reading.grad_norm or not small:
             self._still = []
             return None
         self._still.append(reading.step)
@@ -76,16 +76,11 @@ class IdleTraining:
             return None
         return (
             f"no weight moves: in each of {len(self._still)} readings from step {first} to "
-            f"{reading.step} no FP32 master of the sample changed, although the largest learning "
-            f"rate is {rate:.3g} and the norm of the gradients {reading.grad_norm:.3g}. An update "
-            "below 2^-25 of a weight is rounded away: raise the learning rate, or look whether it "
-            "is divided twice."
+            f"{reading.step} no FP32 master of the sample changed but for those near 0, although "
+            f"the largest learning rate is {rate:.3g} and the norm of the gradients "
+            f"{reading.grad_norm:.3g}. An update below 2^-25 of a weight is rounded away: raise "
+            "the learning rate, or look whether it is divided twice."
         )
-
-    def _tell(self, kind: str, text: str | None) -> None:
-        if text is not None and kind not in self._told:
-            self._told.add(kind)
-            warnings.warn(f"{text} This is said once.", stacklevel=4)
 
 
 def _all_zero(past: Sequence[Past]) -> str | None:

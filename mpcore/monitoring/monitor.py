@@ -15,7 +15,7 @@ from mpcore.engine import MixedPrecisionOptimizer, StepGradients, StepResult, un
 from mpcore.monitoring.facts import Facts, NanStreak, Past
 from mpcore.monitoring.findings import Columns, Finding, FindingTable
 from mpcore.monitoring.history import Course, History
-from mpcore.monitoring.idle_training import SKIPS, IdleTraining
+from mpcore.monitoring.idle_training import SKIPS
 from mpcore.monitoring.memory import bytes_of_sums, resident_bytes
 from mpcore.monitoring.model_state import BufferWatch, large_weights, not_finite
 from mpcore.monitoring.names import Names
@@ -23,9 +23,9 @@ from mpcore.monitoring.pass_counts import PassCounts
 from mpcore.monitoring.pass_losses import PassLosses
 from mpcore.monitoring.pending import LIMIT, Pending, Step, steps_taken
 from mpcore.monitoring.reading import Reading, summed_up
+from mpcore.monitoring.reading_warnings import ReadingWarnings
 from mpcore.monitoring.records import Record
 from mpcore.monitoring.report import OverflowReport, own_rank
-from mpcore.monitoring.standing_averages import StandingAverages
 from mpcore.monitoring.update_sample import UpdateSample
 from mpcore.monitoring.used_share import used_share
 from mpcore.monitoring.verdict_log import VerdictLog
@@ -91,8 +91,7 @@ class Monitor:
         self._model = model
         self._buffers = BufferWatch(model)
         self._nans = NanStreak()
-        self._averages = StandingAverages(model)
-        self._idle = IdleTraining()
+        self._warnings = ReadingWarnings(model)
         self._names = Names(optimizer, model)
         self._sinks = list(sinks)
         self._device = optimizer._scale.scale.device
@@ -197,7 +196,7 @@ class Monitor:
         self._emit_course()
         self._told = steps_taken(self._optimizer)
         self._history.restart(self._told)
-        self._idle.restart()
+        self._warnings.restart()
 
     @torch.no_grad()
     def end_step(self, gradients: StepGradients, result: StepResult, *, own_scale: bool) -> None:
@@ -220,17 +219,18 @@ class Monitor:
         if late is not None:
             late.add(step)
         if sample is not None:
-            lost = sample.lost(self._optimizer._masters)
-            self._averages.look()
+            optimizer = self._optimizer
+            moves = sample.moves(optimizer._masters, optimizer._stage._backend)
             past = self._history.read(SKIPS)
-            self.reading = self._made_reading(step, past[-1], counts, lost)
-            moved = sample.moved if sample.is_of_all else None
-            groups = self._optimizer.param_groups
+            self.reading = self._made_reading(step, past[-1], counts, moves.lost)
             self._emit(self.reading)  # first: a warning may be an error
             if self.reading.skipped:
                 self._tell(step)
             self._emit_course()
-            self._idle.look(self.reading, past, groups, moved=moved, own_scale=own_scale)
+            self._warnings.look(
+                *(self.reading, past, optimizer.param_groups, self._parameters, moves),
+                own_scale=own_scale,
+            )
         elif self._pending is None and self._device.type == "cpu" and result.skipped:
             self._tell(step)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-import warnings
 import weakref
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -36,39 +36,40 @@ class StandingAverages:
         model: Whose averages; None has none.
 
     Example:
-        >>> StandingAverages(nn.Linear(2, 1)).look()
+        >>> print(StandingAverages(nn.Linear(2, 1)).look())
+        None
     """
 
     def __init__(self, model: nn.Module | None) -> None:
         self._model = model
         self._copies: list[_Copy] = []
         self._looks = 0
-        self._told = False
 
     @torch.no_grad()
-    def look(self) -> None:
-        """Warns of the first that stands still, once; syncs if there are any.
+    def look(self) -> str | None:
+        """Returns what to say of the first that stands still; syncs if there are any.
 
         It searches in the looks 1, 2, 4, 8 and so on, which go through all objects: a tenth of
         a second for a million.
         """
         model = self._model
-        weights = [] if model is None or self._told else _narrow(model)
+        weights = [] if model is None else _narrow(model)
         if model is None or not weights:
-            return
+            return None
         self._looks += 1
         now = _sampled(weights) if self._copies else None
         found = [text for copy in self._copies if (text := _standing(copy, weights, now))]
         if self._looks & (self._looks - 1) == 0:
             self._search(model, weights)
-        self._told = bool(found)
-        for text in found[:1]:
-            warnings.warn(text, stacklevel=3)
+        return found[0] if found else None
 
     def _search(self, model: nn.Module, weights: list[Tensor]) -> None:
         known = {id(copy.module()) for copy in self._copies} | {id(model)}
-        modules = [one for one in gc.get_objects() if issubclass(type(one), nn.Module)]
-        modules = [one for one in modules if "_parameters" in vars(one)]  # else half made
+        kinds = (nn.Module, torch.optim.Optimizer)
+        found = [one for one in gc.get_objects() if issubclass(type(one), kinds)]
+        modules = [m for m in found if isinstance(m, nn.Module) and "_parameters" in vars(m)]
+        # without these a module is half made; what an optimizer steps is trained
+        stepped = _stepped(one for one in found if isinstance(one, torch.optim.Optimizer))
         # of ours the averages are float32, and the module only shows them
         known |= {id(one.module) for one in modules if isinstance(one, AveragedModel)}
         like = [(weight.dtype, weight.shape) for weight in weights]
@@ -79,7 +80,8 @@ class StandingAverages:
                 continue
             params = _narrow(module)
             # what has gradients of its own is another model that is trained
-            trained = any(param.grad is not None for param in module.parameters())
+            mine = list(module.parameters())
+            trained = any(param.grad is not None or id(param) in stepped for param in mine)
             if trained or [(p.dtype, p.shape) for p in params] != like:
                 continue
             # an average begins as its model, or close to it
@@ -112,6 +114,12 @@ def _standing(copy: _Copy, weights: list[Tensor], now: Tensor | None) -> str | N
         "float32 masters: mpcore.AveragedModel(model, optimizer, ...) takes what "
         "torch.optim.swa_utils.AveragedModel takes."
     )
+
+
+def _stepped(optimizers: Iterable[torch.optim.Optimizer]) -> set[int]:
+    """Returns the ids of all parameters of optimizers, as far as these are made."""
+    groups = [group for one in optimizers for group in vars(one).get("param_groups", ())]
+    return {id(param) for group in groups for param in group["params"]}
 
 
 def _narrow(module: nn.Module) -> list[Tensor]:

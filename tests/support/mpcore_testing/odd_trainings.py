@@ -61,6 +61,61 @@ class Dead(Net):
         return self.third(torch.relu(self.first(x) - 3)) + x * self.second.weight.mean()
 
 
+class Adapted(Net):
+    """LoRA: of a frozen layer and two factors, B from 0, so that A stands at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requires_grad_(False)
+        self.down = nn.Parameter(torch.randn(2, 4) / 2)
+        self.up = nn.Parameter(torch.zeros(4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x @ self.down.t() @ self.up.t()
+
+
+class Gated(Net):
+    """ReZero: a layer behind a factor that begins at 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(x + self.gate * self.first(x) + self.second(x))
+
+
+class Scaled(Net):
+    """Large gains, which no update moves, beside layers that learn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.full((64,), 100.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1e-7 * self.gain.float().mean().to(x.dtype)
+
+
+class Biases(Net):
+    """Biases alone learn, from 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, param in self.named_parameters():
+            param.requires_grad_(name.endswith("bias"))
+
+
+def _layer_wise() -> Training:
+    """The first layers have a learning rate of nearly 0."""
+    training = Training()
+    group = training.optimizer.param_groups[0]
+    first = [*training.model.first.parameters(), *training.model.second.parameters()]
+    some = set(map(id, first))
+    group["params"] = [param for param in group["params"] if id(param) not in some]
+    training.optimizer.add_param_group({"params": first, "lr": 1e-12})
+    return training.run(80)
+
+
 def _frozen() -> Net:
     model = Net()
     model.first.requires_grad_(False)
@@ -120,6 +175,14 @@ ODD: dict[str, Callable[[], Training]] = {
     "dead units": _with(60, lambda t, loss: loss, model=Dead()),
     "sparse rows": _with(80, lambda t, loss: loss, model=Rows()),
     "frozen layers": _with(60, lambda t, loss: loss, model=_frozen()),
+    "an adapter whose B begins at 0": _with(80, lambda t, loss: loss, model=Adapted(), lr=1e-4),
+    "an adapter, a loss that is small": _with(
+        *(80, lambda t, loss: loss * 1e-2), model=Adapted(), lr=1e-3
+    ),
+    "a gate that begins at 0": _with(80, lambda t, loss: loss, model=Gated(), lr=1e-5),
+    "gains that stand still": _with(80, lambda t, loss: loss, model=Scaled()),
+    "biases alone": _with(80, lambda t, loss: loss, model=Biases(), lr=1e-6),
+    "layers with a learning rate of nearly 0": _layer_wise,
     "a learning rate of 0": _with(80, lambda t, loss: loss, lr=0.0),
     "bfloat16 without a scale": _with(
         60, lambda t, loss: loss, setting="bfloat16", scale=mpcore.NoLossScale()
@@ -132,7 +195,7 @@ ODD: dict[str, Callable[[], Training]] = {
     "a clip to a small norm": _with(60, lambda t, loss: loss, setting="clip"),
     "one layer": _with(60, lambda t, loss: loss, model=nn.Sequential(Layer())),
     "a run that was resumed": _resumed,
-    "tiny losses under a large scale": _with(
-        60, lambda t, loss: loss * 1e-6, scale=mpcore.StaticLossScale(2.0**20)
+    "tiny losses under a large scale": _with(  # at a rate of 1e-2 no weight would move
+        60, lambda t, loss: loss * 1e-6, scale=mpcore.StaticLossScale(2.0**20), lr=1e4
     ),
 }
