@@ -13,8 +13,10 @@ from mpcore.backends import Backend, MasterSample
 from mpcore.base import SIXTEEN_BIT, held_here
 from mpcore.masters import Masters
 
-#: Masters that are looked at, of each parameter; evenly spaced.
+#: Values of masters that are looked at, of each parameter; evenly spaced.
 SAMPLE = 4096
+#: Of all parameters of a device and format together, about; but 64 of each.
+TOGETHER = 2**20
 #: An update below this share of a float32 number is rounded away.
 _LOST = 2.0**-25
 
@@ -57,7 +59,8 @@ class UpdateSample:
             sizes = list(map(Tensor.numel, held))
             if any(sizes):
                 self._params[key] = list(compress(some, sizes))
-                self._before[key] = MasterSample(list(compress(held, sizes)), SAMPLE, key[1])
+                most = min(SAMPLE, max(64, TOGETHER // len(some)))
+                self._before[key] = MasterSample(list(compress(held, sizes)), most, key[1])
 
     @torch.no_grad()
     def moves(self, masters: Masters, backend: Backend) -> Moves:
@@ -74,7 +77,7 @@ class UpdateSample:
         now = {key: _held(params, masters) for key, params in self._params.items()}
         counts: dict[torch.device, list[Tensor]] = {}
         for key, before in self._before.items():
-            weights = [held_here(param.detach()) for param in self._params[key]]
+            weights = list(map(held_here, self._params[key]))
             one = torch.ones((), dtype=torch.float32, device=key[0])
             bad = backend.inspect(weights, one, None).found_inf
             found = torch.cat([before.lost(now[key]), bad.reshape(1).long()])
@@ -101,4 +104,4 @@ def _held(params: Sequence[Tensor], masters: Masters) -> list[Tensor]:
 
     Those that lie packed in memory are decoded for the time of a reading.
     """
-    return [held_here(masters.value_of(param).detach()) for param in params]
+    return [held_here(masters.value_of(param)) for param in params]
