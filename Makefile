@@ -44,7 +44,7 @@ test-ranks: $(VENV)/.test ## Run the tests of several ranks, and the examples.
 # Models are made of configurations, so that nothing is downloaded: the switch makes sure of it. The
 # files are named, so that nothing else is collected.
 test-trainers: $(VENV)/.trainers ## Run the tests in Accelerate, Transformers, TRL, PEFT, Lightning, Keras.
-	HF_HUB_OFFLINE=1 $(PYTEST) -m trainers $(wildcard tests/test_trainer_*.py) tests/test_docs.py $(ARGS)
+	HF_HUB_OFFLINE=1 $(PYTEST) -m trainers $(wildcard tests/test_trainer_*.py) tests/test_trackers.py tests/test_docs.py $(ARGS)
 
 test-exhaustive: $(VENV)/.test ## Run the long, exhaustive tests.
 	$(PYTEST) $(PARALLEL) -m exhaustive $(ARGS)
@@ -124,7 +124,7 @@ $(VENV)/.test: $(VENV)/.torch $(BUILT_FROM)
 
 # Newer ones of what is constrained would not do: the tests should judge the same torch.
 $(VENV)/.trainers: $(VENV)/.test
-	$(INSTALL_SELF) -e ".[demo,test,triton,trainers]"
+	$(INSTALL_SELF) -e ".[demo,test,triton,trainers,trackers]"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.test $(BUILT_FROM)

@@ -24,7 +24,9 @@ from mpcore.monitoring.monitor import Monitor as Monitor
 from mpcore.monitoring.preflight import preflight as preflight
 from mpcore.monitoring.report import OverflowReport as OverflowReport
 from mpcore.monitoring.sinks import JsonLines as JsonLines
+from mpcore.monitoring.sinks import MLflow as MLflow
 from mpcore.monitoring.sinks import TensorBoard as TensorBoard
+from mpcore.monitoring.sinks import WeightsAndBiases as WeightsAndBiases
 from mpcore.monitoring.trace import trace_overflow as trace_overflow
 from mpcore.optim import AveragedModel as AveragedModel
 from mpcore.precision import Policy as Policy

@@ -59,7 +59,7 @@ class Monitor:
         model: For names of parameters, and to look at its buffers when a step was skipped.
         every: Steps from one reading to the next; the first comes after as many.
         window: Steps that verdicts look back on, and that `course()` returns.
-        sinks: Each is called with every record; `JsonLines`, `TensorBoard`, or any function.
+        sinks: Each is called with every record; see `mpcore.monitoring.sinks`; or any function.
 
     Raises:
         ArgumentTypeError: There is no `MixedPrecisionOptimizer`, or a count is no integer.
@@ -91,7 +91,7 @@ class Monitor:
         self._model = model
         self._buffers = BufferWatch(model)
         self._nans = NanStreak()
-        self._warnings = ReadingWarnings(model)
+        self._warnings = ReadingWarnings(optimizer, model, self._parameters)
         self._names = Names(optimizer, model)
         self._sinks = list(sinks)
         self._device = optimizer._scale.scale.device
@@ -227,10 +227,7 @@ class Monitor:
             if self.reading.skipped:
                 self._tell(step)
             self._emit_course()
-            self._warnings.look(
-                *(self.reading, past, optimizer.param_groups, self._parameters, moves),
-                own_scale=own_scale,
-            )
+            self._warnings.look(self.reading, past, moves, own_scale=own_scale)
         elif self._pending is None and self._device.type == "cpu" and result.skipped:
             self._tell(step)
 

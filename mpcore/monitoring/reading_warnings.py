@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from mpcore.monitoring.facts import Past
@@ -21,13 +21,19 @@ class ReadingWarnings:
     """Warns of training that goes nowhere, averages that stand still, weights that are not finite.
 
     Args:
+        optimizer: Whose learning rates.
         model: Whose averages; None has none.
-
-    Example:
-        >>> said = ReadingWarnings(None)
+        weights: Returns them by name; asked when one is not finite.
     """
 
-    def __init__(self, model: nn.Module | None) -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: nn.Module | None,
+        weights: Callable[[], Sequence[tuple[str, Tensor]]],
+    ) -> None:
+        self._optimizer = optimizer
+        self._weights = weights
         self._told: set[str] = set()
         self._averages = StandingAverages(model)
         self._idle = IdleTraining()
@@ -40,8 +46,6 @@ class ReadingWarnings:
         self,
         reading: Reading,
         past: Sequence[Past],
-        groups: Sequence[Mapping[str, Any]],
-        weights: Callable[[], Sequence[tuple[str, Tensor]]],
         moves: Moves,
         *,
         own_scale: bool,
@@ -53,16 +57,15 @@ class ReadingWarnings:
         Args:
             reading: Of the last step.
             past: The last steps, that one included.
-            groups: The param groups, for their learning rates.
-            weights: Returns them by name; asked when one is not finite.
             moves: What the step did to masters.
             own_scale: Whether the optimizer's own loss scale was used.
         """
+        groups = self._optimizer.param_groups
         found = self._idle.look(reading, past, groups, moved=moves.usual, own_scale=own_scale)
         if "average" not in self._told:
             found["average"] = self._averages.look()
         if not (moves.finite or reading.skipped or "weights" in self._told):
-            found["weights"] = _hidden(not_finite(weights()), reading.step)
+            found["weights"] = _hidden(not_finite(self._weights()), reading.step)
         for kind, text in found.items():  # those behind one that is an error: at the next reading
             if text is not None and kind not in self._told:
                 self._told.add(kind)

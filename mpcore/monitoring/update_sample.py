@@ -13,8 +13,10 @@ from mpcore.backends import Backend, MasterSample
 from mpcore.base import SIXTEEN_BIT, held_here
 from mpcore.masters import Masters
 
-#: Masters that are looked at, of each parameter; evenly spaced.
+#: Values of masters that are looked at, of each parameter; evenly spaced.
 SAMPLE = 4096
+#: Of all parameters of a device and format together, about; but 64 of each.
+TOGETHER = 2**20
 #: An update below this share of a float32 number is rounded away.
 _LOST = 2.0**-25
 
@@ -61,7 +63,8 @@ class UpdateSample:
                 self._params[key] = list(compress(some, sizes))
                 if randomly:
                     continue
-                self._before[key] = MasterSample(list(compress(held, sizes)), SAMPLE, key[1])
+                most = min(SAMPLE, max(64, TOGETHER // len(some)))
+                self._before[key] = MasterSample(list(compress(held, sizes)), most, key[1])
 
     @torch.no_grad()
     def moves(self, masters: Masters, backend: Backend) -> Moves:
@@ -78,7 +81,7 @@ class UpdateSample:
         now = {key: _held(self._params[key], masters) for key in self._before}
         counts: dict[torch.device, list[Tensor]] = {}
         for key, params in self._params.items():
-            weights = [held_here(param.detach()) for param in params]
+            weights = list(map(held_here, params))
             one = torch.ones((), dtype=torch.float32, device=key[0])
             bad = backend.inspect(weights, one, None).found_inf.reshape(1).long()
             before = self._before.get(key)
@@ -106,4 +109,4 @@ def _held(params: Sequence[Tensor], masters: Masters) -> list[Tensor]:
 
     Those that lie packed in memory are decoded for the time of a reading.
     """
-    return [held_here(masters.value_of(param).detach()) for param in params]
+    return [held_here(masters.value_of(param)) for param in params]
