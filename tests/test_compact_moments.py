@@ -299,6 +299,7 @@ def test_a_group_that_stops_being_fused_is_refused_before_anything_changes(engin
     with pytest.raises(mpcore.ArgumentError, match="got param group 0: foreach=True"):
         one.optimizer.step()
     assert same_bits(one.bits(), before)
+    assert "got param group 0: foreach=True" in repr(one.optimizer)
     one.optimizer.param_groups[0]["foreach"] = None
     one.optimizer.step()
     assert not same_bits(one.bits(), before)

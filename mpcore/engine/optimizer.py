@@ -23,6 +23,7 @@ from mpcore.engine.step_result import StepResult
 from mpcore.engine.unscaling import Unscaling
 from mpcore.engine.wrapper import OptimizerWrapper
 from mpcore.engine.zero_step import zero_gradients
+from mpcore.errors import ArgumentError
 from mpcore.loss_scale import (
     DynamicLossScale,
     Losses,
@@ -311,7 +312,10 @@ class MixedPrecisionOptimizer(
         self._stage.resume(accumulated)
 
     def __repr__(self) -> str:
-        paths = ", ".join(f"{i}: {path}" for i, path in enumerate(self.path))
+        try:
+            paths = ", ".join(f"{i}: {path}" for i, path in enumerate(self.path))
+        except ArgumentError as error:  # options that a step is going to refuse
+            paths = f"none, {error}"
         head = (
             f"MixedPrecisionOptimizer({type(self.inner).__name__}, {self.loss_scaling}, "
             f"backend={self.backend!r}, path of each group: {paths})"
