@@ -43,9 +43,20 @@ from fused_updates import UPDATES
 from launches import LAUNCHES, MACHINE_CODE
 from mixed_paths import MIXED
 from reductions import REDUCTIONS
+from watching import WATCHING
 
 OF_KERNELS = [*ELEMENTWISE, *REDUCTIONS, *ADOPT, *LAUNCHES, *UPDATES, *MACHINE_CODE]
-OF_THE_ENGINE = [*GRADIENTS, *WEIGHTS, *STATE, *STORES, *MIXED, *DRIVERS, *RANKS, *CASTING]
+OF_THE_ENGINE = [
+    *GRADIENTS,
+    *WEIGHTS,
+    *STATE,
+    *STORES,
+    *MIXED,
+    *DRIVERS,
+    *RANKS,
+    *CASTING,
+    *WATCHING,
+]
 MUTANTS = [*OF_KERNELS, *OF_THE_ENGINE]
 ROOT = Path(__file__).resolve().parents[2]
 PROCESSES = 2
