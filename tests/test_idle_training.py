@@ -106,6 +106,19 @@ class Embedded(nn.Module):
         return self.table((batch[:, 0].abs() * 5).long())
 
 
+class Adapted(nn.Module):
+    """Of two factors the one begins at 0, so that the other has next to no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(4, 4).requires_grad_(False)
+        self.down = nn.Parameter(torch.randn(2, 4))
+        self.up = nn.Parameter(torch.zeros(1, 2))  # fewer numbers than the other
+
+    def forward(self, batch: Tensor) -> Tensor:
+        return self.base(batch) + batch @ self.down.t() @ self.up.t()
+
+
 class Frozen(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -126,6 +139,7 @@ class Frozen(nn.Module):
         pytest.param(square, {"model": Embedded}, id="sparse rows"),
         pytest.param(square, {"model": Frozen}, id="frozen layers"),
         pytest.param(square, {"lr": 1e-13, "steps": 30}, id="not for long"),
+        pytest.param(square, {"model": Adapted, "lr": 1e-5}, id="an adapter from 0"),
     ],
 )
 def test_what_is_healthy_is_not_told_of(loss_of: Any, settings: Any, how: str) -> None:

@@ -45,11 +45,12 @@ from fused_updates import UPDATES
 from launches import LAUNCHES, MACHINE_CODE
 from mixed_paths import MIXED
 from reductions import REDUCTIONS
+from watching import WATCHING
 
 OF_KERNELS = [*ELEMENTWISE, *REDUCTIONS, *ADOPT, *LAUNCHES, *UPDATES, *MACHINE_CODE]
 OF_THE_ENGINE = [
     *(*GRADIENTS, *WEIGHTS, *STATE, *STORES, *MOMENTS),
-    *(*MIXED, *COURSE, *DRIVERS, *RANKS, *CASTING),
+    *(*MIXED, *COURSE, *DRIVERS, *RANKS, *CASTING, *WATCHING),
 ]
 MUTANTS = [*OF_KERNELS, *OF_THE_ENGINE]
 ROOT = Path(__file__).resolve().parents[2]

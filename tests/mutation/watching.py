@@ -1,0 +1,111 @@
+"""Errors in what a monitor says, and where it says it."""
+
+from mutant import engine_mutants
+
+WATCHING = [
+    *engine_mutants(
+        "monitoring/update_sample.py",
+        ("test_idle_training.py",),
+        (
+            "biases of 0 count as training",
+            "return not usual or not max(most for most, _ in sizes) < _LOST * min(usual)",
+            "return True",
+        ),
+        (
+            "where few masters move none does",
+            "return not usual or not max(most for most, _ in sizes) < _LOST * min(usual)",
+            "return False",
+        ),
+        (
+            "a weight that is not finite is not seen",
+            "            not bad,\n",
+            "            True,\n",
+        ),
+        (
+            "parameters without a master say nothing of it",
+            "self._moved_usual(now, moved) if self._is_of_all else None",
+            "None",
+        ),
+    ),
+    *engine_mutants(
+        "monitoring/reading_warnings.py",
+        ("test_idle_training.py",),
+        (
+            "each reading warns again",
+            "                self._told.add(kind)\n",
+            "",
+        ),
+        ("averages are not looked at", 'if "average" not in self._told:', "if False:"),
+        ("weights are not looked at", "if not (moves.finite or", "if not (True or"),
+    ),
+    *engine_mutants(
+        "monitoring/idle_training.py",
+        ("test_idle_training.py",),
+        (
+            "a learning rate of 0 is an alarm",
+            "if moved is not False or not rate or",
+            "if moved is not False or",
+        ),
+        (
+            "a loss of 0 is an alarm",
+            "if loss is not None and loss != 0]",
+            "if loss is not None]",
+        ),
+        ("two readings are enough", "READINGS = 3", "READINGS = 3\nSTEPS = 8"),
+        (
+            "skips of the optimizer's own scale are told twice",
+            "None if own_scale else _only_skips(past[-SKIPS:])",
+            "None",
+        ),
+    ),
+    *engine_mutants(
+        "monitoring/standing_averages.py",
+        ("test_standing_averages.py",),
+        (
+            "frozen copies are averages",
+            "away.isfinite() & (away * updates > _OVERDUE)",
+            "away.isfinite()",
+        ),
+        ("an average that moves stands", "(values == copy.values)", "(values == values)"),
+    ),
+    *engine_mutants(
+        "monitoring/sinks.py",
+        ("test_trackers.py",),
+        (
+            "a course has one step",
+            "yield record.step + i, finite",
+            "yield record.step, finite",
+        ),
+        (
+            "what is not finite is logged",
+            "if math.isfinite(v)}",
+            "}",
+        ),
+        (
+            "histograms lie a bin lower",
+            "[mid + 0.5 for mid in mids]",
+            "[mid - 0.5 for mid in mids]",
+        ),
+        (
+            "edges begin at 0",
+            "list(range(LOWEST, HIGHEST + 2))",
+            "list(range(HIGHEST - LOWEST + 2))",
+        ),
+        (
+            "Weights & Biases has a step of its own",
+            '{f"{self._prefix}/step": step, **found}',
+            "found",
+        ),
+        ("no histogram", "if add is not None and", "if add is None and"),
+    ),
+    *engine_mutants(
+        "monitoring/monitor.py",
+        ("test_idle_training.py",),
+        (
+            "warnings come before records",
+            "            self._emit(self.reading)  # first: a warning may be an error\n",
+            "            self._warnings.look(self.reading, past, moves, own_scale=own_scale)\n"
+            "            self._emit(self.reading)\n",
+        ),
+    ),
+]
