@@ -8,17 +8,9 @@ from torch import nn
 from mpcore_testing.bits import same_bits
 from mpcore_testing.engines import PACKING, Engine, engines_for
 from mpcore_testing.optimizers import step_cases
-from mpcore_testing.stored import SCALE, assert_same_states, bytes_of, stored
+from mpcore_testing.stored import BUILDS, SCALE, assert_same_states, bytes_of, stored
 from mpcore_testing.two_steps import Sharp
 
-BUILDS = {
-    "AdamW": lambda params: torch.optim.AdamW(params, lr=1e-3, weight_decay=0.1),
-    "AMSGrad": lambda params: torch.optim.Adam(params, lr=1e-3, amsgrad=True, maximize=True),
-    "SGD": lambda params: torch.optim.SGD(params, lr=0.01),
-    "momentum": lambda params: torch.optim.SGD(params, lr=0.01, momentum=0.9, nesterov=True),
-    "Lion": lambda params: mpcore.optim.Lion(params, lr=1e-4, weight_decay=0.1),
-    "Adagrad": lambda params: torch.optim.Adagrad(params, lr=0.01, initial_accumulator_value=0.1),
-}
 ADAMW = BUILDS["AdamW"]
 DTYPES = [torch.float16, torch.bfloat16]
 HALVES = pytest.mark.parametrize("dtype", DTYPES, ids=["float16", "bfloat16"])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
+from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -114,11 +114,7 @@ def _summed_up(
         first_bad=first_bad.data_ptr(),
         kinds=kinds.data_ptr(),
     )
-    if _sum_up()(ctypes.addressof(totals)):  # chunks that tell too little
+    sum_up = declared("sum_up", ctypes.c_int64, ctypes.c_void_p)
+    if sum_up(ctypes.addressof(totals)):  # chunks that tell too little
         return None
     return _cpu_inspection.inspection_of(squares, kinds, first_bad, False, coefficient, limit)
-
-
-@cache
-def _sum_up() -> Callable[..., int]:
-    return declared("sum_up", ctypes.c_int64, ctypes.c_void_p)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from collections.abc import Callable
-from functools import cache
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +48,7 @@ def _scalars(part: Part, numbers: array[float]) -> Tensor:
     if counts is None and part.batch.steps:
         counts = torch.stack(list(part.batch.steps))
     counts = None if counts is None else counts.float()
-    _fill_scalars()(
+    declared("fill_scalars", None, *_ARGUMENTS)(
         part.step,
         len(part.groups),
         part.groups.buffer_info()[0],
@@ -60,8 +57,3 @@ def _scalars(part: Part, numbers: array[float]) -> Tensor:
         part.scalars.data_ptr(),
     )
     return part.scalars
-
-
-@cache
-def _fill_scalars() -> Callable[..., Any]:
-    return declared("fill_scalars", None, *_ARGUMENTS)

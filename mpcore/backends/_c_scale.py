@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -49,14 +48,10 @@ def update_scale_(move: ScaleMove, found_inf: Tensor) -> None:
         plain_update_scale_(move, found_inf)
         return
     numbers.point_to(move)
-    _move_scale()(ctypes.addressof(numbers), bool(found_inf))
+    move_scale = declared("move_scale", None, ctypes.c_void_p, ctypes.c_int32)
+    move_scale(ctypes.addressof(numbers), bool(found_inf))
     # writes by address tell autograd nothing
     torch.autograd.graph.increment_version(move.state)
-
-
-@cache
-def _move_scale() -> Callable[..., None]:
-    return declared("move_scale", None, ctypes.c_void_p, ctypes.c_int32)
 
 
 @lru_cache(maxsize=16)  # an optimizer has one for all its steps

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -99,7 +98,8 @@ class Part:
             if self.counters:
                 torch._foreach_add_(self.counters, 1)
             return
-        _count_steps()(self.counts.data_ptr(), self.counts.shape[0])
+        count = declared("count_steps", None, ctypes.c_void_p, ctypes.c_int64)
+        count(self.counts.data_ptr(), self.counts.shape[0])
         torch.autograd.graph.increment_version((self.counts,))  # writes by address tell nothing
 
     def checked(self, grads: Sequence[Tensor]) -> GradientSet:
@@ -122,11 +122,6 @@ class Part:
                     f"got {list(grad.shape)} in {grad.dtype}."
                 )
         return all_in_memory_order(grads)
-
-
-@cache
-def _count_steps() -> Callable[..., None]:
-    return declared("count_steps", None, ctypes.c_void_p, ctypes.c_int64)
 
 
 @dataclass(kw_only=True)

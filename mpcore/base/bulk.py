@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpcore.base.dtensors import PLAIN, any_dtensor, held_here
+from mpcore.base.dtensors import any_dtensor, held_here
 
 _DTYPE = attrgetter("dtype")
 _DEVICE = attrgetter("device")
@@ -85,7 +85,7 @@ def writes_to(tensors: Iterable[Tensor]) -> list[int]:
         writes = list(map(_VERSION, tensors))
     except RuntimeError:
         return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
-    if set(map(type, tensors)) <= PLAIN or not any_dtensor(tensors):
+    if not any_dtensor(tensors):
         return writes
     held = map(held_here, tensors)
     return [

@@ -26,7 +26,8 @@ def held_here(tensor: Tensor) -> Tensor:
 
 def any_dtensor(tensors: Iterable[Tensor]) -> bool:
     """Whether one of them is a DTensor."""
-    return any(hasattr(kind, "to_local") for kind in set(map(type, tensors)))
+    kinds = set(map(type, tensors))
+    return not kinds <= PLAIN and any(hasattr(kind, "to_local") for kind in kinds)
 
 
 def addresses_of(tensors: Iterable[Tensor], *, sharded: bool) -> list[int]:

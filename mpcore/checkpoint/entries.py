@@ -64,7 +64,7 @@ def check_state(
         names: From `known_names`; None: of an optimizer of its own, nobody knows what it keeps.
         masters: Say how masters and moments are kept.
     """
-    held = masters.held
+    held, beside = masters.held, {RANDOM_KEY, *map(scales_of, saved)}
     _check_parts(where, saved, param, held)
     wide = torch.float64 if param.dtype == torch.float64 else torch.float32
     # one that was never stepped has no master, and the moments that its optimizer made
@@ -75,10 +75,10 @@ def check_state(
             continue
         if names is not None and key not in names:
             hint = ""
-            if key == RANDOM_KEY or key in map(scales_of, saved):
+            if key in beside:
                 hint = " Load a state_dict(compact=True) with the masters= and moments= of its run."
             raise ArgumentError(f"{where}: expected the keys {list(names)}, got {key!r} too.{hint}")
-        if key == RANDOM_KEY or key in map(scales_of, saved):
+        if key in beside:
             _check_beside(f"{where}[{key!r}]", key, value)
         elif key == "step":
             if kind(value) != "number":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -93,41 +93,29 @@ FP16_SPLIT = Regime(
 BF16_SPLIT = Regime(
     "bf16-split", "BF16 + split masters", torch.bfloat16, masters=True, scaled=False, store="split"
 )
-BF16_SPLIT_BF16 = Regime(
-    "bf16-split-bf16",
-    "BF16 + split masters, BF16 moments",
-    torch.bfloat16,
-    masters=True,
-    scaled=False,
-    store="split",
+BF16_SPLIT_BF16 = replace(
+    BF16_SPLIT,
+    key="bf16-split-bf16",
+    label="BF16 + split masters, BF16 moments",
     moments="bfloat16",
 )
-BF16_SPLIT_INT8 = Regime(
-    "bf16-split-int8",
-    "BF16 + split masters, 8-bit moments",
-    torch.bfloat16,
-    masters=True,
-    scaled=False,
-    store="split",
+BF16_SPLIT_INT8 = replace(
+    BF16_SPLIT,
+    key="bf16-split-int8",
+    label="BF16 + split masters, 8-bit moments",
     moments="int8",
 )
-BF16_NONE_BF16 = Regime(
-    "bf16-none-bf16",
-    "BF16 rounded at random, BF16 moments",
-    torch.bfloat16,
-    masters=True,
-    scaled=False,
+BF16_NONE_BF16 = replace(
+    BF16_SPLIT_BF16,
+    key="bf16-none-bf16",
+    label="BF16 rounded at random, BF16 moments",
     store="none",
-    moments="bfloat16",
 )
-BF16_NONE_INT8 = Regime(
-    "bf16-none-int8",
-    "BF16 rounded at random, 8-bit moments",
-    torch.bfloat16,
-    masters=True,
-    scaled=False,
+BF16_NONE_INT8 = replace(
+    BF16_SPLIT_INT8,
+    key="bf16-none-int8",
+    label="BF16 rounded at random, 8-bit moments",
     store="none",
-    moments="int8",
 )
 AUTOCAST = Regime(
     "autocast",

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
-import mpcore
 import pytest
 import torch
 from mpcore.stores import WEIGHT_SITE, key_of, offsets_in_memory, random_bits
@@ -15,20 +13,12 @@ from mpcore.stores.rounding import round_randomly
 from torch import Tensor, nn
 
 from mpcore_testing.engines import Engine
-from mpcore_testing.stored import SCALE, Stored
+from mpcore_testing.stored import BUILDS, SCALE, Stored
 
 #: The engines that step compact moments.
 COMPACT = [Engine("reference", "fused"), Engine("compiled", "fused")]
 ENGINES = pytest.mark.parametrize("engine", COMPACT, ids=str)
 
-BUILDS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-    "AdamW": lambda params: torch.optim.AdamW(params, lr=1e-3, weight_decay=0.1),
-    "AMSGrad": lambda params: torch.optim.Adam(params, lr=1e-3, amsgrad=True, maximize=True),
-    "SGD": lambda params: torch.optim.SGD(params, lr=0.01),
-    "momentum": lambda params: torch.optim.SGD(params, lr=0.01, momentum=0.9, nesterov=True),
-    "Lion": lambda params: mpcore.optim.Lion(params, lr=1e-4, weight_decay=0.1),
-    "Adagrad": lambda params: torch.optim.Adagrad(params, lr=0.01, initial_accumulator_value=0.1),
-}
 ADAMW = BUILDS["AdamW"]
 
 

@@ -19,6 +19,15 @@ SHAPES = [(3, 5), (7,), (), (4, 33), (65,)]
 
 Build = Callable[[Any], torch.optim.Optimizer]
 
+BUILDS: dict[str, Build] = {
+    "AdamW": lambda params: torch.optim.AdamW(params, lr=1e-3, weight_decay=0.1),
+    "AMSGrad": lambda params: torch.optim.Adam(params, lr=1e-3, amsgrad=True, maximize=True),
+    "SGD": lambda params: torch.optim.SGD(params, lr=0.01),
+    "momentum": lambda params: torch.optim.SGD(params, lr=0.01, momentum=0.9, nesterov=True),
+    "Lion": lambda params: mpcore.optim.Lion(params, lr=1e-4, weight_decay=0.1),
+    "Adagrad": lambda params: torch.optim.Adagrad(params, lr=0.01, initial_accumulator_value=0.1),
+}
+
 
 def parameters(dtype: torch.dtype) -> list[nn.Parameter]:
     """Returns weights of every layout: one is transposed, one is float32."""
