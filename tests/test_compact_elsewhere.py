@@ -128,3 +128,24 @@ def test_a_parameter_that_goes_to_another_place_keeps_its_bits(engine, moments):
     for each in (one, other):
         each.step(1)
     assert same_bits(one.bits(), other.bits())
+
+
+@KEPT
+@MASTERS
+@ENGINES
+def test_empty_parameters_change_nothing_of_the_others(engine, masters, moments):
+    full, empty = [(4, 300), (), (1, 1)], [(0, 300), (0,)]
+    found = []
+    for shapes in (full, [*full, *empty]):
+        generator = torch.Generator().manual_seed(0)
+        values = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
+        params = [nn.Parameter(value.clone()) for value in values]
+        optimizer = engine.wrap(ADAMW(params), SCALE, masters=masters, moments=moments)
+        for step in range(4):
+            optimizer.scale(torch.zeros(()))
+            for param in params:
+                param.grad = torch.full_like(param, torch.inf if step == 0 else 2.0**-step)
+            optimizer.step()
+        found.append([param.detach() for param in params[: len(full)]])
+        assert not torch.equal(params[0], values[0])
+    assert same_bits(*found)

@@ -118,6 +118,8 @@ def cut_rows(sizes: Sequence[int], rows: Sequence[int]) -> Cut:
         [[0, 0, 32773], [0, 32773, 65546]]
         >>> cut_rows([2**17 + 600], [2**16 + 300]).chunks[:3].tolist()
         [[0, 0, 65536], [0, 65536, 65836], [0, 65836, 131372]]
+        >>> cut_rows([0, 6], [3, 3]).chunks.tolist()  # nothing of an empty one
+        [[1, 0, 6]]
     """
     chunks = []
     for index, (size, row) in enumerate(zip(sizes, rows, strict=True)):
@@ -126,7 +128,8 @@ def cut_rows(sizes: Sequence[int], rows: Sequence[int]) -> Cut:
             starts = list(range(0, size, many))
         else:
             starts = [first + at for first in range(0, size, row) for at in range(0, row, CHUNK)]
-        chunks += [(index, *ends) for ends in zip(starts, [*starts[1:], size], strict=True)]
+        ends = [*starts[1:], size] if starts else []  # an empty tensor has no chunk
+        chunks += [(index, *pair) for pair in zip(starts, ends, strict=True)]
     table = torch.tensor(chunks, dtype=torch.int64, device="cpu").view(-1, 3)
     return Cut(table, sum(sizes))
 
