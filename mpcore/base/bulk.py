@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import chain, repeat
+from collections.abc import Collection, Iterable, Sequence
+from itertools import repeat
 from operator import attrgetter, eq, is_
 from typing import Any
 
@@ -51,10 +51,9 @@ def have_shapes(tensors: Iterable[Tensor], shapes: Iterable[torch.Size]) -> bool
     return all(map(eq, map(_SHAPE, tensors), shapes))
 
 
-def are_same(objects: Iterable[Any], others: Iterable[Any]) -> bool:
-    """Whether two sequences hold the same objects, in the same order."""
-    end = object()
-    return all(map(is_, chain(objects, (end,)), chain(others, (end,))))
+def are_same(objects: Collection[Any], others: Collection[Any]) -> bool:
+    """Whether two collections hold the same objects, in the same order."""
+    return len(objects) == len(others) and all(map(is_, objects, others))
 
 
 def with_gradient(params: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[Tensor]]:
@@ -74,18 +73,21 @@ def grads_of(params: Iterable[Tensor]) -> list[Tensor]:
     return grads  # type: ignore[return-value]
 
 
-def writes_to(tensors: Iterable[Tensor]) -> list[int]:
+def writes_to(tensors: Collection[Tensor], *, sharded: bool = True) -> list[int]:
     """Returns how often each tensor was written to, as far as autograd knows; no host sync.
 
     Of a DTensor writes to what this rank holds count as well: FSDP2 adds gradients up there. Nobody
     counts for tensors made in inference mode: -1.
+
+    Args:
+        tensors: Any.
+        sharded: Whether some may be DTensors.
     """
-    tensors = list(tensors)
     try:
         writes = list(map(_VERSION, tensors))
     except RuntimeError:
         return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
-    if not any_dtensor(tensors):
+    if not (sharded and any_dtensor(tensors)):
         return writes
     held = map(held_here, tensors)
     return [

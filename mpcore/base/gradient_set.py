@@ -69,7 +69,7 @@ class GradientSet(tuple[Tensor, ...]):
     @cached_property
     def writes(self) -> list[int]:
         """How often each was written to, as far as autograd knows."""
-        return writes_to(self)
+        return writes_to(self, sharded=self.kinds is None)
 
     @cached_property
     def refs(self) -> list[weakref.ref[Tensor]]:

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from mpcore.base.bulk import devices_of, dtypes_in_order
+from mpcore.base.bulk import are_same, devices_of, dtypes_in_order
 from mpcore.base.dtensors import addresses_of, any_dtensor
 
 
@@ -37,6 +37,16 @@ class ParameterSet(tuple[Tensor, ...]):
             found = cls(params)
         _ = found.addresses, found.dtypes_in_order, found.shapes, found.are_contiguous
         return found
+
+    def is_as(self, now: ParameterSet) -> bool:
+        """Whether these are the same parameters, of which the same is known."""
+        return (
+            are_same(self, now)
+            and self.addresses == now.addresses
+            and self.dtypes_in_order == now.dtypes_in_order
+            and self.shapes == now.shapes
+            and self.are_contiguous == now.are_contiguous
+        )
 
     @cached_property
     def addresses(self) -> list[int]:

@@ -103,9 +103,11 @@ class CheckedParameters:
     def _note(self, params: Sequence[Tensor]) -> None:
         if self._version == self._masters.version and are_same(params, self._known):
             self._masters.version += 1  # something about them was replaced: what was planned is old
+        last = self._known
         self._known, self._kinds, self._grad_kinds = ParameterSet(), None, None
         if all_in_memory(list(map(held_here, params))):
-            self._known = ParameterSet.as_now(params)
+            now = ParameterSet.as_now(params)
+            self._known = last if last.is_as(now) else now
             self._version = self._masters.version
             self._held = list(map(self._masters.of, params))
 

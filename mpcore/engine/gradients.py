@@ -249,7 +249,7 @@ class StepGradients:
     def stored_of(self, params: Sequence[Tensor]) -> Sequence[Tensor]:
         """Returns the gradients of `params` as they are, each with the strides of its master."""
         grads = self._stored(params)
-        if self.applied or (grads.are_contiguous and all(map(Tensor.is_contiguous, params))):
+        if self.applied or (grads.are_contiguous and ParameterSet.of(params).are_contiguous):
             return grads
         like = map(self._masters.layout_of, params)
         return [laid_out_like(one, grad) for one, grad in zip(like, grads, strict=True)]

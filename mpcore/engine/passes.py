@@ -36,7 +36,7 @@ class Passes(NamedTuple):
 
     def stepped(self) -> Passes:
         """Returns what is so after a step."""
-        return self._replace(scaled=False)
+        return Passes(scaled=False, thrown=self.thrown, zeroed=self.zeroed)  # in every step
 
     def cleared(self, *, zeros: bool) -> Passes:
         """Returns what is so once gradients were cleared, to zeros or to None."""

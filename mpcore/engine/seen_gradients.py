@@ -58,7 +58,7 @@ class SeenGradients:
             return not self.differ_from(GradientSet(grads))
         return (
             are_same(grads, seen)
-            and writes_to(grads) == self._writes
+            and writes_to(grads, sharded=False) == self._writes
             and addresses_of(grads, sharded=False) == seen.addresses
         )
 

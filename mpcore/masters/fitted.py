@@ -22,14 +22,14 @@ class FittedMasters:
     def note(self, pairs: Pairs) -> None:
         """Notes that these weights are their rounded masters now."""
         pairs = list(pairs)
-        writes = writes_to(master for _, master in pairs)
+        writes = writes_to([master for _, master in pairs])
         for (param, master), count in zip(pairs, writes, strict=True):
             self._known[id(param)] = master, count
 
     def edited(self, pairs: Pairs) -> list[Tensor]:
         """Returns the parameters whose masters somebody wrote to since, or replaced."""
         pairs = list(pairs)
-        writes = writes_to(master for _, master in pairs)
+        writes = writes_to([master for _, master in pairs])
         return [
             param
             for (param, master), count in zip(pairs, writes, strict=True)

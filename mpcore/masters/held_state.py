@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
+from operator import is_
 from typing import Any
 
 from torch import Tensor
@@ -46,13 +46,10 @@ class HeldState:
     @property
     def is_current(self) -> bool:
         """Whether these are still the state, and where they were: `.data = other` moves them."""
-        states = self._inner_state.values()
+        # loops in C, and no hash of a tensor: this is asked at every step
         return (
-            len(states) == len(self._states)
+            are_same(self._inner_state, self._keys)
+            and are_same(self._inner_state.values(), self._states)
+            and all(map(is_, map(dict.get, self._holders, self._names), self._moments))
             and addresses_of(self._tensors, sharded=self._sharded) == self._addresses
-            # a loop in C, and no hash of a tensor: this is asked at every step
-            and are_same(
-                chain(map(dict.get, self._holders, self._names), self._inner_state, states),
-                chain(self._moments, self._keys, self._states),
-            )
         )

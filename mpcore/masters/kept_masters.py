@@ -98,7 +98,7 @@ class KeptMasters:
 
     def note_weights(self) -> None:
         """Notes that all weights are their rounded masters now; no host sync."""
-        self._seen = writes_to(self._master_of)
+        self._seen = writes_to(self._master_of, sharded=self.any_sharded)
         if self.sharing.links:
             self.sharing.note()
         if self.any_sharded:
@@ -119,7 +119,7 @@ class KeptMasters:
         return list(filter(self.held.is_whole, written)) if written else written
 
     def _written(self) -> list[Tensor]:
-        writes = writes_to(self._master_of)
+        writes = writes_to(self._master_of, sharded=self.any_sharded)
         if writes == self._seen and not self.sharing.links:
             return []
         counted = zip(self._master_of, writes, self._seen, strict=True)

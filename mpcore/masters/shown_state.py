@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from itertools import chain
+from operator import is_
 from typing import Any
 
 from torch import Tensor
@@ -22,15 +23,19 @@ class ShownState:
     def __init__(self) -> None:
         self._is_noted = True  # False: something was added meanwhile
         self._entries: list[tuple[Any, Any]] = []
-        #: what was shown: whose states, their values and the names of these, one after the other
-        self._parts: list[Any] = []
+        self._owners: list[Any] = []  # whose states were shown,
+        self._values: list[Any] = []  # the values in all of them,
+        self._names: list[Any] = []  # the names of these,
+        self._others: Collection[Any] = ()  # and states that are no dictionaries
 
     def note(self, shown: dict[Tensor, State]) -> None:
         """Notes what is shown now."""
         self._entries = [
             (key, dict(state) if isinstance(state, dict) else state) for key, state in shown.items()
         ]
-        self._parts = list(_parts(shown))
+        states, self._others = _dicts(shown)
+        self._owners, self._names = list(shown), list(chain.from_iterable(states))
+        self._values = list(chain.from_iterable(map(dict.values, states)))
         self._is_noted = True
 
     def note_one(self) -> None:
@@ -46,7 +51,16 @@ class ShownState:
         """Whether values were put in, replaced or taken out."""
         if not self._is_noted:
             return False
-        return len(shown) != len(self._entries) or not are_same(_parts(shown), self._parts)
+        states, others = _dicts(shown)
+        # names too: a state that is moved to another parameter has the same values. As many names
+        # are as many values; none of these is compared with `==`, which would compute
+        values = chain.from_iterable(map(dict.values, states))
+        return not (
+            are_same(shown, self._owners)
+            and are_same(others, self._others)
+            and list(chain.from_iterable(states)) == self._names
+            and all(map(is_, values, self._values))
+        )
 
     def take_over(
         self,
@@ -88,15 +102,10 @@ class ShownState:
                 inner_state[new] = state
 
 
-def _parts(shown: Mapping[Any, Any]) -> Iterable[Any]:
-    """Returns what tells one state from another: whose it is, and each value with its name.
-
-    Values alone would not: a state that is moved to another parameter has the same ones.
-    """
-    states: Iterable[Any] = shown.values()
-    others: list[Any] = []
-    if set(map(type, states)) - {dict}:  # somebody keeps what is no dictionary
-        others = [state for state in states if not isinstance(state, dict)]
-        states = [state for state in states if isinstance(state, dict)]
-    values = chain.from_iterable(map(dict.values, states))
-    return chain(shown, values, others, chain.from_iterable(states))
+def _dicts(shown: Mapping[Any, Any]) -> tuple[Collection[Any], Collection[Any]]:
+    """Returns the states that are dictionaries, as they usually all are, and the others."""
+    states: Collection[Any] = shown.values()
+    if set(map(type, states)) <= {dict}:
+        return states, ()
+    others = [state for state in states if not isinstance(state, dict)]
+    return [state for state in states if isinstance(state, dict)], others
