@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from mpcore_testing.steps_in_16_bits import GRADIENTS, HALF, check
+from mpcore_testing.steps_in_16_bits import GRADIENTS, HALF, check, of_torch
 from mpcore_testing.zoo import Row, pulled
 
 transformers = pytest.importorskip("transformers")
@@ -72,8 +72,6 @@ def build_whisper() -> Any:
     return transformers.WhisperForConditionalGeneration(config)
 
 
-#: It scales no attention scores. Measured: 4.4 at most, to the digit that of `model.bfloat16()`.
-_T5_GRADIENTS = 6
 TEXT = {"input_ids": IDS, "attention_mask": PADDED}
 ROWS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "GPT-2": (build_gpt2, TEXT),
@@ -105,4 +103,7 @@ def test_a_step_is_that_of_fp32_but_for_roundings(
         model.train()
         return Row(model, batch, lambda result: pulled(result.logits))
 
-    check(row, dtype, rehearsed, _T5_GRADIENTS if name == "T5" else GRADIENTS)
+    # it scales no attention scores, and how well torch's own attention takes that depends on the
+    # CPU: 1.5 to 9.4 roundings, to the digit as far off as what torch alone has cast
+    bound = max(GRADIENTS, 1.1 * of_torch(row, dtype)) if name == "T5" else GRADIENTS
+    check(row, dtype, rehearsed, bound)

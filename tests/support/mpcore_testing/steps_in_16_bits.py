@@ -60,6 +60,22 @@ def check(
     assert_buffers_close(model, plain, dtype)
 
 
+def of_torch(build: Callable[[], Row], dtype: torch.dtype) -> float:
+    """How many roundings gradients are off where torch alone casts the model, on this machine."""
+    torch.manual_seed(0)
+    row = build()
+    with torch.no_grad():
+        for param in row.model.parameters():
+            param.copy_(param.to(dtype))
+    plain = copy.deepcopy(row.model)
+    cast = row.model.to(dtype)
+    scale = 2.0**10 if dtype == torch.float16 else 1.0
+    (row.loss(cast(**row.batch)) * scale).backward()
+    row.loss(plain(**row.batch)).backward()
+    ours, theirs = (flat([p.grad for p in each.parameters()]) for each in (cast, plain))
+    return float((ours / scale - theirs).norm() / theirs.norm() / torch.finfo(dtype).eps)
+
+
 def flat(gradients: Sequence[Tensor | None]) -> Tensor:
     return torch.cat([grad.flatten().float() for grad in gradients if grad is not None])
 
