@@ -11,7 +11,7 @@ from mpcore_testing.kernels import assert_same_bits
 from mpcore_testing.stores import kept
 
 #: shapes by their rows: short of a block, one, several, with a rest, longer than a chunk
-ROWS = [(3, 256), (2, 300), (5, 512), (1, 1000), (2, 2**16 + 300), (300, 257)]
+ROWS = [(3, 256), (2, 300), (5, 512), (1, 1000), (2, 2**16 + 300), (300, 257), (7, 64), (2, 255)]
 FLAT = [0, 1, 15, 17, 300, 4097]
 
 

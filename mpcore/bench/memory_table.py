@@ -110,7 +110,7 @@ def memory_table(parameters: int, *, ranks: int = 1, moments: int = 2) -> Table:
         notes=(
             "Master: what lies beside the 16-bit weight: float32, an int16 remainder, or nothing. "
             "Saved: weights, masters and moments of all ranks; compact: state_dict(compact=True).",
-            "8-bit moments: 4 bytes of scales for 256 numbers of a row; rows of fewer numbers, and "
+            "8-bit moments: 4 bytes of scales for 256 numbers of a row; rows of fewer than 64, and "
             'parameters of one dimension, keep bfloat16 moments. masters="none" is for bfloat16.',
             "Activations, buffers and what a step needs besides are not in here. The general path "
             "gives split masters 4 more bytes a parameter while the wrapped optimizer steps.",

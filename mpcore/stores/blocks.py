@@ -30,6 +30,8 @@ from torch import Tensor
 
 #: Numbers that share a scale.
 BLOCK = 256
+#: Rows of fewer numbers are not kept in blocks: a scale for each would take back what 8 bits save.
+SHORTEST_ROW = 64
 
 
 def row_of(shape: Sequence[int]) -> int:

@@ -14,7 +14,14 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from mpcore.stores.blocks import BLOCK, decode_blocks, encode_blocks, row_of, scales_shape
+from mpcore.stores.blocks import (
+    BLOCK,
+    SHORTEST_ROW,
+    decode_blocks,
+    encode_blocks,
+    row_of,
+    scales_shape,
+)
 from mpcore.stores.rounding import round_randomly, round_to_nearest
 from mpcore.stores.split import is_clamped, join, split
 
@@ -240,7 +247,7 @@ def moment_store(
 
     Args:
         wanted: "float32", "bfloat16" or "int8". Instead of int8, parameters of one dimension, those
-            with fewer than 256 elements for each index of dimension 0, and those whose dimension 0
+            with fewer than 64 elements for each index of dimension 0, and those whose dimension 0
             is not outermost in memory get bfloat16.
         shape: Of the parameter, or of a shard of dimension 0: both get the same.
         stride: Likewise.
@@ -255,7 +262,7 @@ def moment_store(
     if wanted != "int8":
         return MOMENT_STORES[wanted]
     row = row_of(shape)
-    in_rows = len(shape) > 1 and row >= BLOCK and (shape[0] < 2 or stride[0] == row)
+    in_rows = len(shape) > 1 and row >= SHORTEST_ROW and (shape[0] < 2 or stride[0] == row)
     if not in_rows:
         return MOMENT_STORES["bfloat16"]
     return MOMENT_STORES["int8" if negative else "uint8"]

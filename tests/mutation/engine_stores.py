@@ -196,7 +196,7 @@ STORES = [
     *engine_mutants(
         "stores/store.py",
         ("test_moment_blocks.py",),
-        ("short rows share blocks", "row >= BLOCK and ", ""),
+        ("short rows share blocks", "row >= SHORTEST_ROW and ", ""),
         ("rows may lie in any order", " and (shape[0] < 2 or stride[0] == row)", ""),
     ),
     *engine_mutants(
