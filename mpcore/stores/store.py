@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from mpcore.stores.blocks import (
-    BLOCK,
     SHORTEST_ROW,
     decode_blocks,
     encode_blocks,
