@@ -29,7 +29,9 @@ from mpcore.monitoring.sinks import TensorBoard as TensorBoard
 from mpcore.monitoring.sinks import WeightsAndBiases as WeightsAndBiases
 from mpcore.monitoring.trace import trace_overflow as trace_overflow
 from mpcore.optim import AveragedModel as AveragedModel
+from mpcore.precision import LayerNorm as LayerNorm
 from mpcore.precision import Policy as Policy
+from mpcore.precision import RMSNorm as RMSNorm
 from mpcore.precision import cast_report as cast_report
 from mpcore.precision import emulate_tensor_cores as emulate_tensor_cores
 from mpcore.precision import global_policy as global_policy

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mpcore.precision import LayerNorm
+
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -52,9 +54,9 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.width)
+        self.attention_norm = LayerNorm(config.width)
         self.attention = CausalAttention(config)
-        self.mlp_norm = nn.LayerNorm(config.width)
+        self.mlp_norm = LayerNorm(config.width)
         self.mlp = nn.Sequential(
             nn.Linear(config.width, 4 * config.width),
             nn.GELU(),
@@ -83,7 +85,7 @@ class GPT(nn.Module):
         self.token = nn.Embedding(config.vocabulary, config.width)
         self.position = nn.Embedding(config.context, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(config.width)
+        self.norm = LayerNorm(config.width)
         self.head = nn.Linear(config.width, config.vocabulary, bias=False)
         self._initialise(seed)
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from mpcore.backends import resolve
 from mpcore.demo.rounded import RoundedAdamW
 from mpcore.engine import MixedPrecisionOptimizer
 from mpcore.loss_scale import HeadroomLossScale, LossScale, NoLossScale
@@ -203,7 +204,7 @@ class PlainAdamW(torch.optim.AdamW):
 
 
 def prepare(
-    model: nn.Module, regime: Regime, adamw: AdamWSettings, scale: LossScale
+    model: nn.Module, regime: Regime, adamw: AdamWSettings, scale: LossScale, seed: int = 0
 ) -> tuple[nn.Module, Engine]:
     """Casts a fresh FP32 model for a regime and builds its optimizer, without a host sync.
 
@@ -212,6 +213,7 @@ def prepare(
         regime: How to store and scale.
         adamw: Settings of the update.
         scale: The loss scale of the scaled regimes that have none of their own.
+        seed: Of what is rounded at random.
 
     Returns:
         The model to call, and its optimizer.
@@ -236,9 +238,12 @@ def prepare(
             adamw.weight_decay,
             loss_scale,
         )
-    # a subclass has no fused update; the backend is one that every machine has
+    # a subclass has no fused update
     kind = torch.optim.AdamW if regime.is_compact else PlainAdamW
-    backend: Literal["auto", "reference"] = "reference" if regime.is_compact else "auto"
+    backend: Literal["auto", "compiled", "reference"] = "auto"
+    if regime.is_compact:
+        best, _ = resolve("auto", {param.device for param in model.parameters()})
+        backend = "compiled" if best == "compiled" else "reference"  # which know compact moments
     plain = kind(
         model.parameters(),
         lr=adamw.lr,
@@ -248,7 +253,7 @@ def prepare(
     )
     if isinstance(plain, PlainAdamW) and regime == FP32:  # not the same object elsewhere
         return model, plain
-    kept: dict[str, Any] = {"masters": regime.store, "moments": regime.moments}
+    kept: dict[str, Any] = {"masters": regime.store, "moments": regime.moments, "seed": seed}
     optimizer = MixedPrecisionOptimizer(plain, loss_scale, backend=backend, **kept)
     if regime.keeps_masters:
         model = cast_model(model, regime.weights, optimizer)

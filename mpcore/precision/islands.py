@@ -16,6 +16,7 @@ from torch.nn.utils.parametrizations import _Orthogonal
 
 from mpcore.errors import ArgumentError, ArgumentTypeError
 from mpcore.precision.casts import CastInputs, CastOutputs, Hooks
+from mpcore.precision.norms import reads_sixteen_bits
 
 #: Layers that divide by a statistic of their input. `_NormBase` is the base of every BatchNorm
 #: (SyncBatchNorm too) and InstanceNorm.
@@ -83,7 +84,9 @@ def make_plan(model: nn.Module, dtype: torch.dtype, keep_fp32: Choices | None) -
     for module in _roots(model, inside):
         returns_fp32 = module in outputs or isinstance(module, _Loss)
         after = None if returns_fp32 else CastOutputs(dtype)
-        hooks[module] = (CastInputs(torch.float32), after)
+        # one that somebody named is given FP32, as every module that is named
+        reads = reads_sixteen_bits(module) and module not in chosen
+        hooks[module] = (None if reads else CastInputs(torch.float32), after)
     reasons = {
         path: why[module]
         for path, module in model.named_modules()

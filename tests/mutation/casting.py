@@ -4,6 +4,41 @@ from mutant import engine_mutants
 
 CASTING = [
     *engine_mutants(
+        "precision/norms.py",
+        ("test_norms.py",),
+        (
+            "results are FP32",
+            "return result.to(input.dtype), mean, rstd",
+            "return result, mean, rstd",
+        ),
+        (
+            "FP32 is saved",
+            "ctx.save_for_backward(input, weight, bias,",
+            "ctx.save_for_backward(input.float(), weight, bias,",
+        ),
+        ("it computes in 16 bits", "torch.rms_norm(input.float(),", "torch.rms_norm(input,"),
+        (
+            "the mean of what is pulled is forgotten",
+            "normal * (pulled * normal).mean(over, keepdim=True)",
+            "normal",
+        ),
+        (
+            "eps is that of 16 bits",
+            "torch.finfo(torch.float32).eps if",
+            "torch.finfo(input.dtype).eps if",
+        ),
+    ),
+    *engine_mutants(
+        "precision/islands.py",
+        ("test_norms.py",),
+        ("norms are given FP32", "reads_sixteen_bits(module) and module not in chosen", "False"),
+        (
+            "a norm that is named is left alone",
+            "reads_sixteen_bits(module) and module not in chosen",
+            "reads_sixteen_bits(module)",
+        ),
+    ),
+    *engine_mutants(
         "precision/weak.py",
         ("test_weak_tensors.py",),
         (
