@@ -19,6 +19,7 @@ from mpcore.bench import (
     rows,
     shapes,
 )
+from mpcore.bench.compact_rows import compact_rows
 from mpcore.bench.experiment import BenchSettings, Outcome, run_bench
 from mpcore.bench.shapes import ParameterList
 from mpcore.bench.timing import Times
@@ -112,6 +113,39 @@ def test_own_rows_are_right_and_are_timed(dtype):
             assert outcome.launches is None
     baseline = next(o for o in result.outcomes if o.row.key == rows.BASELINE)
     assert result.ratio(baseline) == 1.0
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_rows_of_compact_states_are_right_and_hold_what_they_say(dtype):
+    keys = [row.key for row in compact_rows(torch.float16, "auto", CPU)]
+    listed = ParameterList("rows", ((30, 256), (20, 512)))
+    outcomes = run(listed, dtype=dtype, backend="reference", rows=tuple(keys)).outcomes
+    held = {outcome.row.key: outcome.resident for outcome in outcomes}
+    assert all(outcome.reason is None and 0 < outcome.error < 1 for outcome in outcomes)
+    expected = {"split": 14, "split-bf16": 10, "split-int8": 8, "none-bf16": 8, "none-int8": 6}
+    for key, size in expected.items():
+        scales = 2 * 4 / 256 if "int8" in key else 0
+        assert held[key] == pytest.approx(size + scales, abs=0.01)  # keys and step counts
+
+
+def test_rows_of_compact_states_run_where_they_are_named():
+    keys = {outcome.row.key for outcome in run(backend="reference").outcomes}
+    assert not keys & {row.key for row in compact_rows(torch.float16, "auto", CPU)}
+
+
+@pytest.mark.parametrize("key", ["split-bf16", "split-int8", "none-bf16", "none-int8"])
+def test_moments_that_lose_their_digits_are_not_right(key, monkeypatch):
+    class Forgetful(contenders.Mpcore):
+        def step(self):
+            super().step()
+            for param in self.params:
+                state = self._optimizer.float32_state(param)
+                moments = {name: torch.zeros_like(v) for name, v in state.items() if "exp" in name}
+                self._optimizer.set_float32_state(param, moments)
+
+    monkeypatch.setattr("mpcore.bench.compact_rows.Mpcore", Forgetful)
+    _, outcome = run(backend="reference", rows=(key,)).outcomes
+    assert outcome.reason.startswith("wrong weights:")
 
 
 class Unclipped(contenders.TorchAmp):

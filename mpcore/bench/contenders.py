@@ -79,6 +79,8 @@ class Mpcore(Contender):
         backend: As for `MixedPrecisionOptimizer`.
         every: Steps from one reading of a `Monitor` to the next; None: no monitor.
         on_weight_edit: As for `MixedPrecisionOptimizer`.
+        masters: Likewise.
+        moments: Likewise.
     """
 
     def __init__(
@@ -89,13 +91,21 @@ class Mpcore(Contender):
         backend: Any,  # as typed on the command line: the optimizer checks it
         every: int | None = None,
         on_weight_edit: Literal["adopt", "always"] = "adopt",
+        masters: Any = "float32",
+        moments: Any = "float32",
     ) -> None:
         super().__init__(problem, dtype)
         # the general path calls this optimizer's own step: give it the fastest one there is
         inner = torch.optim.AdamW(self.params, **ADAMW, fused=path == "general")
         scale = DynamicLossScale(init=problem.scale)
         self._optimizer = MixedPrecisionOptimizer(
-            inner, scale, path=path, backend=backend, on_weight_edit=on_weight_edit
+            inner,
+            scale,
+            path=path,
+            backend=backend,
+            on_weight_edit=on_weight_edit,
+            masters=masters,
+            moments=moments,
         )
         self._monitor = None if every is None else Monitor(self._optimizer, every=every)
         self._loss = torch.zeros((), device=problem.device)
@@ -110,12 +120,15 @@ class Mpcore(Contender):
         self._optimizer.step()
 
     def weight(self, index: int) -> Tensor:
-        """Returns the master."""
-        master: Tensor = self._optimizer.state[self.params[index]]["master"]
+        """Returns the master, the weight itself where there is none."""
+        param = self.params[index]
+        if self._optimizer.masters == "none":
+            return param.detach()
+        master: Tensor = self._optimizer.float32_state(param)["master"]
         return master
 
     def state(self) -> Any:
-        """Returns masters and moments."""
+        """Returns what lies beside weights, and moments."""
         return [self._optimizer.state[param] for param in self.params]
 
 

@@ -15,6 +15,7 @@ import torch
 
 from mpcore.base import examine_cpu, find_versions, torch_build
 from mpcore.bench.check import CHECKED_STEPS, checked_step, errors, verdict
+from mpcore.bench.compact_rows import compact_rows
 from mpcore.bench.contenders import Contender
 from mpcore.bench.counting import HostReads, allocated, compiled_host_reads, launches
 from mpcore.bench.peers import peer_rows
@@ -40,7 +41,8 @@ class BenchSettings:
         device: Where.
         dtype: "float16" or "bfloat16": parameters of the rows with masters.
         backend: Of the mpcore rows.
-        rows: Keys of the rows to run; None for all. The row that others are compared with is added.
+        rows: Keys of the rows to run; None for all but those of compact states. The row that others
+            are compared with is added.
     """
 
     lists: tuple[ParameterList, ...]
@@ -66,10 +68,10 @@ class BenchSettings:
         Raises:
             ArgumentError: There is no row of a name.
         """
-        own = own_rows(DTYPES[self.dtype], self.backend, self.device)
-        everything = (*own, *peer_rows(self.device))
+        how = DTYPES[self.dtype], self.backend, self.device
+        everything = (*own_rows(*how), *compact_rows(*how), *peer_rows(self.device))
         if self.rows is None:
-            return everything
+            return tuple(row for row in everything if not row.named_only)
         known = [row.key for row in everything]
         unknown = [key for key in self.rows if key not in known]
         if unknown:

@@ -68,6 +68,7 @@ class Row:
         expected_bytes: Per parameter at the most, to see whether it fits into memory.
         missing: Why it cannot run here; None if it can.
         version: Of the library that is neither mpcore nor torch, where it is known.
+        named_only: Whether it runs only where it is asked for by its key.
     """
 
     key: str
@@ -79,6 +80,7 @@ class Row:
     expected_bytes: float
     missing: str | None = None
     version: str | None = None
+    named_only: bool = False
 
 
 #: What other rows are compared with.
