@@ -2,8 +2,7 @@
 
     torchrun --nproc-per-node 2 examples/fsdp2.py FOLDER
 
-Run it twice: it saves into FOLDER half way, and goes on from there if something is in it. On GPUs
-it takes one for each process; without any it runs on the CPU.
+Run it twice: it saves into FOLDER half way, and goes on from what is there. On GPUs or a CPU.
 """
 
 import os
@@ -31,15 +30,13 @@ def main(folder: str) -> None:
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for block in [*blocks, model]:
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    # the ranks of the mesh agree without being told
     inner = torch.optim.AdamW(model.named_parameters(), lr=3e-3)
-    optimizer = mpcore.MixedPrecisionOptimizer(inner, mpcore.NoLossScale())
-    begin = 0
+    optimizer = mpcore.MixedPrecisionOptimizer(inner, mpcore.NoLossScale())  # the mesh agrees
     if os.path.exists(f"{folder}/.metadata"):
         weights, states = get_state_dict(model, optimizer)
         dcp.load({"model": weights, "optimizer": states}, checkpoint_id=folder)
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=states)
-        begin = optimizer.steps
+    begin = optimizer.steps
     for step in range(begin, 20):
         draw = torch.Generator().manual_seed(step * dist.get_world_size() + dist.get_rank())
         tokens = (torch.randint(64, (8, 1), generator=draw) + torch.arange(17)).remainder(64)

@@ -152,6 +152,11 @@ def test_source_file_is_short_enough_to_read(path):
     assert [(name, size) for name, size in sizes if size >= LONGEST_FUNCTION] == []
 
 
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "two_dimensions"])
+def test_script_of_a_layout_is_read_at_a_glance(name):
+    assert len((ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8").splitlines()) < 60
+
+
 @pytest.mark.parametrize("path", [*ENGINE, *KERNELS, *AUDIT], ids=short)
 def test_calls_say_what_their_arguments_are(path):
     calls = [node for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
