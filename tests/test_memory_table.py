@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import mpcore
 import pytest
 import torch
@@ -84,3 +86,17 @@ def test_what_makes_no_sense_is_refused_in_one_line(arguments, message):
     found = run(*arguments)
     assert found.exit_code == 2
     assert message in found.output
+
+
+def test_json_has_the_bytes_of_each_way():
+    done = run("1000", "--ranks", 4, "--json")
+    assert done.exit_code == 0
+    found = json.loads(done.stdout)
+    assert (found["parameters"], found["ranks"]) == (1000, 4)
+    assert [way["each"] for way in found["ways"]] == [row.held for row in memory_rows(2)]
+    split = next(way for way in found["ways"] if way["label"] == '16 bits, masters="split"')
+    assert split == {
+        "label": '16 bits, masters="split"',
+        **{"weight": 2, "gradient": 2, "master": 2, "moments": 8.0, "each": 14.0},
+        **{"held": 3500, "saved": 14000, "saved_compact": 12000},
+    }

@@ -72,8 +72,24 @@ def memory_rows(moments: int) -> tuple[Bytes, ...]:
     return tuple(rows)
 
 
-def memory_table(parameters: int, *, ranks: int = 1, moments: int = 2) -> Table:
-    """Returns the table of bytes for a number of parameters; no host sync.
+class Sizes(NamedTuple):
+    """Bytes of a model.
+
+    Attributes:
+        each: Of one parameter.
+        held: On each rank, in memory.
+        saved: Of a checkpoint of all ranks.
+        saved_compact: Of one from `state_dict(compact=True)`.
+    """
+
+    each: Bytes
+    held: int
+    saved: int
+    saved_compact: int
+
+
+def memory_sizes(parameters: int, *, ranks: int = 1, moments: int = 2) -> tuple[Sizes, ...]:
+    """Returns what a model takes in each way, FP32 first.
 
     Args:
         parameters: Of the model.
@@ -83,20 +99,37 @@ def memory_table(parameters: int, *, ranks: int = 1, moments: int = 2) -> Table:
 
     Raises:
         ArgumentError: A number is too small.
+
+    Example:
+        >>> memory_sizes(1000, ranks=4)[0][1:]  # FP32: held by each rank, saved, saved compact
+        (4000, 12000, 12000)
     """
     for name, value, least in (("ranks", ranks, 1), ("moments", moments, 0)):
         if value < least:
             raise ArgumentError(f"{name}: expected at least {least}, got {value}.")
     here = -(-parameters // ranks)
+    return tuple(
+        Sizes(
+            row,
+            held=round(row.held * here),
+            saved=round(row.file(compact=False) * parameters),
+            saved_compact=round(row.file(compact=True) * parameters),
+        )
+        for row in memory_rows(moments)
+    )
 
-    def cells(row: Bytes) -> tuple[str, ...]:
+
+def memory_table(parameters: int, *, ranks: int = 1, moments: int = 2) -> Table:
+    """Returns the table of `memory_sizes`; no host sync."""
+    sizes = memory_sizes(parameters, ranks=ranks, moments=moments)
+
+    def cells(size: Sizes) -> tuple[str, ...]:
+        row = size.each
         parts = (row.weight, row.gradient, row.master, row.moments, row.held)
-        files = [row.file(compact=compact) for compact in (False, True)]
-        sizes = (row.held * here, files[0] * parameters, files[1] * parameters)
         return (
             row.label,
             *(f"{part:.4g}" for part in parts),
-            *(f"{size / _GIB:.2f}" for size in sizes),
+            *(f"{whole / _GIB:.2f}" for whole in size[1:]),
         )
 
     shared = "" if ranks == 1 else f", held on each of {ranks} ranks"
@@ -106,7 +139,7 @@ def memory_table(parameters: int, *, ranks: int = 1, moments: int = 2) -> Table:
             *("Kept as", "Weight", "Gradient", "Master", "Moments", "All"),
             *("GiB held", "GiB saved", "GiB saved compact"),
         ),
-        rows=tuple(map(cells, memory_rows(moments))),
+        rows=tuple(map(cells, sizes)),
         notes=(
             "Master: what lies beside the 16-bit weight: float32, an int16 remainder, or nothing. "
             "Saved: weights, masters and moments of all ranks; compact: state_dict(compact=True).",

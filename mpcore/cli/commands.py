@@ -225,12 +225,14 @@ def memory(
     moments: Annotated[
         int, typer.Option(help="Of the optimizer: 2 for AdamW, 1 for Lion, 0 for SGD.")
     ] = 2,
+    as_json: _Json = False,
 ) -> None:
     """Print what a model's weights, gradients, masters and moments take, by how they are kept."""
     with _errors_in_one_line():
         from mpcore.cli.memory_view import show_memory
 
-        show_memory(size, ranks=ranks, moments=moments, console=Console())
+        console = None if as_json else Console()
+        show_memory(size, ranks=ranks, moments=moments, console=console)
 
 
 @app.command()
