@@ -127,7 +127,7 @@ def test_muon_for_matrices_and_adamw_for_the_rest_as_two_wrappers_of_one_scaler(
     mpcore.cast_model(net, dtype, optimizer)
     assert [str(path) for path in optimizer.path] == [
         "general: no fused update for Muon",
-        "fused: adam",
+        "fused: AdamW",
     ]
     wrappers = [
         mpcore.MixedPrecisionOptimizer(part, mpcore.NoLossScale()) for part in parts_over(twin)
@@ -165,7 +165,7 @@ def test_a_chain_of_optimizers_that_all_are_fused_is_stepped_without_them() -> N
     inner = Lion(matrices, lr=0.001), torch.optim.AdamW(others, lr=0.01)
     optimizer = mpcore.MixedPrecisionOptimizer(ChainedOptimizer(*inner), SCALE, path="fused")
     mpcore.cast_model(net, torch.float16, optimizer)
-    assert [path.reason for path in optimizer.path] == ["lion", "adam"]
+    assert [path.reason for path in optimizer.path] == ["Lion", "AdamW"]
     alone = []
     for build, some in ((Lion, 0), (torch.optim.AdamW, 1)):
         rate = 0.001 if build is Lion else 0.01

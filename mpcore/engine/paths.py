@@ -18,7 +18,7 @@ from mpcore.engine.gradients import StepGradients
 from mpcore.engine.mixed_path import MixedPath, Split, split
 from mpcore.errors import ArgumentError
 from mpcore.masters import DirectStepGuard, Masters, StepPlan, WeightEdits, Writes
-from mpcore.updates import parts_of, rule_of, rules_of
+from mpcore.updates import parts_of, rule_of
 
 PATHS = ("auto", "fused", "general")
 
@@ -34,7 +34,7 @@ class GroupPath(NamedTuple):
 
     Attributes:
         path: "fused" or "general".
-        reason: Why it is not the fused one, or which update it is.
+        reason: Why it is not the fused one, or whose update that computes.
 
     Example:
         >>> str(GroupPath("general", "foreach=True asks for torch's own implementation"))
@@ -78,11 +78,10 @@ def choose_paths(
             f"path: expected a step that can be fused, got param group {stopped}: "
             f'{reasons[stopped]}. Pass path="auto" or path="general".'
         )
+    names = [type(part).__name__ for part in parts_of(inner) for _ in part.param_groups]
     return tuple(
-        GroupPath("fused", "" if rule is None else rule.name)
-        if reason is None
-        else GroupPath("general", reason)
-        for rule, reason in zip(rules_of(inner), reasons, strict=True)
+        GroupPath("fused", name) if reason is None else GroupPath("general", reason)
+        for name, reason in zip(names, reasons, strict=True)
     )
 
 

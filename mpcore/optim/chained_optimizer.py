@@ -38,7 +38,7 @@ class ChainedOptimizer(torch.optim.Optimizer):
         ...     ChainedOptimizer(torch.optim.Muon(matrices), torch.optim.AdamW(others))
         ... )
         >>> [str(path) for path in optimizer.path]
-        ['general: no fused update for Muon', 'fused: adam']
+        ['general: no fused update for Muon', 'fused: AdamW']
     """
 
     def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
