@@ -236,7 +236,7 @@ def test_repr_names_the_inner_optimizer_the_path_and_the_backend_and_shows_group
     optimizer = make(engine)[1]
     (path,) = optimizer.path
     assert (path.path, path.reason) == (
-        ("fused", "sgd") if engine.fused else ("general", "it was asked for")
+        ("fused", "SGD") if engine.fused else ("general", "it was asked for")
     )
     expected = (
         "MixedPrecisionOptimizer(SGD, DynamicLossScale(init=256.0",
