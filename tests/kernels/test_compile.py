@@ -12,7 +12,7 @@ import pytest
 from mpcore_audit.variants import variants
 from mpcore_testing.lengths import short_and_long
 
-PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
+PAGE = Path(__file__).parents[2] / "docs" / "kernel-audit.md"
 TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 FORMATS = re.compile(r" (fp16|bf16|fp32|WEIGHT=None)\b")
 # compiling takes minutes: `make test` looks at updates that adopt by AdamW and plain SGD alone,

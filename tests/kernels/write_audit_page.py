@@ -1,4 +1,4 @@
-"""Puts the audit's table into docs/kernels.md.
+"""Puts the audit's table into docs/kernel-audit.md.
 
 python tests/kernels/write_audit_page.py
 """
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "kernels.md"
+PAGE = ROOT / "docs" / "kernel-audit.md"
 MARKS = ("<!-- the audit's table -->\n\n", "\n\n<!-- end of the audit's table -->")
 
 if __name__ == "__main__":
