@@ -35,11 +35,15 @@ def unwrapped(optimizer: object) -> MixedPrecisionOptimizer:
         >>> unwrapped(SimpleNamespace(optimizer=optimizer)) is optimizer
         True
     """
-    found = optimizer
+    held: object = optimizer
+    found = None
     for _ in range(_DEEPEST):
-        if isinstance(found, MixedPrecisionOptimizer):
-            return found
-        found = getattr(found, "optimizer", None)
+        # the innermost: Lightning's object is of the class of what it holds, with a copy of its
+        # attributes, of which some are those of long ago
+        found = held if isinstance(held, MixedPrecisionOptimizer) else found
+        held = getattr(held, "optimizer", None)
+    if found is not None:
+        return found
     raise ArgumentTypeError(
         "optimizer: expected a mpcore.MixedPrecisionOptimizer, or a trainer's object around one, "
         f"got {type(optimizer).__name__}."

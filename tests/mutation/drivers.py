@@ -10,6 +10,15 @@ DRIVERS = [
         ("wrappers in wrappers are not opened", "_DEEPEST = 4", "_DEEPEST = 2"),
     ),
     *engine_mutants(
+        "engine/drivers.py",
+        ("test_trainer_monitors.py",),
+        (
+            "Lightning's copy is taken for the optimizer",
+            "found = held if isinstance(held, MixedPrecisionOptimizer) else found",
+            "found = found or (held if isinstance(held, MixedPrecisionOptimizer) else None)",
+        ),
+    ),
+    *engine_mutants(
         "amp/scaled_losses.py",
         ("test_monitor_driven.py",),
         ("what is added up in place is told", "outputs.detach().clone()", "outputs.detach()"),
