@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -139,6 +140,26 @@ class StepRanks:
             if replicated is not None:
                 self._of_sums = Agreement(replicated, self._tensors)
         return self._begun(self._agreement or self._of_sums)
+
+    def counting(self) -> Callable[[Tensor], bool]:
+        """Returns what tells whether this rank counts what it holds of a parameter.
+
+        Collective before the first step, and where an outside scaler has driven all steps so far.
+        """
+        agreement = self._begun(self._agreement)
+        return (lambda _: True) if agreement is None else agreement.counts
+
+    def exchange(self, value: Any, what: str, left: str) -> list[Any]:
+        """Returns a value of each rank that agrees, in order; collective, syncs.
+
+        Args:
+            value: Of this rank, to be pickled.
+            what: It is, for the message of an error.
+            left: How all is when it fails, likewise.
+        """
+        if self._agreement is None:
+            return [value]
+        return self._agreement.exchange(value, what, left)
 
     def all(self, here: bool) -> bool:
         """Returns whether something is so on all ranks that agree; collective, syncs."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mpcore.base import check_count
 from mpcore.engine import MixedPrecisionOptimizer, StepGradients, StepResult, unwrapped
 from mpcore.monitoring.facts import Facts, NanStreak, Past
-from mpcore.monitoring.findings import Columns, Finding, FindingTable
+from mpcore.monitoring.findings import Finding
 from mpcore.monitoring.history import Course, History
 from mpcore.monitoring.idle_training import SKIPS
 from mpcore.monitoring.memory import bytes_of_sums, resident_bytes
@@ -22,10 +22,12 @@ from mpcore.monitoring.names import Names
 from mpcore.monitoring.pass_counts import PassCounts
 from mpcore.monitoring.pass_losses import PassLosses
 from mpcore.monitoring.pending import LIMIT, Pending, Step, steps_taken
+from mpcore.monitoring.rank_readings import check_agrees, of_all_ranks
 from mpcore.monitoring.reading import Reading, summed_up
 from mpcore.monitoring.reading_warnings import ReadingWarnings
 from mpcore.monitoring.records import Record
 from mpcore.monitoring.report import OverflowReport, own_rank
+from mpcore.monitoring.step_findings import findings_of
 from mpcore.monitoring.update_sample import UpdateSample
 from mpcore.monitoring.used_share import used_share
 from mpcore.monitoring.verdict_log import VerdictLog
@@ -60,10 +62,12 @@ class Monitor:
         every: Steps from one reading to the next; the first comes after as many.
         window: Steps that verdicts look back on, and that `course()` returns.
         sinks: Each is called with every record; see `mpcore.monitoring.sinks`; or any function.
+        over_ranks: Whether readings are of all ranks that the optimizer agrees with, on each. They
+            exchange counts then, so that every rank needs a monitor with the same `every`.
 
     Raises:
         ArgumentTypeError: There is no `MixedPrecisionOptimizer`, or a count is no integer.
-        ArgumentError: A count is below 1.
+        ArgumentError: A count is below 1, or there are no ranks to agree with.
 
     Example:
         >>> import torch, mpcore
@@ -84,8 +88,12 @@ class Monitor:
         every: int = 100,
         window: int = 256,
         sinks: Iterable[Callable[[Record], object]] = (),
+        over_ranks: bool = False,
     ) -> None:
         optimizer = unwrapped(optimizer)
+        if over_ranks:
+            check_agrees(optimizer)
+        self._over_ranks = over_ranks
         self._every = check_count("every", every)
         self._optimizer = optimizer
         self._model = model
@@ -248,42 +256,35 @@ class Monitor:
     def _findings(
         self, gradients: StepGradients, scale: float, counts: PassCounts | None = None
     ) -> Sequence[Finding]:
-        sums, name_of = gradients.accumulated is not None, self._names.current()
-        looks = gradients.findings.looks()
-        columns = [Columns(look, scale, name_of, sums=sums) for look in looks]
-        params = [param for look in looks for param in look.params]
-        places = [(n, place) for n, look in enumerate(looks) for place in range(len(look.params))]
-        place_of = dict(zip(map(id, params), places, strict=True))
-        of_model = [] if self._model is None else self._model.parameters()
-        order = dict.fromkeys(map(id, [*of_model, *self._optimizer._params()]))
-        table = FindingTable(columns, [place_of[key] for key in order if key in place_of])
-        if not counts:
-            return table
-        by_id = {id(param): param for param in params}
-        found = [by_id[key] for key in order if key in place_of]
-        return tuple(counts.merged(list(zip(found, table, strict=True)), name_of))
+        named = self._names.current()
+        return findings_of(gradients, scale, self._optimizer, self._model, named, counts)
 
     def _made_reading(
         self, step: Step, past: Past, counts: PassCounts, lost: float | None
     ) -> Reading:
         gradients = step.gradients
         added = gradients.params if gradients.accumulated is not None else []
-        memory = resident_bytes(self._optimizer)
-        return Reading(
+        optimizer = self._optimizer
+        memory = resident_bytes(optimizer)
+        findings = self._findings(gradients, past.scale, counts)
+        reading = Reading(
             step=step.number,
             loss_scale=past.scale,
             skipped=past.skipped,
             loss=past.loss,
             grad_norm=past.norm,
             lost_updates=None if past.skipped else lost,
-            saturated=self._optimizer.saturated,
-            findings=(findings := self._findings(gradients, past.scale, counts)),
+            saturated=optimizer.saturated,
+            findings=findings,
             memory=replace(memory, sums=bytes_of_sums(added)),
             largest_loss=past.largest_loss,
             passes=max(len(past.losses), 1),
             rank=own_rank(),
             **summed_up(findings),
         )
+        if not self._over_ranks:
+            return reading
+        return of_all_ranks(reading, optimizer, self._parameters())
 
     def _made_report(self, step: Step) -> OverflowReport:
         *earlier, now = self._history.read(self._window, step.number)

@@ -17,7 +17,10 @@ class Reading:
     """Statistics of one step; everything unscaled but the histogram.
 
     With several ranks all but `step`, `loss_scale` and `skipped` is of what this rank holds: its
-    shards, its stage, its copies. `skipped` is what all ranks have agreed on.
+    shards, its stage, its copies. `skipped` is what all ranks have agreed on. With
+    `Monitor(..., over_ranks=True)` it is of all ranks together, what several hold counting once:
+    `loss` is the mean of those that ranks know; `lost_updates`, `saturated` and `memory` stay those
+    of the rank.
 
     Attributes:
         step: Counted from 0.
@@ -43,6 +46,7 @@ class Reading:
         largest_loss: The largest of the losses of its backward passes; None if nobody knows.
         passes: How many of them there were, as far as losses were seen.
         rank: Whose numbers these are, if there are several.
+        ranks: Of how many ranks together they are.
     """
 
     step: int
@@ -62,6 +66,7 @@ class Reading:
     largest_loss: float | None = None
     passes: int = 1
     rank: int | None = None
+    ranks: int = 1
 
     def numbers(self) -> dict[str, float]:
         """Returns the single numbers by name, for loggers: `wandb.log(reading.numbers())`."""

@@ -14,7 +14,7 @@ from mpcore.base import HostCopy, are_same, comes_late, is_capturing
 from mpcore.errors import StageError
 from mpcore.loss_scale import LossScaleTensors
 from mpcore.ranks.buckets import flat_sums, in_buckets, in_pieces
-from mpcore.ranks.collective import gathered, reduced
+from mpcore.ranks.collective import gathered, naming_failures, reduced
 from mpcore.ranks.exact_sum import DIGITS, from_digits, to_digits
 from mpcore.ranks.ranks import Ranks
 from mpcore.ranks.shares import Shares
@@ -111,12 +111,12 @@ class Agreement:
         """Returns 1 for each parameter that this rank counts, 0 for others; float64 on `device`."""
         known, mask = self._masks.get(device, ([], None))
         if mask is None or not are_same(known, params):
-            counts = [float(self._counts(param)) for param in params]
+            counts = [float(self.counts(param)) for param in params]
             mask = torch.tensor(counts, dtype=torch.float64, device=device)
             self._masks[device] = params, mask
         return mask
 
-    def _counts(self, param: Tensor) -> bool:
+    def counts(self, param: Tensor) -> bool:
         """Whether this rank counts a parameter: of copies the first that has batches left does."""
         if self._present and self._shares.are_copies(param):
             return distributed.get_rank(self._group) == self._present[0]
@@ -172,6 +172,23 @@ class Agreement:
         """Returns whether something is so on all ranks; a collective of its own, which syncs."""
         purpose = partial(self._purpose, "whether every rank steps")
         return all(there for (there,) in gathered([here], self._group, purpose=purpose))
+
+    def exchange(self, value: Any, what: str, left: str) -> list[Any]:
+        """Returns a value of each rank, in order, after a step; a collective of its own, syncs.
+
+        Args:
+            value: Of this rank, to be pickled.
+            what: It is, for the message of an error.
+            left: How all is when it fails, likewise.
+
+        Raises:
+            RankError: The collective failed.
+        """
+        found: list[Any] = [None] * self._size
+        steps = self._state.count("steps")
+        with naming_failures(self._group, lambda: f"after step {int(steps)}, {what}", left):
+            distributed.all_gather_object(found, value, self._group)
+        return found
 
     def largest_of_ranks(self, largest: Tensor) -> Tensor:
         """Returns the largest of a 0-d float64 of each rank; a collective of its own."""

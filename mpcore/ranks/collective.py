@@ -52,12 +52,17 @@ def gathered(
 
 
 @contextmanager
-def naming_failures(group: Any, purpose: Callable[[], str]) -> Iterator[None]:
+def naming_failures(
+    group: Any,
+    purpose: Callable[[], str],
+    left: str = "The update of this step was not made.",
+) -> Iterator[None]:
     """Says which collective it was that failed, and what can be done.
 
     Args:
         group: As for `reduced`.
         purpose: Likewise.
+        left: How all is when it fails.
 
     Raises:
         RankError: The collective failed.
@@ -69,9 +74,9 @@ def naming_failures(group: Any, purpose: Callable[[], str]) -> Iterator[None]:
     except RuntimeError as error:
         size, said = distributed.get_world_size(group), str(error).rstrip(".")
         raise RankError(
-            f"{purpose()}: expected an answer of all {size} ranks, got: {said}. The update of this "
-            "step was not made. A rank has ended or is late: start the ranks again, as many as "
-            "there are, and load the last checkpoint."
+            f"{purpose()}: expected an answer of all {size} ranks, got: {said}. {left} A rank has "
+            "ended or is late: start the ranks again, as many as there are, and load the last "
+            "checkpoint."
         ) from error
 
 

@@ -108,4 +108,25 @@ WATCHING = [
             "            self._emit(self.reading)\n",
         ),
     ),
+    *engine_mutants(
+        "monitoring/rank_readings.py",
+        ("test_rank_monitors.py",),
+        (
+            "copies count twice",
+            "counted = [part for part in parts if part.counts] or parts[:1]",
+            "counted = parts",
+        ),
+        (
+            "stages are one parameter",
+            "if len(counted) < 2 or values == math.prod(counted[0].finding.shape):",
+            "if True:",
+        ),
+        (
+            "pieces on several meshes are several parameters",
+            "or values == math.prod(counted[0].finding.shape):",
+            "or counted[0].mesh == counted[-1].mesh:",
+        ),
+        ("a piece counts like the whole", "held_here(param.detach()).numel()", "param.numel()"),
+        ("losses are added up", "math.fsum(losses) / len(losses)", "math.fsum(losses)"),
+    ),
 ]
