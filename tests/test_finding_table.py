@@ -20,10 +20,11 @@ def table(sums: bool = False) -> FindingTable:
     grads = [torch.tensor([1.0, 0.0, 2.0**-20]).half(), torch.tensor([[4.0, math.inf]])]
     grads.append(torch.zeros(2).bfloat16())
     found = reference.inspect(grads, torch.tensor(0.5), None, statistics=True)
-    look = Look(tuple(grads), tuple((g.dtype, g.stride()) for g in grads), found)
+    layouts = tuple((g.dtype, g.stride()) for g in grads)
+    look = Look(tuple(grads), [g.shape for g in grads], layouts, found)
     names = {id(grad): name for grad, name in zip(grads, "abc", strict=True)}
     columns = Columns(look, 2.0, lambda param: names[id(param)], sums=sums)
-    return FindingTable([columns], [(0, 2), (0, 0), (0, 1)])
+    return FindingTable([columns], [2, 0, 1])
 
 
 def test_a_table_is_its_findings() -> None:

@@ -38,13 +38,15 @@ class Kinds:
         self.shapes = [tensor.shape for tensor in tensors]
         self.sizes = tuple(tensor.numel() for tensor in tensors)
         self.are_contiguous = all(map(Tensor.is_contiguous, tensors))
+        #: dtype and strides of each
+        self.layouts = tuple((tensor.dtype, tensor.stride()) for tensor in tensors)
         self._count = len(tensors)
         self._guards = None
         if _GUARDS is not None and tensors and set(map(type, tensors)) <= PLAIN:
             self._guards = _GUARDS(
                 *tensors,
                 dynamic_dims_sizes=[list(shape) for shape in self.shapes],
-                dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors],
+                dynamic_dims_strides=[list(stride) for _, stride in self.layouts],
             )
         #: whether they are recognised at all
         self.are_known = self.fit(tensors)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mpcore.backends import Backend, Inspection, rounded_max_norm
-from mpcore.base import ParameterSet, held_here, label
+from mpcore.base import GradientSet, ParameterSet, held_here, label
 from mpcore.engine.coefficient import Coefficient
 from mpcore.engine.gradient_buckets import (
     Bucket,
@@ -23,6 +23,14 @@ from mpcore.ranks import Agreed, Agreement
 
 #: Returns the gradients of some parameters as they are stored.
 Stored = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+
+
+def _look_of(params: Sequence[Tensor], grads: Sequence[Tensor], found: Inspection) -> Look:
+    kinds = grads.kinds if isinstance(grads, GradientSet) else None
+    if kinds is not None:  # thousands of objects that need not be made again
+        return Look(tuple(params), kinds.shapes, kinds.layouts, found)
+    layouts = tuple((grad.dtype, grad.stride()) for grad in grads)
+    return Look(tuple(params), [param.shape for param in params], layouts, found)
 
 
 class Findings:
@@ -166,8 +174,7 @@ class Findings:
             here.note_prepared(hyper)
         self.coefficient.note_look(found, inverted)
         if self._statistics is not None and bucket.found is None:
-            layouts = tuple((grad.dtype, grad.stride()) for grad in grads)
-            bucket.found = Look(tuple(bucket.params), layouts, found)
+            bucket.found = _look_of(bucket.params, grads, found)
         bucket.add_flags(found.kinds)
         if first:
             bucket.largest = found.largest

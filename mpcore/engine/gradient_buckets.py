@@ -42,11 +42,13 @@ class Look:
 
     Attributes:
         params: The parameters, in its order.
+        shapes: Theirs.
         layouts: Dtype and strides of each gradient.
         found: The rest.
     """
 
     params: tuple[Tensor, ...]
+    shapes: Sequence[torch.Size]
     layouts: tuple[tuple[torch.dtype, tuple[int, ...]], ...]
     found: Inspection
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import accumulate
 from typing import overload
 
 import torch
@@ -69,19 +71,26 @@ class FindingTable(Sequence[Finding]):
 
     Args:
         columns: What was found, on each device.
-        rows: In order: the number of the columns, and the place in them.
+        places: In order: the place in the columns, one behind the other.
     """
 
-    def __init__(self, columns: Sequence[Columns], rows: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, columns: Sequence[Columns], places: Sequence[int]) -> None:
         self._columns = tuple(columns)
-        self._rows = tuple(rows)
+        self._places = places
 
     @cached_property
     def _made(self) -> tuple[Finding, ...]:
-        return tuple(self._columns[number].finding(place) for number, place in self._rows)
+        sizes = list(map(len, self._columns))
+        ends = list(accumulate(sizes))
+        found = []
+        for place in self._places:
+            number = bisect_right(ends, place)
+            before = ends[number] - sizes[number]
+            found.append(self._columns[number].finding(place - before))
+        return tuple(found)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._places)
 
     def __iter__(self) -> Iterator[Finding]:
         return iter(self._made)
@@ -106,8 +115,8 @@ class FindingTable(Sequence[Finding]):
 
     def figures(self) -> list[Figures]:
         """Returns the numbers of each that a sum of all is made of, without making findings."""
-        figures = [columns.figures for columns in self._columns]
-        return [figures[number][place] for number, place in self._rows]
+        figures = [one for columns in self._columns for one in columns.figures]
+        return [figures[place] for place in self._places]
 
     def histogram(self) -> list[int] | None:
         """Returns the sum of the histograms of float16 gradients; None if there is none."""
@@ -135,7 +144,7 @@ class Columns:
     ) -> None:
         found = look.found
         self._names = list(map(name_of, look.params))
-        self._shapes = [param.shape for param in look.params]
+        self._shapes = look.shapes
         self._layouts = look.layouts
         self._scale = scale
         # all whole numbers are read at once, and all others: each read waits for the device
@@ -153,7 +162,9 @@ class Columns:
             values = counts.sum(1).clamp(min=1)  # of all passes that were counted
             real += [counts[:, 3] / values, counts[:, 4] / values]
             totals = _of_float16(bins, [dtype for dtype, _ in look.layouts])
-        self._whole = torch.cat(whole, 1).tolist()
+        # one list of numbers: thousands of lists would wake the garbage collector
+        self._width = sum(part.shape[1] for part in whole)
+        self._whole: list[int] = torch.cat(whole, 1).flatten().tolist()
         numbers = torch.cat([*real, totals]).tolist()
         count = len(self._names)
         columns = [numbers[count * i : count * (i + 1)] for i in range(len(real))]
@@ -164,6 +175,9 @@ class Columns:
         self._subnormal = columns[-1] if self._is_counted else unknown
         #: the sum of the histograms of float16 gradients; None if there is none
         self.bins = list(map(int, numbers[count * len(real) :])) or None
+
+    def __len__(self) -> int:
+        return len(self._names)
 
     @cached_property
     def figures(self) -> list[Figures]:
@@ -187,7 +201,8 @@ class Columns:
         """Returns what was found in one gradient."""
         dtype, strides = self._layouts[place]
         shape = self._shapes[place]
-        kinds, first_bad, *bins = self._whole[place]
+        at = place * self._width
+        kinds, first_bad, *bins = self._whole[at : at + self._width]
         square_sum = self._square_sums[place]
         _, _, zeros, subnormal, headroom = self.figures[place]
         return Finding(

@@ -31,7 +31,7 @@ class _Total:
             counts=_both(torch.add, old.counts, new.counts),
             histogram=_both(torch.add, old.histogram, new.histogram),
         )
-        self.look = Look(look.params, look.layouts, found)
+        self.look = Look(look.params, look.shapes, look.layouts, found)
         self.passes += 1
 
 

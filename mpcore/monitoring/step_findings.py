@@ -33,8 +33,7 @@ def findings_of(
     looks = gradients.findings.looks()
     columns = [Columns(look, scale, name_of, sums=sums) for look in looks]
     params = [param for look in looks for param in look.params]
-    places = [(n, place) for n, look in enumerate(looks) for place in range(len(look.params))]
-    place_of = dict(zip(map(id, params), places, strict=True))
+    place_of = dict(zip(map(id, params), range(len(params)), strict=True))
     of_model = [] if model is None else model.parameters()
     order = dict.fromkeys(map(id, [*of_model, *optimizer._params()]))
     table = FindingTable(columns, [place_of[key] for key in order if key in place_of])
