@@ -149,3 +149,36 @@ def test_empty_parameters_change_nothing_of_the_others(engine, masters, moments)
         found.append([param.detach() for param in params[: len(full)]])
         assert not torch.equal(params[0], values[0])
     assert same_bits(*found)
+
+
+@pytest.mark.parametrize("moments", ["float32", "bfloat16", "int8"])
+@MASTERS
+@ENGINES
+def test_two_optimizers_of_one_weight_have_one_master(engine, masters, moments):
+    def trained(masters, moments):
+        weight = nn.Parameter(torch.linspace(-3, 3, 8 * 128).view(8, 128).bfloat16())
+        both = [
+            engine.wrap(build([weight]), SCALE, masters=masters, moments=moments)
+            for build in (BUILDS["AdamW"], BUILDS["SGD"])
+        ]
+        draw = torch.Generator().manual_seed(0)
+        found = []
+        for step in range(6):
+            optimizer = both[step % 2]
+            factor = torch.inf if step == 3 else 1.0
+            drawn = torch.randn(weight.shape, generator=draw)
+            optimizer.backward((weight.float() * drawn * factor).sum())
+            optimizer.step()
+            optimizer.zero_grad()
+            assert optimizer.last_step.skipped == (step == 3)
+            if step and masters != "none":  # made in the first step
+                one, other = (each.float32_state(weight)["master"] for each in both)
+                assert same_bits([one], [other])
+            found.append(weight.detach().clone())
+        assert same_bits([found[3]], [found[2]])
+        return found
+
+    mine, again = (trained(masters, moments) for _ in range(2))
+    assert same_bits(mine, again)
+    if masters == "split" and moments == "float32":
+        assert same_bits(mine, trained("float32", "float32"))
