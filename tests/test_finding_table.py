@@ -23,7 +23,7 @@ def table(sums: bool = False) -> FindingTable:
     layouts = tuple((g.dtype, g.stride()) for g in grads)
     look = Look(tuple(grads), [g.shape for g in grads], layouts, found)
     names = {id(grad): name for grad, name in zip(grads, "abc", strict=True)}
-    columns = Columns(look, 2.0, lambda param: names[id(param)], sums=sums)
+    columns = Columns([names[id(grad)] for grad in grads], look, 2.0, sums=sums)
     return FindingTable([columns], [2, 0, 1])
 
 

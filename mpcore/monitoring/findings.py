@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import accumulate
@@ -133,17 +133,15 @@ class Columns:
     """What was found in the gradients of one device, on the host; syncs with it, twice.
 
     Args:
-        look: At the gradients.
-        scale: The loss scale they have.
-        name_of: Names a parameter.
+        names: Of what was looked at.
+        look: At it.
+        scale: The loss scale it has.
         sums: Whether they are sums in float32, which say nothing about the format of the gradients.
     """
 
-    def __init__(
-        self, look: Look, scale: float, name_of: Callable[[Tensor], str], *, sums: bool
-    ) -> None:
+    def __init__(self, names: Sequence[str], look: Look, scale: float, *, sums: bool) -> None:
         found = look.found
-        self._names = list(map(name_of, look.params))
+        self._names = names
         self._shapes = look.shapes
         self._layouts = look.layouts
         self._scale = scale

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mpcore.base import check_count
 from mpcore.engine import MixedPrecisionOptimizer, StepGradients, StepResult, unwrapped
+from mpcore.monitoring.activation_watch import watch_of
 from mpcore.monitoring.facts import Facts, NanStreak, Past
 from mpcore.monitoring.findings import Finding
 from mpcore.monitoring.history import Course, History
@@ -27,7 +28,7 @@ from mpcore.monitoring.reading import Reading, summed_up
 from mpcore.monitoring.reading_warnings import ReadingWarnings
 from mpcore.monitoring.records import Record
 from mpcore.monitoring.report import OverflowReport, own_rank
-from mpcore.monitoring.step_findings import findings_of
+from mpcore.monitoring.step_findings import findings_of, norm_of
 from mpcore.monitoring.update_sample import UpdateSample
 from mpcore.monitoring.used_share import used_share
 from mpcore.monitoring.verdict_log import VerdictLog
@@ -62,6 +63,8 @@ class Monitor:
         every: Steps from one reading to the next; the first comes after as many.
         window: Steps that verdicts look back on, and that `course()` returns.
         sinks: Each is called with every record; see `mpcore.monitoring.sinks`; or any function.
+        activations: Whether readings also have what each module of `model` returned. In the steps
+            that are read, and only there, modules have a forward hook that counts.
         over_ranks: Whether readings are of all ranks that the optimizer agrees with, on each. They
             exchange counts then, so that every rank needs a monitor with the same `every`.
 
@@ -88,6 +91,7 @@ class Monitor:
         every: int = 100,
         window: int = 256,
         sinks: Iterable[Callable[[Record], object]] = (),
+        activations: bool = False,
         over_ranks: bool = False,
     ) -> None:
         optimizer = unwrapped(optimizer)
@@ -117,12 +121,15 @@ class Monitor:
         self._log = VerdictLog(self._every)
         #: The last reading, None before the first.
         self.reading: Reading | None = None
+        self._activations = watch_of(activations, model, optimizer)
         optimizer._stage.watcher = optimizer._stage._sums.watcher = self
+        self._activations.arm(self._reads_now())
 
     def close(self) -> None:
         """Stops watching, and tells the sinks of the steps since the last reading; syncs."""
         if self._optimizer._stage.watcher is self:
             self._optimizer._stage.watcher = self._optimizer._stage._sums.watcher = None
+        self._activations.end()
         self._deliver(wait=True)
         self._emit_course()
 
@@ -168,18 +175,8 @@ class Monitor:
 
     def see_pass(self, params: Sequence[Tensor], scale: Tensor, name: str) -> None:
         """Hears whose gradients are going to be added up; the optimizer calls it."""
-        if not self._reads_now():
-            return
-        optimizer = self._optimizer
-        gradients = StepGradients(
-            params,
-            optimizer._masters,
-            optimizer._stage._backend,
-            scale.reciprocal(),
-            statistics=True,
-        )
-        gradients.inspect()
-        self._counts.add(gradients.findings.looks(), scale, name)
+        if self._reads_now():
+            self._counts.see(self._optimizer, params, scale, name)
 
     def _reads_now(self) -> bool:
         return (self._history.steps + 1) % self._every == 0
@@ -205,6 +202,8 @@ class Monitor:
         self._told = steps_taken(self._optimizer)
         self._history.restart(self._told)
         self._warnings.restart()
+        self._activations.end()
+        self._activations.arm(self._reads_now())
 
     @torch.no_grad()
     def end_step(self, gradients: StepGradients, result: StepResult, *, own_scale: bool) -> None:
@@ -217,11 +216,10 @@ class Monitor:
         late = self._pending if sample is None else None
         sent = None if late is None else late.send(self._optimizer, found_inf)
         self._last = step = Step(number, gradients, result, self._used, own_scale, sent)
-        squares = [look.found.square_sum.sum().to(self._device) for look in looks]
-        unknown = torch.full((), torch.nan, dtype=torch.float64, device=self._device)
-        norm = torch.stack(squares).sum().sqrt() if squares else unknown
-        scale = gradients.unscaled_by.double().reciprocal()
+        norm, scale = norm_of(looks, self._device), gradients.unscaled_by.double().reciprocal()
         self._history.add(scale, found_inf, norm, self._losses.taken(gradients.accumulated))
+        if sample is None:
+            self._activations.arm(self._reads_now())
         self._note_used(gradients, found_inf)
         self._deliver(wait=sample is not None)  # steps before come first
         if late is not None:
@@ -280,8 +278,10 @@ class Monitor:
             largest_loss=past.largest_loss,
             passes=max(len(past.losses), 1),
             rank=own_rank(),
+            activations=self._activations.taken(),
             **summed_up(findings),
         )
+        self._activations.arm(self._reads_now())  # the next one
         if not self._over_ranks:
             return reading
         return of_all_ranks(reading, optimizer, self._parameters())

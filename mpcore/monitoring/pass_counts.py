@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mpcore.engine import Look
+from mpcore.engine import Look, MixedPrecisionOptimizer, StepGradients
 from mpcore.monitoring.findings import Columns, Finding
 
 
@@ -71,6 +71,31 @@ class PassCounts:
             else:
                 self._totals[key] = _Total(look, scale.clone())
 
+    def see(
+        self,
+        optimizer: MixedPrecisionOptimizer,
+        params: Sequence[Tensor],
+        scale: Tensor,
+        loss: str,
+    ) -> None:
+        """Looks at the gradients of a pass before they are added up.
+
+        Args:
+            optimizer: Whose they are.
+            params: That have one.
+            scale: As for `add`.
+            loss: Likewise.
+        """
+        gradients = StepGradients(
+            params,
+            optimizer._masters,
+            optimizer._stage._backend,
+            scale.reciprocal(),
+            statistics=True,
+        )
+        gradients.inspect()
+        self.add(gradients.findings.looks(), scale, loss)
+
     def merged(
         self, findings: Sequence[tuple[Tensor, Finding]], name_of: Callable[[Tensor], str]
     ) -> list[Finding]:
@@ -82,7 +107,8 @@ class PassCounts:
         """
         found: dict[int, list[tuple[Finding, int]]] = {}
         for total in self._totals.values():
-            columns = Columns(total.look, float(total.scale), name_of, sums=False)
+            names = list(map(name_of, total.look.params))
+            columns = Columns(names, total.look, float(total.scale), sums=False)
             for place, param in enumerate(total.look.params):
                 found.setdefault(id(param), []).append((columns.finding(place), total.passes))
         return [_merged(one, found.get(id(param), [])) for param, one in findings]

@@ -141,6 +141,7 @@ def preflight(model: nn.Module, batch: Any, loss_of: Callable[[Any], Tensor]) ->
         ArgumentError: A parameter is not float32, or a weight, the loss or a gradient is NaN.
 
     Example:
+        >>> _ = torch.manual_seed(0)
         >>> model = nn.Linear(4, 2)
         >>> found = preflight(model, torch.ones(8, 4), lambda out: out.square().mean())
         >>> found.dtype, found.loss_scale > 1, found.trials[0].wrong

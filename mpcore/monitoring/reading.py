@@ -47,6 +47,8 @@ class Reading:
         passes: How many of them there were, as far as losses were seen.
         rank: Whose numbers these are, if there are several.
         ranks: Of how many ranks together they are.
+        activations: What modules returned in the passes of the step, one by one; empty if nobody
+            watched them.
     """
 
     step: int
@@ -67,6 +69,7 @@ class Reading:
     passes: int = 1
     rank: int | None = None
     ranks: int = 1
+    activations: Sequence[Finding] = ()
 
     def numbers(self) -> dict[str, float]:
         """Returns the single numbers by name, for loggers: `wandb.log(reading.numbers())`."""

@@ -96,9 +96,11 @@ def _record(entry: dict[str, Any]) -> Record:
 def _reading(entry: dict[str, Any]) -> Reading:
     memory = entry.pop("memory", None)
     findings = tuple(map(_finding, entry.pop("findings")))
+    activations = tuple(map(_finding, entry.pop("activations", ())))
     return Reading(
         **_numbers(entry),
         findings=findings,
+        activations=activations,
         memory=None if memory is None else Resident(**memory),
     )
 

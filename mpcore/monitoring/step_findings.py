@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 
-from mpcore.engine import MixedPrecisionOptimizer, StepGradients
+from mpcore.engine import Look, MixedPrecisionOptimizer, StepGradients
 from mpcore.monitoring.findings import Columns, Finding, FindingTable
 from mpcore.monitoring.pass_counts import PassCounts
 
@@ -31,7 +32,7 @@ def findings_of(
     """
     sums = gradients.accumulated is not None
     looks = gradients.findings.looks()
-    columns = [Columns(look, scale, name_of, sums=sums) for look in looks]
+    columns = [Columns(list(map(name_of, look.params)), look, scale, sums=sums) for look in looks]
     params = [param for look in looks for param in look.params]
     place_of = dict(zip(map(id, params), range(len(params)), strict=True))
     of_model = [] if model is None else model.parameters()
@@ -42,3 +43,10 @@ def findings_of(
     by_id = {id(param): param for param in params}
     found = [by_id[key] for key in order if key in place_of]
     return tuple(counts.merged(list(zip(found, table, strict=True)), name_of))
+
+
+def norm_of(looks: Sequence[Look], device: torch.device) -> Tensor:
+    """Returns the 2-norm of all that was looked at, 0-d float64, NaN if nothing was; no sync."""
+    squares = [look.found.square_sum.sum().to(device) for look in looks]
+    unknown = torch.full((), torch.nan, dtype=torch.float64, device=device)
+    return torch.stack(squares).sum().sqrt() if squares else unknown

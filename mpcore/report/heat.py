@@ -23,18 +23,10 @@ _SHARES = (
 
 def room_map(readings: Sequence[Reading]) -> HeatMap:
     """Returns how many doublings of the scale each layer had before it overflowed."""
-    legend = [
-        (Cell(colour, "", ""), text)
-        for (_, colour), text in zip(
-            _ROOM,
-            ("less than 1 doubling", "1 to 3", "3 to 6", "6 to 10", "10 or more"),
-            strict=True,
-        )
-    ]
     return _map(
         readings,
         _room,
-        (*legend, (Cell(_BAD, "x", ""), "not finite: the step was skipped")),
+        (*_room_legend(), (Cell(_BAD, "x", ""), "not finite: the step was skipped")),
         "Room before a gradient overflows, in doublings of the loss scale. Of the layers that turn "
         "red first, one will end the next growth of the scale.",
     )
@@ -55,19 +47,37 @@ def digits_map(readings: Sequence[Reading]) -> HeatMap:
     )
 
 
+def activations_map(readings: Sequence[Reading]) -> HeatMap:
+    """Returns how many doublings what each module returns has before it overflows."""
+    return _map(
+        [reading for reading in readings if reading.activations],
+        _room,
+        (*_room_legend(), (Cell(_BAD, "x", ""), "not finite")),
+        "Room before what a module returns overflows in its format, in doublings. No loss scale is "
+        "in it: a module that turns red needs smaller values, FP32 (keep_fp32) or bfloat16.",
+        lambda reading: reading.activations,
+    )
+
+
+def _room_legend() -> list[tuple[Cell, str]]:
+    texts = ("less than 1 doubling", "1 to 3", "3 to 6", "6 to 10", "10 or more")
+    return [(Cell(colour, "", ""), text) for (_, colour), text in zip(_ROOM, texts, strict=True)]
+
+
 def _map(
     readings: Sequence[Reading],
     cell_of: Callable[[Sequence[Finding]], Cell],
     legend: tuple[tuple[Cell, str], ...],
     caption: str,
+    findings_of: Callable[[Reading], Sequence[Finding]] = lambda reading: reading.findings,
 ) -> HeatMap:
     shown = _spread(readings, _COLUMNS)
-    names = list(dict.fromkeys(f.name for reading in shown for f in reading.findings))
+    names = list(dict.fromkeys(f.name for reading in shown for f in findings_of(reading)))
     group_of = grouped(names, _ROWS)
     by_step = []
     for reading in shown:
         groups: dict[str, list[Finding]] = {}
-        for finding in reading.findings:
+        for finding in findings_of(reading):
             groups.setdefault(group_of[finding.name], []).append(finding)
         by_step.append(groups)
     rows = tuple(

@@ -11,7 +11,7 @@ from mpcore.monitoring.report import OverflowReport
 from mpcore.monitoring.run_log import RunLog
 from mpcore.monitoring.verdicts import scale_text
 from mpcore.report.bars import Stack, memory_figure, time_figure
-from mpcore.report.heat import digits_map, room_map
+from mpcore.report.heat import activations_map, digits_map, room_map
 from mpcore.report.page import Event, Events, Picture, Section, Text, render_page
 from mpcore.report.run_figures import (
     histogram_figure,
@@ -45,7 +45,10 @@ def render_runs(logs: Sequence[RunLog], title: str) -> str:
         *(
             section
             for index, log in enumerate(logs)
-            for section in gradient_sections(log, index, named=len(logs) > 1)
+            for section in (
+                *gradient_sections(log, index, named=len(logs) > 1),
+                *activation_sections(log, named=len(logs) > 1),
+            )
         ),
         *lost_updates_section(logs),
         *cost_sections(timed, stacks, (_TIME, _MEMORY)),
@@ -156,6 +159,19 @@ def gradient_sections(log: RunLog, index: int = 0, *, named: bool = False) -> tu
         ),
         Section(f"Layer by layer{of_run}", (room_map(log.readings), digits_map(log.readings))),
     )
+
+
+def activation_sections(log: RunLog, *, named: bool = False) -> tuple[Section, ...]:
+    """Returns what modules returned, of a run whose activations were watched.
+
+    Args:
+        log: The run.
+        named: Whether the title says which run it is.
+    """
+    if not any(reading.activations for reading in log.readings):
+        return ()
+    of_run = f": {log.name}" if named else ""
+    return (Section(f"Module by module{of_run}", (activations_map(log.readings),)),)
 
 
 def _what_if(reading: Reading) -> str:

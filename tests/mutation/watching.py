@@ -129,4 +129,27 @@ WATCHING = [
         ("a piece counts like the whole", "held_here(param.detach()).numel()", "param.numel()"),
         ("losses are added up", "math.fsum(losses) / len(losses)", "math.fsum(losses)"),
     ),
+    *engine_mutants(
+        "monitoring/activation_watch.py",
+        ("test_activation_watch.py",),
+        ("passes that run again count", " or torch._C._current_graph_task_id() != -1", ""),
+        ("evaluation counts", "not module.training or ", ""),
+        ("what is handed on counts twice", " or tensor is self._last", ""),
+        ("hooks stay", "            hook.remove()\n", "            pass\n"),
+        ("copies are watched", "return _unwatched, ()", "return _Hook, (self._see,)"),
+        (
+            "counts are those of the last pass",
+            "counts=_both(torch.add, old.counts, new.counts)",
+            "counts=new.counts",
+        ),
+    ),
+    *engine_mutants(
+        "monitoring/monitor.py",
+        ("test_activation_watch.py",),
+        (
+            "the second reading has none",
+            "        self._activations.arm(self._reads_now())  # the next one\n",
+            "",
+        ),
+    ),
 ]
