@@ -218,6 +218,25 @@ def test_a_compiled_model_trains_and_tells_of_nothing() -> None:
     assert not optimizer.last_step.skipped
 
 
+def test_what_has_no_values_of_its_own_is_left_out() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Any:
+            each = torch.func.vmap(self.body)(x)
+            empty, wide = each[:0], each.double()
+            return {"each": each, "empty": empty, "wide": wide, "sparse": each.to_sparse()}
+
+    model = Odd()
+    optimizer, monitor = made(model, every=1)
+    optimizer.backward(model(torch.ones(3, 2))["each"].float().sum())
+    optimizer.step()
+    assert [finding.name for finding in monitor.reading.activations] == ["Odd['each']"]
+    assert not optimizer.last_step.skipped
+
+
 def test_records_and_the_page_have_them(tmp_path: Any) -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     path = tmp_path / "run.jsonl"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mpcore.backends import Inspection
-from mpcore.base import FULL_PRECISION, PLAIN, SIXTEEN_BIT
+from mpcore.base import FULL_PRECISION, PLAIN, SIXTEEN_BIT, why_no_memory
 from mpcore.engine import Look, MixedPrecisionOptimizer
 from mpcore.errors import ArgumentError
 from mpcore.monitoring.findings import Columns, Finding
@@ -58,6 +58,7 @@ class ActivationWatch:
     Args:
         model: Whose modules; None: there are none to look at.
         inspect: Counts the values of a tensor, as a backend does.
+        kinds: Of devices that it reaches.
 
     Example:
         >>> from mpcore.backends import reference
@@ -69,8 +70,14 @@ class ActivationWatch:
         [('Linear', (3, 2))]
     """
 
-    def __init__(self, model: nn.Module | None, inspect: Callable[..., Inspection]) -> None:
+    def __init__(
+        self,
+        model: nn.Module | None,
+        inspect: Callable[..., Inspection],
+        kinds: Collection[str] = ("cpu",),
+    ) -> None:
         self._model = model
+        self._kinds = kinds
         self._inspect = inspect
         self._hooks: list[Any] = []
         self._totals: dict[tuple[str, torch.dtype], _Total] = {}
@@ -105,8 +112,7 @@ class ActivationWatch:
         if not module.training or torch._C._current_graph_task_id() != -1:
             return
         for place, tensor in tensors_in(output, name):
-            countable = type(tensor) in PLAIN and tensor.dtype in _COUNTED and tensor.numel() > 0
-            if not countable or tensor.layout != torch.strided or tensor is self._last:
+            if tensor is self._last or not self._can_count(tensor):
                 continue
             self._last = tensor
             one = torch.ones((), device=tensor.device)
@@ -117,6 +123,17 @@ class ActivationWatch:
             else:
                 layout = (tensor.dtype, tensor.stride())
                 self._totals[key] = _Total(found, tensor.shape, layout)
+
+    def _can_count(self, tensor: Tensor) -> bool:
+        """Whether a tensor has values that the backend can reach, and counts."""
+        return (
+            type(tensor) in PLAIN
+            and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+            and why_no_memory(tensor) is None
+            and tensor.dtype in _COUNTED
+            and tensor.device.type in self._kinds
+            and tensor.numel() > 0
+        )
 
 
 def watch_of(
@@ -138,7 +155,8 @@ def watch_of(
             "Monitor(optimizer, model, activations=True)."
         )
     inspect = partial(optimizer._module.inspect, statistics=True)
-    return ActivationWatch(model if asked else None, inspect)
+    kinds = {param.device.type for param in optimizer._params()}
+    return ActivationWatch(model if asked else None, inspect, kinds)
 
 
 def _finding(name: str, total: _Total) -> Finding:

@@ -134,7 +134,12 @@ WATCHING = [
         ("test_activation_watch.py",),
         ("passes that run again count", " or torch._C._current_graph_task_id() != -1", ""),
         ("evaluation counts", "not module.training or ", ""),
-        ("what is handed on counts twice", " or tensor is self._last", ""),
+        ("what is handed on counts twice", "tensor is self._last or not", "not"),
+        (
+            "wrappers are counted",
+            "and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)",
+            "",
+        ),
         ("hooks stay", "            hook.remove()\n", "            pass\n"),
         ("copies are watched", "return _unwatched, ()", "return _Hook, (self._see,)"),
         (
