@@ -67,6 +67,8 @@ MESSAGES = {
     "order": "expected DistributedDataParallel before its optimizer",
     "closure": "step(closure): expected a step with one backward pass while ranks may run out",
     "accumulate": "accumulate(): expected a step with one backward pass while ranks may run out",
+    "alone": "expected a Join over DistributedDataParallel and this optimizer, got one",
+    "evaluated": "nothing",
 }
 
 

@@ -15,6 +15,7 @@ from mpcore.loss_scale import LossScale, LossScaleTensors
 from mpcore.masters import Groups, Masters, name_of
 from mpcore.ranks import (
     Agreement,
+    ModuleJoins,
     Ranks,
     choose_agreement,
     find_replicated,
@@ -54,6 +55,7 @@ class StepRanks:
         self._of_sums: Agreement | None = None  # of ranks that nobody told us of
         self._searched = False  # whether they were looked for, which takes a while
         self._warned = False
+        self._module_joins = ModuleJoins()
         #: returns whether ranks may run out of batches: those that have then shadow the others
         self.joins: Callable[[], bool] = lambda: False
         self.has_batches = True  # whether this one is not such a shadow
@@ -97,6 +99,8 @@ class StepRanks:
         agreement = self._begun(self._agreement)
         if agreement is not None and self.joins():
             agreement.find_present(self.has_batches)
+        elif self._ranks is not None:
+            self._module_joins.check(self._params())
         return agreement
 
     def check_not_joined(self, caller: str) -> None:

@@ -19,11 +19,13 @@ from mpcore.ranks.choice import (
     widest_of,
 )
 from mpcore.ranks.collective import naming_failures, reduced
+from mpcore.ranks.module_joins import ModuleJoins
 from mpcore.ranks.ranks import Ranks
 
 __all__ = [
     "Agreed",
     "Agreement",
+    "ModuleJoins",
     "Ranks",
     "check_ranks",
     "choose_agreement",

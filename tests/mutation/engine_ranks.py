@@ -166,4 +166,9 @@ RANKS = [
         ("masters stay those of the last batch", "self.load_state_dict(found[0])", "pass"),
         ("later steps are asked as in a Join", "self._stage.ranks.end_join()", "pass"),
     ),
+    *engine_mutants(
+        "ranks/module_joins.py",
+        _JOINED,
+        ("a join that has ended is an error", "if _is_joining(module):", "if True:"),
+    ),
 ]

@@ -65,13 +65,19 @@ def refused(rank: int, what: str) -> str:
     }.get(what, {})
     optimizer = wrapped(model.parameters(), "fused", "SGD", **options)
     ddp = nn.parallel.DistributedDataParallel(model)
-    joinables = [optimizer, ddp] if what == "order" else [ddp, optimizer]
+    joinables = {"order": [optimizer, ddp], "alone": [ddp]}.get(what, [ddp, optimizer])
 
     def loss() -> Tensor:
         result: Tensor = ddp(torch.ones(2, 4).half()).float().mean()
         optimizer.backward(result)
         return result
 
+    if what == "evaluated":  # a join that has ended says nothing of the steps that follow
+        with Join([ddp]), torch.no_grad():
+            ddp(torch.ones(2, 4).half())
+        loss()
+        optimizer.step()
+        return "nothing"
     try:
         with Join(joinables):
             if what == "closure":
@@ -85,7 +91,7 @@ def refused(rank: int, what: str) -> str:
     return "nothing"
 
 
-REFUSED = ("no ranks", "experts", "order", "closure", "accumulate")
+REFUSED = ("no ranks", "experts", "order", "closure", "accumulate", "alone", "evaluated")
 #: batches of each rank; the first ends first, the last does, and one has none at all
 COUNTS = {2: ((2, 5), (5, 2), (0, 4)), 3: ((2, 5, 4), (4, 1, 4))}
 
