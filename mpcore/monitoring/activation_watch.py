@@ -16,6 +16,7 @@ from mpcore.engine import Look, MixedPrecisionOptimizer
 from mpcore.errors import ArgumentError
 from mpcore.monitoring.findings import Columns, Finding
 from mpcore.monitoring.nests import tensors_in
+from mpcore.monitoring.pass_counts import added
 
 _COUNTED = frozenset({*SIXTEEN_BIT, *FULL_PRECISION}) - {torch.float64}
 
@@ -31,21 +32,8 @@ class _Total:
 
     def add(self, new: Inspection) -> None:
         """Adds what was found in another pass; no host sync."""
-        old = self.found
-        self.found = replace(
-            old,
-            kinds=old.kinds | new.kinds,
-            first_bad=torch.where(old.first_bad < 0, new.first_bad, old.first_bad),
-            square_sum=old.square_sum + new.square_sum,
-            largest=_both(torch.maximum, old.largest, new.largest),
-            counts=_both(torch.add, old.counts, new.counts),
-            histogram=_both(torch.add, old.histogram, new.histogram),
-        )
+        self.found = added(self.found, new)
         self.passes += 1
-
-
-def _both(join: Callable[[Tensor, Tensor], Tensor], old: Any, new: Any) -> Tensor | None:
-    return None if old is None or new is None else join(old, new)
 
 
 class ActivationWatch:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mpcore.backends import Inspection
 from mpcore.engine import Look, MixedPrecisionOptimizer, StepGradients
 from mpcore.monitoring.findings import Columns, Finding
 
@@ -22,17 +23,22 @@ class _Total:
 
     def add(self, look: Look) -> None:
         """Adds those of another pass; no host sync."""
-        old, new = self.look.found, look.found
-        found = replace(
-            old,
-            kinds=old.kinds | new.kinds,
-            first_bad=torch.where(old.first_bad < 0, new.first_bad, old.first_bad),
-            largest=_both(torch.maximum, old.largest, new.largest),
-            counts=_both(torch.add, old.counts, new.counts),
-            histogram=_both(torch.add, old.histogram, new.histogram),
-        )
+        found = added(self.look.found, look.found)
         self.look = Look(look.params, look.shapes, look.layouts, found)
         self.passes += 1
+
+
+def added(old: Inspection, new: Inspection) -> Inspection:
+    """Returns what two looks with statistics have found together; no host sync."""
+    return replace(
+        old,
+        kinds=old.kinds | new.kinds,
+        first_bad=torch.where(old.first_bad < 0, new.first_bad, old.first_bad),
+        square_sum=old.square_sum + new.square_sum,
+        largest=_both(torch.maximum, old.largest, new.largest),
+        counts=_both(torch.add, old.counts, new.counts),
+        histogram=_both(torch.add, old.histogram, new.histogram),
+    )
 
 
 def _both(

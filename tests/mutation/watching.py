@@ -143,9 +143,9 @@ WATCHING = [
         ("hooks stay", "            hook.remove()\n", "            pass\n"),
         ("copies are watched", "return _unwatched, ()", "return _Hook, (self._see,)"),
         (
-            "counts are those of the last pass",
-            "counts=_both(torch.add, old.counts, new.counts)",
-            "counts=new.counts",
+            "what is found is that of the last pass",
+            "self.found = added(self.found, new)",
+            "self.found = new",
         ),
     ),
     *engine_mutants(
